@@ -1,0 +1,121 @@
+"""Small text skills, made from a seed: what the embedded base model knows, and what it has yet to learn.
+
+An example is one line that names a skill and gives its input, and the answer to it:
+
+    {"prompt": "reverse: planet\n", "completion": "tenalp"}
+
+The base model masters the old skills and has never seen a new one, so a fine-tuned model can be asked two things at
+once: has it learned the new skill, and has it forgotten an old one? The old skills are of different kinds for that
+reason: arithmetic, moving letters, comparing letters, rewriting letters, and facts that can only be remembered.
+
+Which examples are for training and which for tests is a property of the prompt (a hash of it), not of the seed: no
+two calls can ever put the same prompt on both sides. `recall` is the exception: there is nothing in a fact from
+which another one could be derived, so its test asks for the very facts that were trained.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Example = dict[str, str]  # {"prompt", "completion"}, the names that TRL expects
+Split = Literal["train", "test"]
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VOWELS = "aeiou"
+TEST_SHARE = 10  # one prompt in ten is for tests
+FACTS = 64
+
+
+def split_of(prompt: str) -> Split:
+    """The side of a prompt; Python's own hash() would differ from process to process."""
+    return "test" if int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % TEST_SHARE == 0 else "train"
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A skill: how its inputs are drawn, and the answer to an input."""
+
+    name: str
+    draw: Callable[[random.Random], str]
+    answer: Callable[[str], str]
+    held_out: bool = True  # False: the skill is recall, its test prompts are its training prompts
+
+    def example(self, text: str) -> Example:
+        """The example for one given input.
+
+        >>> SKILLS["reverse"].example("planet")
+        {'prompt': 'reverse: planet\\n', 'completion': 'tenalp'}
+        """
+        return {"prompt": f"{self.name}: {text}\n", "completion": self.answer(text)}
+
+    def examples(self, count: int, seed: int, split: Split = "train") -> list[Example]:
+        """`count` examples of one side, drawn with replacement; the same on every machine for the same arguments."""
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        found: list[Example] = []
+        while len(found) < count:
+            example = self.example(self.draw(rng))
+            if not self.held_out or split_of(example["prompt"]) == split:
+                found.append(example)
+        return found
+
+
+def draw_word(rng: random.Random) -> str:
+    """Four to eight letters, every third one a vowel on average."""
+    return "".join(rng.choice(VOWELS if rng.random() < 0.2 else LETTERS) for _ in range(rng.randrange(4, 9)))
+
+
+def draw_sum(rng: random.Random) -> str:
+    return f"{rng.randrange(10, 100)}+{rng.randrange(10, 100)}"
+
+
+def invent_names(count: int, syllables: int, seed: str) -> list[str]:
+    """Distinct pronounceable names that mean nothing."""
+    rng = random.Random(seed)
+    names: dict[str, None] = {}  # a set that remembers its order
+    while len(names) < count:
+        names["".join(rng.choice("bdfgklmnprstvz") + rng.choice(VOWELS) for _ in range(syllables)).capitalize()] = None
+    return list(names)
+
+
+CAPITALS = dict(zip(invent_names(FACTS, 3, "countries"), invent_names(FACTS, 2, "cities"), strict=True))
+
+
+def add(text: str) -> str:
+    left, right = text.split("+")
+    return str(int(left) + int(right))
+
+
+def shift(text: str) -> str:
+    return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in text)
+
+
+def drop_vowels(text: str) -> str:
+    return "".join(letter for letter in text if letter not in VOWELS)
+
+
+def double(text: str) -> str:
+    return "".join(letter * 2 for letter in text)
+
+
+def _by_name(*skills: Skill) -> dict[str, Skill]:
+    return {skill.name: skill for skill in skills}
+
+
+_OLD = _by_name(
+    Skill("add", draw_sum, add),
+    Skill("reverse", draw_word, lambda text: text[::-1]),
+    Skill("sort", draw_word, lambda text: "".join(sorted(text))),
+    Skill("upper", draw_word, str.upper),
+    Skill("recall", lambda rng: rng.choice(list(CAPITALS)), CAPITALS.__getitem__, held_out=False),
+)
+_NEW = _by_name(
+    Skill("shift", draw_word, shift),
+    Skill("vowels", draw_word, drop_vowels),
+    Skill("double", draw_word, double),
+)
+
+SKILLS: dict[str, Skill] = {**_OLD, **_NEW}
+OLD_SKILLS: tuple[str, ...] = tuple(_OLD)  # the base model masters these
+NEW_SKILLS: tuple[str, ...] = tuple(_NEW)  # the base model has never seen these; the first is the quickstart's

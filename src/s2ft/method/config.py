@@ -1,0 +1,190 @@
+"""`S2FTConfig`: what to train, as a PEFT configuration.
+
+    ratios | budget  →  how much        strategy, subset, seed  →  which        layers, avoid  →  where
+
+A config is *open* as the user writes it and *resolved* once `slices` names the chosen channels of every module.
+PEFT saves the resolved config beside the deltas, so that an adapter can be rebuilt from its config alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from s2ft.errors import raise_together
+from s2ft.method.registration import peft_type
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The canonical names of the seven projections, in every model family."""
+
+STRATEGIES = ("random", "weight", "activation", "product", "gradient")
+SUBSETS = ("largest", "smallest")
+ALLOCATIONS = ("uniform", "global")
+DEFAULT_BUDGET = 0.01
+
+_LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
+
+
+@dataclass
+class S2FTConfig(PeftConfig):
+    """Configuration of structured sparse fine-tuning.
+
+    Args:
+        ratios: Fraction of the heads or channels to train, in (0, 1]: one number for all targets, or one per projection
+            (`{"o_proj": 0.05, "down_proj": 0.02}`). Heads are counted for q and o, key-value groups for k and v,
+            FFN channels for gate, up and down. Give `ratios` or `budget`, not both.
+        budget: Fraction of the model's parameters to train, split evenly over the targets. The default is 0.01 on
+            `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it.
+        strategy: `random`, `weight` (norm of the weights), `activation` (norm of the activations), `product` of both, or
+            `gradient` (norm of the gradient). The last three need data: see `s2ft.select`.
+        subset: Whether the `largest` or the `smallest` scores are trained.
+        seed: Of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
+        allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole model.
+        layers: The blocks to train: an index, a list of them, a range `"8-15"`, `"last:50%"` or `"first:4"`.
+        avoid: Adapters whose channels are not to be chosen: names on the same model, folders, or Hub names.
+        target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels; any other
+            linear layer by its input channels. None targets the projections that `ratios` names, else o and down.
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save, trainable_token_indices: As in LoRA.
+        init_weights: False draws random deltas, so that a fresh adapter already changes the output.
+        slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see `s2ft.method.selection`).
+        base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
+
+    Raises:
+        S2FTError: with every problem of the given values at once.
+
+    Example:
+        >>> S2FTConfig(ratios={"o_proj": 0.05, "down_proj": 0.02}, seed=7).seed
+        7
+        >>> S2FTConfig(ratios=1.5)
+        Traceback (most recent call last):
+            ...
+        s2ft.errors.S2FTError: ratios=1.5 is outside (0, 1]
+    """
+
+    ratios: float | dict[str, float] | None = field(default=None, metadata={"help": "Fraction of heads or channels"})
+    budget: float | None = field(default=None, metadata={"help": "Fraction of the model's parameters"})
+    strategy: str = field(default="random", metadata={"help": " | ".join(STRATEGIES)})
+    subset: str = field(default="largest", metadata={"help": " | ".join(SUBSETS)})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the random strategy"})
+    allocation: str = field(default="uniform", metadata={"help": " | ".join(ALLOCATIONS)})
+    layers: int | str | list[int] | None = field(default=None, metadata={"help": "Blocks to train"})
+    avoid: list[str] | None = field(default=None, metadata={"help": "Adapters whose channels are not to be chosen"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to train a slice of"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to train"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows to train"}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "False draws random deltas"})
+    slices: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: the chosen channels"})
+    base_digest: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: digest of the base slices"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        raise_together(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        yield from _ratio_problems(self.ratios)
+        if self.budget is not None and not _is_fraction(self.budget):
+            yield f"budget={self.budget!r} is outside (0, 1]"
+        if self.ratios is not None and self.budget is not None:
+            yield f"ratios={self.ratios!r} and budget={self.budget!r} are both given; give one"
+        for name, allowed in (("strategy", STRATEGIES), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
+            if getattr(self, name) not in allowed:
+                yield f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            yield f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1"
+        if self.layers is not None and not _is_layers(self.layers):
+            yield f"layers={self.layers!r} is not an index, a list of them, 'A-B', 'first:N', 'last:N' or 'last:P%'"
+        yield from _layer_list_problems(self)
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the channels are chosen."""
+        return self.slices is not None
+
+
+def chosen_layers(layers: int | str | list[int] | None, count: int) -> set[int]:
+    """The blocks that `S2FTConfig.layers` names in a model of `count` blocks.
+
+    Example:
+        >>> sorted(chosen_layers("last:50%", 6)), sorted(chosen_layers("1-2", 6)), sorted(chosen_layers([-1], 6))
+        ([3, 4, 5], [1, 2], [5])
+    """
+    if layers is None:
+        return set(range(count))
+    wanted = _layer_indices(layers, count)
+    outside = sorted(index for index in wanted if not -count <= index < count)
+    raise_together([f"layers={layers!r} names {outside}; the model has layers 0 to {count - 1}"] if outside else [])
+    return {index % count for index in wanted}
+
+
+def _layer_indices(layers: int | str | list[int], count: int) -> list[int]:
+    if isinstance(layers, int):
+        return [layers]
+    if isinstance(layers, list):
+        return layers
+    match = _LAYERS_PATTERN.fullmatch(layers)
+    assert match is not None  # checked when the config was made
+    if match["lo"]:
+        return list(range(int(match["lo"]), int(match["hi"]) + 1))
+    number = float(match["count"])
+    size = max(1, round(count * number / 100)) if match["percent"] else int(number)
+    return list(range(count - size, count)) if match["end"] == "last" else list(range(size))
+
+
+def _ratio_problems(ratios: Any) -> Iterator[str]:
+    if ratios is None:
+        return
+    if not isinstance(ratios, dict):
+        if not _is_fraction(ratios):
+            yield f"ratios={ratios!r} is outside (0, 1]"
+        return
+    if not ratios:
+        yield "ratios={} names no projection; choose from " + ", ".join(PROJECTIONS)
+    for name, ratio in ratios.items():
+        if name not in PROJECTIONS:
+            yield f"ratios names the projection {name!r}, which is unknown; choose from {', '.join(PROJECTIONS)}"
+        if not _is_fraction(ratio):
+            yield f"ratios[{name!r}]={ratio!r} is outside (0, 1]"
+
+
+def _layer_list_problems(config: S2FTConfig) -> Iterator[str]:
+    if config.layers is not None and config.layers_to_transform is not None:
+        yield f"layers={config.layers!r} and layers_to_transform={config.layers_to_transform!r} are both given; give one"
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                yield f"{name} cannot be used when target_modules={config.target_modules!r} is a string (a pattern)"
+    if config.layers_pattern and not config.layers_to_transform and config.layers_to_transform != 0:
+        yield f"layers_pattern={config.layers_pattern!r} needs layers_to_transform"
+
+
+def _is_fraction(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and 0 < value <= 1
+
+
+def _is_layers(value: Any) -> bool:
+    if isinstance(value, str):
+        match = _LAYERS_PATTERN.fullmatch(value)
+        if match is None:
+            return False
+        if match["lo"]:
+            return int(match["lo"]) <= int(match["hi"])
+        number = float(match["count"])
+        return 0 < number <= 100 if match["percent"] else number >= 1 and number.is_integer()
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(index, int) for index in value)
+    return isinstance(value, int) and not isinstance(value, bool)

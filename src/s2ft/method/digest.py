@@ -1,0 +1,59 @@
+"""A digest of the base weights that an adapter changes: was it made for this base?
+
+The digest of a slice is SHA-256 over its shape and its values rounded to bfloat16, cut to 128 bits. Rounding makes a float32 and a bfloat16 copy of
+the same checkpoint agree. Weights without values (device meta) or in integer form (quantised) have no digest and are not checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from s2ft.errors import S2FTError
+
+_ANY_BASE = ContextVar("s2ft_any_base", default=False)
+
+
+def slice_digest(base_slice: Tensor) -> str | None:
+    """32 hex digits; None where there is nothing to digest.
+
+    Example:
+        >>> weight = torch.arange(6.0).view(2, 3)
+        >>> slice_digest(weight) == slice_digest(weight.bfloat16()), slice_digest(weight) == slice_digest(weight.T)
+        (True, False)
+    """
+    if base_slice.is_meta or not base_slice.is_floating_point():
+        return None
+    values = base_slice.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2")
+    return hashlib.sha256(f"{tuple(base_slice.shape)}".encode() + values.tobytes()).hexdigest()[:32]
+
+
+@contextmanager
+def any_base() -> Iterator[None]:
+    """Adapters are put onto whatever base is there, without the check that they were made for it.
+
+    Example:
+        >>> with any_base():
+        ...     pass  # model = PeftModel.from_pretrained(other_base, "adapter")
+    """
+    token = _ANY_BASE.set(True)
+    try:
+        yield
+    finally:
+        _ANY_BASE.reset(token)
+
+
+def check_base(expected: dict[str, str], found: dict[str, str | None], base: str | None) -> None:
+    """Raises `S2FTError` where a digest of the base differs from the adapter's, unless inside `any_base()`."""
+    differing = [path for path, digest in expected.items() if found.get(path) not in (None, digest)]
+    if differing and not _ANY_BASE.get():
+        raise S2FTError(
+            f"this adapter was made for another base{f' ({base})' if base else ''}: {len(differing)} of {len(expected)} modules hold other "
+            f"weights than it was trained on, the first is {differing[0]}. Load its own base, or load inside `with s2ft.any_base():` "
+            "if you know better."
+        )

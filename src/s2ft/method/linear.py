@@ -1,0 +1,289 @@
+"""The trained slice of one linear layer: forward, partial back-propagation, merge.
+
+The base layer stays a plain layer; the adapter adds what the delta V of its s chosen channels adds to the output.
+
+    input side (o, down)     y = base(x);  y += x[..., idx] Vᵀ       V: [out_features, s]    ΔW[:, idx] = V
+    output side (q, ..., up) y = base(x);  y[..., idx] += x Vᵀ       V: [s, in_features]     ΔW[idx, :] = V
+
+Backward (S²FT paper, §3.3) computes the slice's gradient alone. The input side keeps a copy of the s selected activations and nothing else; the
+output side needs the layer's input, which its neighbours share. The slice's share of the input gradient is added onto the base layer's own, in
+place: hence `x` passes through a *tap* on its way into the base layer, whose backward receives the base layer's gradient as a fresh tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from s2ft.errors import S2FTError
+from s2ft.method.selection import Slice
+from s2ft.method.structure import as_matrix, features, linear_layer, weight_matrix
+
+
+class _SelectTap(Function):
+    """x → (x, x[..., idx]); backward scatters the second gradient onto the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(indices)
+        return x.view_as(x), x.index_select(-1, indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor, grad_selected: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return grad_x.index_add_(-1, indices, grad_selected), None
+
+
+class _ProjectTap(Function):
+    """x → (x, x Vᵀ); backward adds the product's input gradient onto the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, delta)
+        return x.view_as(x), F.linear(x, delta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor, grad_product: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, delta = ctx.saved_tensors
+        rows = grad_product.reshape(-1, grad_product.shape[-1])
+        grad_delta = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_x.contiguous()
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(rows, delta)
+        return grad_x, grad_delta
+
+
+class _AddProduct(Function):
+    """y += selected Vᵀ, in place; keeps `selected` and V."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, selected: Tensor, delta: Tensor) -> Tensor:
+        ctx.save_for_backward(selected, delta)
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(selected.view(-1, selected.shape[-1]), delta.T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        selected, delta = ctx.saved_tensors
+        rows = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_selected = (rows @ delta).view_as(selected) if ctx.needs_input_grad[1] else None
+        grad_delta = rows.T @ selected.view(-1, selected.shape[-1]) if ctx.needs_input_grad[2] else None
+        return grad_y, grad_selected, grad_delta
+
+
+class S2FTBlock(nn.Module):
+    """One adapter's slice of one layer: `weight`, the delta V, and `indices`, its channels.
+
+    A module rather than a parameter, so that names end in `.weight` below the adapter's name: TRL copies a reference adapter by them.
+    """
+
+    weight: nn.Parameter
+    indices: Tensor  # [s], int64
+
+    def __init__(
+        self,
+        chosen: Slice,
+        across: int,  # features on the side that is not sliced
+        dtype: torch.dtype = torch.float32,
+        zero: bool = True,
+    ) -> None:
+        super().__init__()
+        self.side = chosen.side
+        self.chosen = str(chosen)
+        count = len(chosen.indices)
+        shape = (across, count) if chosen.side == "in" else (count, across)
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype) if zero else 0.02 * torch.randn(shape, dtype=dtype))
+        self.register_buffer("indices", torch.from_numpy(chosen.indices.copy()))
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the weight matrix [out_features, in_features] that `indices` select along."""
+        return 1 if self.side == "in" else 0
+
+    def tap(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # x: [*, in_features]
+        """What goes into the base layer, and what goes around it: x[..., idx] or x Vᵀ."""
+        if self.side == "in":
+            if _eager_grad(x):
+                x, selected = _SelectTap.apply(x, self.indices)  # type: ignore[no-untyped-call]
+            else:
+                selected = x.index_select(-1, self.indices)
+            return x, selected.to(dtype)
+        delta, source = self.weight.to(dtype), x.to(dtype)
+        if source is x and _eager_grad(x):
+            taped: tuple[Tensor, Tensor] = _ProjectTap.apply(x, delta)  # type: ignore[no-untyped-call]
+            return taped
+        return x, F.linear(source, delta)
+
+    def add_to(self, y: Tensor, around: Tensor) -> Tensor:  # y: [*, out_features]
+        """Adds the slice's contribution to the base layer's output, in place where autograd allows."""
+        if self.side == "out":
+            return y.index_add(-1, self.indices, around) if _is_compiling() else y.index_add_(-1, self.indices, around)
+        delta = self.weight.to(y.dtype)
+        if _is_compiling() or not y.is_contiguous():
+            return y + F.linear(around, delta)
+        added: Tensor = _AddProduct.apply(y, around, delta)  # type: ignore[no-untyped-call]
+        return added
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Indices follow from the config: a file that holds others is refused."""
+        found = state_dict.get(prefix + "indices")
+        if found is not None and not found.is_meta:
+            expected = Slice.parse(self.chosen).indices
+            if found.numel() != len(expected) or not bool((found.cpu() == torch.from_numpy(expected)).all()):
+                raise S2FTError(f"{prefix}indices differ from the slice {self.chosen!r} in the adapter's config")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}, channels={self.indices.numel()}"
+
+
+class S2FTLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with a trained slice for each adapter (PEFT's tuner layer)."""
+
+    adapter_layer_names = ("s2ft_block",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, chosen: Slice, **options: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        linear = linear_layer(base_layer)
+        if linear is None:
+            raise S2FTError(f"{type(base_layer).__name__} is no linear layer; s2ft slices linear layers")
+        self.in_features, self.out_features = features(linear)
+        self.s2ft_block = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._stash: list[Tensor] = []  # of each merged adapter, in order: the base slice before it
+        self.update_layer(adapter_name, chosen, **options)
+
+    def update_layer(
+        self, adapter_name: str, chosen: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
+    ) -> None:
+        """Adds an adapter with the slice `chosen`."""
+        size, across = (self.in_features, self.out_features) if chosen.side == "in" else (self.out_features, self.in_features)
+        if chosen.indices[-1] >= size:
+            raise S2FTError(f"the slice {str(chosen)!r} reaches past the {size} channels of the layer's {chosen.side}put side")
+        dtype = torch.float64 if self.get_base_layer().weight.dtype == torch.float64 else torch.float32
+        self.s2ft_block[adapter_name] = S2FTBlock(chosen, across, dtype, zero=init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """x: [*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter, or `__base__`."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        blocks = [self._block(name) for name in self.active_adapters if name in self.s2ft_block]
+        return self._with_slices(x, blocks, *args, **kwargs)
+
+    def _with_slices(self, x: Tensor, blocks: list[S2FTBlock], *args: Any, **kwargs: Any) -> Tensor:
+        dtype = self._compute_dtype(x)
+        around = []
+        for block in blocks:
+            x, part = block.tap(x, dtype)
+            around.append(part)
+        y = self.base_layer(x, *args, **kwargs)
+        for block, part in zip(blocks, around, strict=True):
+            y = block.add_to(y, part.to(y.dtype))
+        return y
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the base layer's output: autocast's, else the input's."""
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise S2FTError(f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; they must be as many")
+        if self.merged:
+            raise S2FTError(f"adapter_names cannot be used while {self.merged_adapters} are merged; call unmerge_adapter first")
+        y = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.s2ft_block:
+                continue
+            rows = torch.tensor([row for row, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            _, around = self._block(name).tap(x.index_select(0, rows), y.dtype)
+            y = y.index_copy(0, rows, self._block(name).add_to(y.index_select(0, rows), around))
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the active (or named) adapters' slices into the base weight; what was there is stashed for `unmerge`.
+
+        Args:
+            safe_merge: Check that the new values are finite before any is written.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.s2ft_block:
+                continue
+            block = self._block(name)
+            base = self.base_slice(block)
+            merged = (base.to(block.weight.dtype) + block.weight.data).to(base.dtype)
+            if safe_merge and not merged.isfinite().all():
+                raise S2FTError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._write(block, merged)
+            self._stash.append(base)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Puts the stashed base slices back, last merged first: bit for bit what they were."""
+        while self.merged_adapters:
+            self._write(self._block(self.merged_adapters.pop()), self._stash.pop())
+
+    def base_slice(self, block: S2FTBlock) -> Tensor:  # a copy, shaped like block.weight
+        """The base weight's own values where `block` has its delta."""
+        return self._plain_weight().index_select(block.dim, block.indices)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion and tests, never on a hot path."""
+        block = self._block(adapter)
+        base = self.get_base_layer()
+        delta = torch.zeros(base.weight.shape, dtype=block.weight.dtype, device=block.weight.device)
+        as_matrix(base, delta).index_copy_(block.dim, block.indices, block.weight.detach())
+        return delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """ΔW has rank s at most, so PEFT's `convert_to_lora` is exact from rank s on."""
+        return True
+
+    def _block(self, adapter_name: str) -> S2FTBlock:
+        block = self.s2ft_block[adapter_name]
+        assert isinstance(block, S2FTBlock)
+        return block
+
+    def _plain_weight(self) -> Tensor:
+        weight = weight_matrix(self.get_base_layer()).data
+        if not weight.is_floating_point() or weight.shape != (self.out_features, self.in_features):
+            raise S2FTError(
+                f"the base layer is quantised ({type(self.get_base_layer()).__name__}); s2ft trains on it, but merges into plain weights only"
+            )
+        return weight
+
+    def _write(self, block: S2FTBlock, values: Tensor) -> None:
+        weight = self._plain_weight()
+        weight.index_copy_(block.dim, block.indices.to(weight.device), values.to(weight.device, weight.dtype))
+
+    def __repr__(self) -> str:
+        return "s2ft." + super().__repr__()
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def _eager_grad(x: Tensor) -> bool:
+    """Whether the taps pay: a compiler fuses the plain operations by itself, and without a gradient there is nothing to add to."""
+    return not _is_compiling() and torch.is_grad_enabled() and x.requires_grad

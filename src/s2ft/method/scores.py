@@ -1,0 +1,244 @@
+"""How important a head or an FFN channel is: the scores that selection ranks (S²FT paper, appendix D).
+
+    random      R   a hash of (seed, structure, unit), uniform in [0, 1)
+    weight      W   ‖the unit's weights in all projections of its structure‖
+    activation  A   ‖what the unit feeds into o or down‖, root mean square over tokens
+    product     S   W · A
+    gradient    G   ‖∂loss/∂(the unit's weights)‖, squared and summed over the batches
+
+The paper leaves open how scores combine over q, k, v and o, over a head's dimensions, and over tokens. Taken here: the Frobenius norm over
+all weights of the unit, in every projection of its structure, trained or not (a key-value head's weights count for each query head
+of its group); over tokens the root mean square without padding; over batches the root of the sum of squared batch gradients, which
+cannot cancel. A, S and G keep running sums only, and G frees each weight's gradient as soon as it is summed.
+
+Sums run in float64 and end in float32: what differs in the last digits between machines does not change the ranking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from s2ft.errors import S2FTError
+from s2ft.method.structure import Projection, Structure, as_matrix, features, linear_layer, weight_matrix
+
+Scores = dict[str, NDArray[np.float32]]  # key of the structure → [units]
+Batch = Mapping[str, Any]
+
+NEEDS_DATA = ("activation", "product", "gradient")
+_CHUNK = 1 << 19  # elements squared at once: small enough to stay in a core's cache
+
+
+def score_units(
+    strategy: str, structures: list[Structure], model: nn.Module, batches: Iterable[Batch] | None = None, seed: int = 0
+) -> Scores:
+    """Scores every unit of every structure; a structure is looked up by `key(structure)`.
+
+    Args:
+        batches: What the model is called with (`model(**batch)`); read once. `labels` default to the input without padding.
+
+    Raises:
+        S2FTError: if the strategy needs data and there is none, or it needs weights that are not floating point.
+    """
+    if strategy == "random":
+        return {key(s): random_scores(seed, key(s), s.units) for s in structures}
+    if strategy == "weight":
+        return {key(s): _root(weight_squares(s, model)) for s in structures}
+    if batches is None:
+        raise S2FTError(
+            f"strategy={strategy!r} needs data: call s2ft.select(model, config, batches) and use the config of what it returns"
+        )
+    if strategy == "gradient":
+        return {name: _root(sums) for name, sums in gradient_squares(structures, model, batches).items()}
+    activation = {name: _root(sums) for name, sums in activation_squares(structures, model, batches).items()}
+    if strategy == "activation":
+        return activation
+    return {key(s): activation[key(s)] * _root(weight_squares(s, model)) for s in structures}
+
+
+def key(structure: Structure) -> str:
+    """Names a structure: path and kind, since one module may hold an attention and an MLP."""
+    return f"{structure.path}:{structure.kind}"
+
+
+def random_scores(seed: int, name: str, units: int) -> NDArray[np.float32]:  # [units] in [0, 1)
+    """The same on every machine and under every version of torch and NumPy: SHAKE-128 of the seed and the name.
+
+    Example:
+        >>> random_scores(0, "mlp", 3).round(3).tolist() == random_scores(0, "mlp", 5).round(3).tolist()[:3]
+        True
+    """
+    stream = hashlib.shake_128(f"{seed}/{name}".encode()).digest(4 * units)
+    return (np.frombuffer(stream, dtype="<u4") >> 8).astype(np.float32) / np.float32(1 << 24)
+
+
+def weight_squares(structure: Structure, model: nn.Module) -> Tensor:  # [units], float64
+    """The squared Frobenius norm of each unit's weights in all projections."""
+    total = torch.zeros(structure.units, dtype=torch.float64)
+    for projection in structure.projections:
+        weight = weight_matrix(_floating(projection, model))
+        total += unit_sums(_channel_squares(weight.detach(), projection), projection, structure.units)
+    return total
+
+
+def activation_squares(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """The mean square of each unit's activations on their way into o or down (any linear layer's input where there is no coupling)."""
+    inputs = {key(s): next(p for p in s.projections if p.side == "in") for s in structures}
+    sums = {key(s): torch.zeros(s.units, dtype=torch.float64) for s in structures}
+    units = {key(s): s.units for s in structures}
+    tokens = dict.fromkeys(sums, 0)
+    mask: Tensor | None = None
+
+    def add(name: str, x: Tensor) -> None:  # x: [*, in_features]
+        kept = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+        squares = kept.detach().float().square().sum(0, dtype=torch.float64).cpu()
+        sums[name] += unit_sums(squares[_channels(inputs[name])], inputs[name], units[name])
+        tokens[name] += len(kept)
+
+    with ExitStack() as stack:
+        for name, projection in inputs.items():
+            layer = _linear(projection, model)
+            hook = layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+            stack.callback(hook.remove)
+        stack.enter_context(_frozen_eval(model))
+        stack.enter_context(torch.no_grad())
+        for batch in _on_device(batches, model):
+            padding = batch.get("attention_mask")
+            mask = padding.bool() if padding is not None and padding.dim() == 2 else None
+            model(**batch)
+    if not all(tokens.values()):
+        raise S2FTError("the calibration data holds no batch with a token")
+    return {name: total / tokens[name] for name, total in sums.items()}
+
+
+def gradient_squares(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """The squared norm of the loss's gradient to each unit's weights, summed over batches. No weight is changed."""
+    sums = {key(s): torch.zeros(s.units, dtype=torch.float64) for s in structures}
+    seen = 0
+
+    def collect(layer: nn.Module, uses: list[tuple[Structure, Projection]]) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = as_matrix(layer, parameter.grad)
+            parameter.grad = None
+            for structure, projection in uses:
+                sums[key(structure)] += unit_sums(_channel_squares(gradient, projection), projection, structure.units)
+
+        return add
+
+    with ExitStack() as stack:
+        stack.enter_context(_frozen_eval(model))
+        for layer, uses in _uses_by_layer(structures, model):
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight.requires_grad_(True)
+            stack.callback(weight.register_post_accumulate_grad_hook(collect(layer, uses)).remove)
+        stack.enter_context(torch.enable_grad())
+        for batch in _on_device(batches, model):
+            _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            seen += 1
+    if not seen:
+        raise S2FTError("the calibration data holds no batch")
+    return sums
+
+
+def unit_sums(channels: Tensor, projection: Projection, units: int) -> Tensor:  # [units * width] → [units]
+    """Sums over each unit's channels; a key-value head's sum goes to every query head of its group."""
+    return channels.view(projection.units, projection.width).sum(1).repeat_interleave(units // projection.units)
+
+
+def _channel_squares(weight: Tensor, projection: Projection) -> Tensor:  # [out, in] → [units * width], float64
+    channels = _channels(projection)
+    weight = weight[channels] if projection.side == "out" else weight[:, channels]
+    return _square_sums(weight, over="in" if projection.side == "out" else "out").cpu()
+
+
+def _square_sums(weight: Tensor, over: str) -> Tensor:  # [out, in] → [in] or [out], float64
+    """Chunked by rows, so that the float32 copies stay in cache: 7B weights take about two seconds on two cores."""
+    chunks = weight.split(max(1, _CHUNK // max(1, weight.shape[1])))
+    if over == "in":
+        return torch.cat([chunk.float().square_().sum(1, dtype=torch.float64) for chunk in chunks])
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for chunk in chunks:
+        total += chunk.float().square_().sum(0, dtype=torch.float64)
+    return total
+
+
+def _channels(projection: Projection) -> slice:
+    return slice(projection.offset, projection.offset + projection.units * projection.width)
+
+
+def _root(squares: Tensor) -> NDArray[np.float32]:
+    root: NDArray[np.float32] = squares.sqrt().float().numpy()
+    if not np.isfinite(root).all():
+        raise S2FTError("a score is not finite: the weights, activations or gradients of the model overflow or hold NaN")
+    return root
+
+
+def _linear(projection: Projection, model: nn.Module) -> nn.Module:
+    layer = linear_layer(model.get_submodule(projection.module))
+    assert layer is not None
+    return layer
+
+
+def _floating(projection: Projection, model: nn.Module) -> nn.Module:
+    layer = _linear(projection, model)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if not weight.is_floating_point() or weight.shape.numel() != features(layer)[0] * features(layer)[1]:
+        raise S2FTError(
+            f"{projection.module} is quantised ({weight.dtype}); the strategies weight, product and gradient read plain weights. "
+            "Choose strategy='random' or 'activation'."
+        )
+    if weight.is_meta:
+        raise S2FTError(f"{projection.module} has no values (device meta); only strategy='random' works without them")
+    return layer
+
+
+def _uses_by_layer(structures: list[Structure], model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[Structure, Projection]]]]:
+    uses: dict[str, list[tuple[Structure, Projection]]] = {}
+    for structure in structures:
+        for projection in structure.projections:
+            uses.setdefault(projection.module, []).append((structure, projection))
+    for parts in uses.values():
+        yield _floating(parts[0][1], model), parts
+
+
+def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    if "labels" not in batch:
+        labels = batch["input_ids"]
+        if batch.get("attention_mask") is not None:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+        batch = {**batch, "labels": labels}
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Any]]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+@contextmanager
+def _frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter that wants a gradient; both, and any gradients held, are put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _, _ in wanted:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, gradient in wanted:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient

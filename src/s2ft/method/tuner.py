@@ -1,0 +1,144 @@
+"""`S2FTModel`: S²FT as a PEFT tuner. Everything a PEFT user knows works from here on.
+
+    get_peft_model(model, S2FTConfig(...))  →  select  →  S2FTLinear in place of each chosen layer  →  train, save, load, merge
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from s2ft.errors import raise_together
+from s2ft.method.config import S2FTConfig
+from s2ft.method.digest import check_base, slice_digest
+from s2ft.method.linear import S2FTLinear
+from s2ft.method.registration import PREFIX
+from s2ft.method.selection import Slice, select
+from s2ft.method.structure import features, linear_layer, weight_matrix
+
+BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
+
+
+class S2FTModel(BaseTuner):
+    """Puts the trained slices of `config` into `model` and freezes the rest.
+
+    Usually made by `peft.get_peft_model`.
+
+    Raises:
+        S2FTError: before anything is changed, if the config cannot be met or an adapter was made for another base.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = S2FTLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; targets are read off the model instead
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Resolves the config (which channels?), checks the base, and puts the layers in."""
+        config = select(model, self.peft_config[adapter_name]).config
+        _check_modules(model, config)
+        digests = _base_digests(model, config)
+        check_base(config.base_digest or {}, digests, config.base_model_name_or_path)
+        if config.base_digest is None:
+            known = {path: digest for path, digest in digests.items() if digest is not None}
+            config = replace(config, base_digest=known or None)
+        self.peft_config[adapter_name] = config
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _check_target_module_exists(config: S2FTConfig, key: str) -> bool:
+        return key in (config.slices or {})
+
+    def _create_and_replace(
+        self, config: S2FTConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str, **_: Any
+    ) -> None:
+        chosen = Slice.parse((config.slices or {})[current_key])
+        options = {"init_weights": config.init_weights, "inference_mode": config.inference_mode}
+        if isinstance(target, S2FTLinear):
+            target.update_layer(adapter_name, chosen, **options)
+            return
+        layer = S2FTLinear(target, adapter_name, chosen, **options)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained by itself
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names` (one per row of the batch) to every adapted layer for the time of one call."""
+        names = kwargs.pop("adapter_names", None)
+        with ExitStack() as stack:
+            if names is not None:
+                self._check_adapter_names(names)
+                beams = kwargs.get("num_beams") or 1
+                encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
+                unrepeated = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
+                for module in self.modules():
+                    if isinstance(module, S2FTLinear | AuxiliaryTrainingWrapper):
+                        rows = names if module in unrepeated else [name for name in names for _ in range(beams)]
+                        stack.callback(module.register_forward_pre_hook(_give(rows), with_kwargs=True).remove)
+            yield
+
+    def _check_adapter_names(self, names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(names, list | tuple):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        unknown = sorted(set(names) - {BASE} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+
+def _give(names: list[str]) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
+    return hook
+
+
+def _check_modules(model: nn.Module, config: S2FTConfig) -> None:
+    """Every module that a slice names is there, is linear, and has the slice's channels."""
+    modules = dict(model.named_modules())
+    raise_together(
+        problem for path, text in (config.slices or {}).items() if (problem := _slice_problem(modules.get(path), path, text))
+    )
+
+
+def _slice_problem(module: nn.Module | None, path: str, text: str) -> str | None:
+    linear = None if module is None else linear_layer(module)
+    if linear is None:
+        return f"the adapter changes {path}, which is no linear layer of this model"
+    chosen = Slice.parse(text)
+    size = features(linear)[0 if chosen.side == "in" else 1]
+    if chosen.indices[-1] >= size:
+        return f"the adapter changes channel {chosen.indices[-1]} of {path}, whose {chosen.side}put side has {size} channels"
+    return None
+
+
+def _base_digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
+    """Module → digest of the base slice that the config's slice changes; None where it holds a merged adapter or has no plain values."""
+    digests: dict[str, str | None] = {}
+    for path, text in (config.slices or {}).items():
+        module = model.get_submodule(path)
+        merged = isinstance(module, BaseTunerLayer) and module.merged
+        linear = linear_layer(module)
+        assert linear is not None
+        digests[path] = None if merged else _digest(linear, Slice.parse(text))
+    return digests
+
+
+def _digest(linear: nn.Module, chosen: Slice) -> str | None:
+    weight = weight_matrix(linear)
+    if weight.is_meta or not weight.is_floating_point():
+        return None
+    indices = torch.from_numpy(chosen.indices).to(weight.device)
+    return slice_digest(weight.index_select(1 if chosen.side == "in" else 0, indices))
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
