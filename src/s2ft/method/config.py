@@ -40,18 +40,21 @@ class S2FTConfig(PeftConfig):
             FFN channels for gate, up and down. Give `ratios` or `budget`, not both.
         budget: Fraction of the model's parameters to train, split evenly over the targets. The default is 0.01 on
             `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it.
-        strategy: `random`, `weight` (norm of the weights), `activation` (norm of the activations), `product` of both, or
-            `gradient` (norm of the gradient). The last three need data: see `s2ft.select`.
+        strategy: `random`, `weight` (norm of the weights), `activation` (norm of the activations), `product` of both,
+            or `gradient` (norm of the gradient). The last three need data: see `s2ft.select`.
         subset: Whether the `largest` or the `smallest` scores are trained.
         seed: Of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
-        allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole model.
+        allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole
+            model.
         layers: The blocks to train: an index, a list of them, a range `"8-15"`, `"last:50%"` or `"first:4"`.
         avoid: Adapters whose channels are not to be chosen: names on the same model, folders, or Hub names.
-        target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels; any other
-            linear layer by its input channels. None targets the projections that `ratios` names, else o and down.
+        target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels;
+            any other linear layer by its input channels. None targets the projections that `ratios` names, else o and
+            down.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save, trainable_token_indices: As in LoRA.
         init_weights: False draws random deltas, so that a fresh adapter already changes the output.
-        slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see `s2ft.method.selection`).
+        slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see
+            `s2ft.method.selection`).
         base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
 
     Raises:
@@ -74,8 +77,12 @@ class S2FTConfig(PeftConfig):
     allocation: str = field(default="uniform", metadata={"help": " | ".join(ALLOCATIONS)})
     layers: int | str | list[int] | None = field(default=None, metadata={"help": "Blocks to train"})
     avoid: list[str] | None = field(default=None, metadata={"help": "Adapters whose channels are not to be chosen"})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to train a slice of"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone"})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to train a slice of"}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone"}
+    )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to train"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole"})
@@ -162,7 +169,8 @@ def _ratio_problems(ratios: Any) -> Iterator[str]:
 
 def _layer_list_problems(config: S2FTConfig) -> Iterator[str]:
     if config.layers is not None and config.layers_to_transform is not None:
-        yield f"layers={config.layers!r} and layers_to_transform={config.layers_to_transform!r} are both given; give one"
+        given = f"layers={config.layers!r} and layers_to_transform={config.layers_to_transform!r}"
+        yield f"{given} are both given; give one"
     if isinstance(config.target_modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:

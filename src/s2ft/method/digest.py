@@ -1,7 +1,8 @@
 """A digest of the base weights that an adapter changes: was it made for this base?
 
-The digest of a slice is SHA-256 over its shape and its values rounded to bfloat16, cut to 128 bits. Rounding makes a float32 and a bfloat16 copy of
-the same checkpoint agree. Weights without values (device meta) or in integer form (quantised) have no digest and are not checked.
+The digest of a slice is SHA-256 over its shape and its values rounded to bfloat16, cut to 128 bits. Rounding makes a
+float32 and a bfloat16 copy of the same checkpoint agree. Weights without values (device meta) or in integer form
+(quantised) have no digest and are not checked.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def check_base(expected: dict[str, str], found: dict[str, str | None], base: str
     differing = [path for path, digest in expected.items() if found.get(path) not in (None, digest)]
     if differing and not _ANY_BASE.get():
         raise S2FTError(
-            f"this adapter was made for another base{f' ({base})' if base else ''}: {len(differing)} of {len(expected)} modules hold other "
-            f"weights than it was trained on, the first is {differing[0]}. Load its own base, or load inside `with s2ft.any_base():` "
-            "if you know better."
+            f"this adapter was made for another base{f' ({base})' if base else ''}: {len(differing)} of {len(expected)} "
+            f"modules hold other weights than it was trained on, the first is {differing[0]}. Load its own base, or load "
+            "inside `with s2ft.any_base():` if you know better."
         )

@@ -5,9 +5,10 @@ The base layer stays a plain layer; the adapter adds what the delta V of its s c
     input side (o, down)     y = base(x);  y += x[..., idx] Vᵀ       V: [out_features, s]    ΔW[:, idx] = V
     output side (q, ..., up) y = base(x);  y[..., idx] += x Vᵀ       V: [s, in_features]     ΔW[idx, :] = V
 
-Backward (S²FT paper, §3.3) computes the slice's gradient alone. The input side keeps a copy of the s selected activations and nothing else; the
-output side needs the layer's input, which its neighbours share. The slice's share of the input gradient is added onto the base layer's own, in
-place: hence `x` passes through a *tap* on its way into the base layer, whose backward receives the base layer's gradient as a fresh tensor.
+Backward (S²FT paper, §3.3) computes the slice's gradient alone. The input side keeps a copy of the s selected
+activations and nothing else; the output side needs the layer's input, which its neighbours share. The slice's share of
+the input gradient is added onto the base layer's own, in place: hence `x` passes through a *tap* on its way into the base
+layer, whose backward receives the base layer's gradient as a fresh tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from s2ft.errors import S2FTError
-from s2ft.method.selection import Slice
+from s2ft.method.slices import Slice
 from s2ft.method.structure import as_matrix, features, linear_layer, weight_matrix
 
 
@@ -81,10 +82,27 @@ class _AddProduct(Function):
         return grad_y, grad_selected, grad_delta
 
 
+class _AddAt(Function):
+    """y[..., idx] += product, in place; keeps neither."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, product: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.mark_dirty(y)
+        return y.index_add_(-1, indices, product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return grad_y, grad_y.index_select(-1, indices), None
+
+
 class S2FTBlock(nn.Module):
     """One adapter's slice of one layer: `weight`, the delta V, and `indices`, its channels.
 
-    A module rather than a parameter, so that names end in `.weight` below the adapter's name: TRL copies a reference adapter by them.
+    A module rather than a parameter, so that names end in `.weight` below the adapter's name: TRL copies a reference
+    adapter by them.
     """
 
     weight: nn.Parameter
@@ -114,24 +132,25 @@ class S2FTBlock(nn.Module):
         """What goes into the base layer, and what goes around it: x[..., idx] or x Vᵀ."""
         if self.side == "in":
             if _eager_grad(x):
-                x, selected = _SelectTap.apply(x, self.indices)  # type: ignore[no-untyped-call]
+                x, selected = _SelectTap.apply(x, self.indices)
             else:
                 selected = x.index_select(-1, self.indices)
             return x, selected.to(dtype)
         delta, source = self.weight.to(dtype), x.to(dtype)
         if source is x and _eager_grad(x):
-            taped: tuple[Tensor, Tensor] = _ProjectTap.apply(x, delta)  # type: ignore[no-untyped-call]
+            taped: tuple[Tensor, Tensor] = _ProjectTap.apply(x, delta)
             return taped
         return x, F.linear(source, delta)
 
     def add_to(self, y: Tensor, around: Tensor) -> Tensor:  # y: [*, out_features]
         """Adds the slice's contribution to the base layer's output, in place where autograd allows."""
-        if self.side == "out":
-            return y.index_add(-1, self.indices, around) if _is_compiling() else y.index_add_(-1, self.indices, around)
-        delta = self.weight.to(y.dtype)
-        if _is_compiling() or not y.is_contiguous():
-            return y + F.linear(around, delta)
-        added: Tensor = _AddProduct.apply(y, around, delta)  # type: ignore[no-untyped-call]
+        in_place = not _is_compiling() and y.is_contiguous()
+        added: Tensor
+        if self.side == "in":
+            delta = self.weight.to(y.dtype)
+            added = _AddProduct.apply(y, around, delta) if in_place else y + F.linear(around, delta)
+        else:
+            added = _AddAt.apply(y, around, self.indices) if in_place else y.index_add(-1, self.indices, around)
         return added
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -170,16 +189,20 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self, adapter_name: str, chosen: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
     ) -> None:
         """Adds an adapter with the slice `chosen`."""
-        size, across = (self.in_features, self.out_features) if chosen.side == "in" else (self.out_features, self.in_features)
+        size, across = (
+            (self.in_features, self.out_features) if chosen.side == "in" else (self.out_features, self.in_features)
+        )
         if chosen.indices[-1] >= size:
-            raise S2FTError(f"the slice {str(chosen)!r} reaches past the {size} channels of the layer's {chosen.side}put side")
+            raise S2FTError(
+                f"the slice {str(chosen)!r} reaches past the {size} channels of the layer's {chosen.side}put side"
+            )
         dtype = torch.float64 if self.get_base_layer().weight.dtype == torch.float64 else torch.float32
         self.s2ft_block[adapter_name] = S2FTBlock(chosen, across, dtype, zero=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """x: [*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter, or `__base__`."""
+        """[*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter or `__base__`."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -208,9 +231,13 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
-            raise S2FTError(f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; they must be as many")
+            raise S2FTError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; they must be as many"
+            )
         if self.merged:
-            raise S2FTError(f"adapter_names cannot be used while {self.merged_adapters} are merged; call unmerge_adapter first")
+            raise S2FTError(
+                f"adapter_names cannot be used while {self.merged_adapters} are merged; call unmerge_adapter first"
+            )
         y = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name not in self.s2ft_block:
@@ -248,11 +275,10 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         return self._plain_weight().index_select(block.dim, block.indices)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion and tests, never on a hot path."""
+        """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion, never on a hot path."""
         block = self._block(adapter)
-        base = self.get_base_layer()
-        delta = torch.zeros(base.weight.shape, dtype=block.weight.dtype, device=block.weight.device)
-        as_matrix(base, delta).index_copy_(block.dim, block.indices, block.weight.detach())
+        delta = torch.zeros_like(self.weight, dtype=block.weight.dtype, device=block.weight.device)
+        as_matrix(self.get_base_layer(), delta).index_copy_(block.dim, block.indices, block.weight.detach())
         return delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -268,7 +294,8 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         weight = weight_matrix(self.get_base_layer()).data
         if not weight.is_floating_point() or weight.shape != (self.out_features, self.in_features):
             raise S2FTError(
-                f"the base layer is quantised ({type(self.get_base_layer()).__name__}); s2ft trains on it, but merges into plain weights only"
+                f"the base layer is quantised ({type(self.get_base_layer()).__name__}); s2ft trains on it, but merges into "
+                "plain weights only"
             )
         return weight
 
@@ -285,5 +312,5 @@ def _is_compiling() -> bool:
 
 
 def _eager_grad(x: Tensor) -> bool:
-    """Whether the taps pay: a compiler fuses the plain operations by itself, and without a gradient there is nothing to add to."""
+    """Whether the taps pay: a compiler fuses by itself, and without a gradient there is nothing to add to."""
     return not _is_compiling() and torch.is_grad_enabled() and x.requires_grad

@@ -2,7 +2,8 @@
 
 PEFT has no plug-in mechanism: `peft.utils.register_peft_method` fills its tables, but only for a member of the enum
 `PeftType`. So the enum gets one member more, once, and everything that looks a method up by its type finds S²FT
-(`get_peft_model`, `PeftModel.from_pretrained`, transformers' `load_adapter`, the key `peft_type` in an adapter's config).
+(`get_peft_model`, `PeftModel.from_pretrained`, transformers' `load_adapter`, the key `peft_type` in an adapter's
+config).
 """
 
 from typing import Any

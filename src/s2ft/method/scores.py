@@ -6,10 +6,11 @@
     product     S   W · A
     gradient    G   ‖∂loss/∂(the unit's weights)‖, squared and summed over the batches
 
-The paper leaves open how scores combine over q, k, v and o, over a head's dimensions, and over tokens. Taken here: the Frobenius norm over
-all weights of the unit, in every projection of its structure, trained or not (a key-value head's weights count for each query head
-of its group); over tokens the root mean square without padding; over batches the root of the sum of squared batch gradients, which
-cannot cancel. A, S and G keep running sums only, and G frees each weight's gradient as soon as it is summed.
+The paper leaves open how scores combine over q, k, v and o, over a head's dimensions, and over tokens. Taken here: the
+Frobenius norm over all weights of the unit, in every projection of its structure, trained or not (a key-value head's
+weights count for each query head of its group); over tokens the root mean square without padding; over batches the root
+of the sum of squared batch gradients, which cannot cancel. A, S and G keep running sums only, and G frees each weight's
+gradient as soon as it is summed.
 
 Sums run in float64 and end in float32: what differs in the last digits between machines does not change the ranking.
 """
@@ -42,7 +43,8 @@ def score_units(
     """Scores every unit of every structure; a structure is looked up by `key(structure)`.
 
     Args:
-        batches: What the model is called with (`model(**batch)`); read once. `labels` default to the input without padding.
+        batches: What the model is called with (`model(**batch)`); read once. `labels` default to the input without
+            padding.
 
     Raises:
         S2FTError: if the strategy needs data and there is none, or it needs weights that are not floating point.
@@ -53,7 +55,7 @@ def score_units(
         return {key(s): _root(weight_squares(s, model)) for s in structures}
     if batches is None:
         raise S2FTError(
-            f"strategy={strategy!r} needs data: call s2ft.select(model, config, batches) and use the config of what it returns"
+            f"strategy={strategy!r} needs data: call s2ft.select(model, config, batches) and use the config it returns"
         )
     if strategy == "gradient":
         return {name: _root(sums) for name, sums in gradient_squares(structures, model, batches).items()}
@@ -89,7 +91,7 @@ def weight_squares(structure: Structure, model: nn.Module) -> Tensor:  # [units]
 
 
 def activation_squares(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """The mean square of each unit's activations on their way into o or down (any linear layer's input where there is no coupling)."""
+    """The mean square of each unit's activations on their way into o or down, or into an uncoupled linear layer."""
     inputs = {key(s): next(p for p in s.projections if p.side == "in") for s in structures}
     sums = {key(s): torch.zeros(s.units, dtype=torch.float64) for s in structures}
     units = {key(s): s.units for s in structures}
@@ -141,7 +143,7 @@ def gradient_squares(structures: list[Structure], model: nn.Module, batches: Ite
             stack.callback(weight.register_post_accumulate_grad_hook(collect(layer, uses)).remove)
         stack.enter_context(torch.enable_grad())
         for batch in _on_device(batches, model):
-            _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            _loss(model, batch).backward()
             seen += 1
     if not seen:
         raise S2FTError("the calibration data holds no batch")
@@ -177,7 +179,7 @@ def _channels(projection: Projection) -> slice:
 def _root(squares: Tensor) -> NDArray[np.float32]:
     root: NDArray[np.float32] = squares.sqrt().float().numpy()
     if not np.isfinite(root).all():
-        raise S2FTError("a score is not finite: the weights, activations or gradients of the model overflow or hold NaN")
+        raise S2FTError("a score is not finite: the model's weights, activations or gradients overflow or hold NaN")
     return root
 
 
@@ -192,15 +194,17 @@ def _floating(projection: Projection, model: nn.Module) -> nn.Module:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if not weight.is_floating_point() or weight.shape.numel() != features(layer)[0] * features(layer)[1]:
         raise S2FTError(
-            f"{projection.module} is quantised ({weight.dtype}); the strategies weight, product and gradient read plain weights. "
-            "Choose strategy='random' or 'activation'."
+            f"{projection.module} is quantised ({weight.dtype}); the strategies weight, product and gradient read plain "
+            "weights. Choose strategy='random' or 'activation'."
         )
     if weight.is_meta:
         raise S2FTError(f"{projection.module} has no values (device meta); only strategy='random' works without them")
     return layer
 
 
-def _uses_by_layer(structures: list[Structure], model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[Structure, Projection]]]]:
+def _uses_by_layer(
+    structures: list[Structure], model: nn.Module
+) -> Iterator[tuple[nn.Module, list[tuple[Structure, Projection]]]]:
     uses: dict[str, list[tuple[Structure, Projection]]] = {}
     for structure in structures:
         for projection in structure.projections:

@@ -2,20 +2,18 @@
 
     structures ─ scores ─→ one ranking per structure ─ ratio ─→ its first units, on each targeted projection ─→ slices
 
-Every projection of a structure takes a prefix of the same ranking, so that its choices nest: the fewer heads of o_proj lie among those of
-v_proj. Where key-value groups are shared and k or v is targeted, groups are ranked by the mean score of their heads and query heads
-within them, so that the query heads chosen belong to the groups chosen.
+Every projection of a structure takes a prefix of the same ranking, so that its choices nest: the fewer heads of o_proj
+lie among those of v_proj. Where key-value groups are shared and k or v is targeted, groups are ranked by the mean score
+of their heads and query heads within them, so that the query heads chosen belong to the groups chosen.
 
-The paper gives every layer the same share. A share of 1.66 heads a layer is kept by rounding its running total (2, 1, 2, 2, 1, ...), which
-spends the budget exactly and leaves no layer out as one draw over the model would.
+The paper gives every layer the same share. A share of 1.66 heads a layer is kept by rounding its running total (2, 1,
+2, 2, 1, ...), which spends the budget exactly and leaves no layer out as one draw over the model would.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,43 +24,12 @@ from torch import nn
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import DEFAULT_BUDGET, S2FTConfig, chosen_layers
 from s2ft.method.scores import Batch, Scores, key, score_units
+from s2ft.method.slices import Indices, Slice
 from s2ft.method.structure import Projection, Structure, features, find_structures, linear_layer, single_linear
 
 DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
 
-Indices = NDArray[np.int64]
 Target = tuple[Structure, Projection]
-
-
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """The trained channels of one linear layer, on its input side (columns of the weight) or its output side (rows).
-
-    Example:
-        >>> str(Slice("in", np.array([3, 17, 18, 19])))
-        'in 3,17-19'
-        >>> Slice.parse("in 3,17-19").indices.tolist()
-        [3, 17, 18, 19]
-    """
-
-    side: str  # "in" | "out"
-    indices: Indices  # [channels], ascending
-
-    def __str__(self) -> str:
-        breaks = np.flatnonzero(np.diff(self.indices) != 1) + 1
-        runs = np.split(self.indices, breaks)
-        return f"{self.side} " + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-    @staticmethod
-    def parse(text: str) -> Slice:
-        """Raises `S2FTError` unless `text` is a side and ascending channels."""
-        if not isinstance(text, str) or not re.fullmatch(r"(in|out) \d+(-\d+)?(,\d+(-\d+)?)*", text):
-            raise S2FTError(f"{text!r} is no slice; expected a side and channels, such as 'in 3,17,40-41'")
-        side, _, runs = text.partition(" ")
-        bounds = [[int(bound) for bound in run.split("-")] for run in runs.split(",")]
-        if any(run[0] > run[-1] for run in bounds) or any(a[-1] >= b[0] for a, b in pairwise(bounds)):
-            raise S2FTError(f"the channels of slice {text!r} do not ascend; each may occur once")
-        return Slice(side, np.concatenate([np.arange(run[0], run[-1] + 1) for run in bounds]))
 
 
 @dataclass(frozen=True)
@@ -78,11 +45,12 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
 
     Args:
         model: Any model with linear layers; nothing in it is changed.
-        batches: Calibration data for the strategies activation, product and gradient (the paper takes 1% of the training data): an
-            iterable of what the model is called with, such as a DataLoader. Read once, only running sums are kept.
+        batches: Calibration data for the strategies activation, product and gradient (the paper takes 1% of the
+            training data): an iterable of what the model is called with, such as a DataLoader. Read once, only running
+            sums are kept.
 
     Raises:
-        S2FTError: if a target is not found, a budget rounds to no slice, `avoid` leaves too few channels, or data is missing.
+        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, or data is missing.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,40 +62,35 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
     if config.is_resolved:
         slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
         return Selection(slices, config)
-    targets, target_modules = find_targets(model, config)
+    targets = find_targets(model, config)
     counts = count_units(targets, config, model)
     seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
     structures = list({key(structure): structure for structure, _ in targets}.values())
     scores = score_units(config.strategy, structures, model, batches, seed or 0)
     avoided = held_channels(model, config.avoid or [])
-    chosen = _choose(targets, counts, scores, config, avoided)
-    slices = _to_slices(chosen)
+    slices = _to_slices(_choose(targets, counts, scores, config, avoided))
     texts = {path: str(chosen) for path, chosen in slices.items()}
-    return Selection(slices, replace(config, slices=texts, seed=seed, target_modules=target_modules))
+    modules = set(slices) if config.target_modules is None else config.target_modules
+    return Selection(slices, replace(config, slices=texts, seed=seed, target_modules=modules))
 
 
-def find_targets(model: nn.Module, config: S2FTConfig) -> tuple[list[Target], set[str] | str]:
-    """The projections to train, in the model's order, and the `target_modules` that name them."""
+def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
+    """The projections to train, in the model's order."""
     structures = find_structures(model, skip_unreadable=config.target_modules is not None)
     if config.target_modules is None:
-        wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
-        _check_present(wanted, structures, config, model)
-        candidates = [(s, p) for s in structures for p in s.projections if p.name in wanted]
-        config = replace(config, target_modules=sorted({p.module for _, p in candidates}))
-        modules = {p.module for _, p in candidates}
+        candidates = _default_candidates(structures, config, model)
+        names = {projection.module.rpartition(".")[2] for _, projection in candidates}
+        config = replace(config, target_modules=names)
     else:
         config = _maybe_include_all_linear_layers(replace(config), model)
-        known = [(s, p) for s in structures for p in s.projections]
-        coupled = {p.module for _, p in known}
-        candidates = known + [(s, s.projections[0]) for s in _uncoupled(model, config, coupled)]
-        modules = config.target_modules
-    targets = [target for target in candidates if check_target_module_exists(config, target[1].module)]
-    targets = _in_layers(targets, config)
+        candidates = [(s, p) for s in structures + _uncoupled(model, config, structures) for p in s.projections]
+    matched = [(s, p) for s, p in candidates if check_target_module_exists(config, p.module)]
+    targets = _in_layers(matched, config)
     if isinstance(config.ratios, dict):
-        targets = [target for target in targets if target[1].name in config.ratios]
+        targets = [(s, p) for s, p in targets if p.name in config.ratios]
     if not targets:
         raise S2FTError(_nothing_found(config, model))
-    return targets, modules if isinstance(modules, str) else set(modules)
+    return targets
 
 
 def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module) -> dict[str, list[int]]:
@@ -184,7 +147,11 @@ def _parameters(projection: Projection, model: nn.Module) -> int:
 
 
 def _choose(
-    targets: Sequence[Target], counts: Mapping[str, list[int]], scores: Scores, config: S2FTConfig, avoided: Mapping[str, Slice]
+    targets: Sequence[Target],
+    counts: Mapping[str, list[int]],
+    scores: Scores,
+    config: S2FTConfig,
+    avoided: Mapping[str, Slice],
 ) -> list[tuple[Projection, Indices]]:
     """Each targeted projection with its chosen units, ascending."""
     grouped = {key(s) for s, p in targets if p.name in ("k_proj", "v_proj")}
@@ -213,16 +180,22 @@ def _rank_keys(
 
 def _pick_uniform(name: str, ranks: list[NDArray[np.float32]], free: list[Indices], counts: list[int]) -> list[Indices]:
     short = [(len(units), wanted) for units, wanted in zip(free, counts, strict=True) if len(units) < wanted]
-    raise_together(f"avoid leaves {left} units of {name} in a layer that is to train {wanted}" for left, wanted in short[:1])
+    raise_together(
+        f"avoid leaves {left} units of {name} in a layer that is to train {wanted}" for left, wanted in short[:1]
+    )
     return [_first(rank, units, wanted) for rank, units, wanted in zip(ranks, free, counts, strict=True)]
 
 
 def _pick_global(name: str, ranks: list[NDArray[np.float32]], free: list[Indices], counts: list[int]) -> list[Indices]:
     total, left = sum(counts), sum(map(len, free))
-    raise_together([f"avoid leaves {left} units of {name} in the whole model, which is to train {total}"] if left < total else [])
+    raise_together(
+        [f"avoid leaves {left} units of {name} in the whole model, which is to train {total}"] if left < total else []
+    )
     layer = np.repeat(np.arange(len(free)), [len(units) for units in free])
     unit = np.concatenate(free)
-    first = _first(np.concatenate([rank[:, units] for rank, units in zip(ranks, free, strict=True)], axis=1), None, total)
+    first = _first(
+        np.concatenate([rank[:, units] for rank, units in zip(ranks, free, strict=True)], axis=1), None, total
+    )
     return [np.sort(unit[first[layer[first] == index]]) for index in range(len(free))]
 
 
@@ -259,7 +232,9 @@ def _load_config(adapter: str) -> S2FTConfig:
     try:
         config = S2FTConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise S2FTError(f"avoid names {adapter!r}, which is no folder or Hub name of an S2FT adapter: {error}") from error
+        raise S2FTError(
+            f"avoid names {adapter!r}, which is no folder or Hub name of an S2FT adapter: {error}"
+        ) from error
     if not isinstance(config, S2FTConfig) or not config.is_resolved:
         raise S2FTError(f"avoid names {adapter!r}, which is not a trained S2FT adapter")
     return config
@@ -273,18 +248,24 @@ def _to_slices(chosen: Iterable[tuple[Projection, Indices]]) -> dict[str, Slice]
             continue
         channels = (units[:, None] * projection.width + np.arange(projection.width)).ravel() + projection.offset
         old = slices.get(projection.module)
-        slices[projection.module] = Slice(projection.side, channels if old is None else np.union1d(old.indices, channels))
+        slices[projection.module] = Slice(
+            projection.side, channels if old is None else np.union1d(old.indices, channels)
+        )
     return slices
 
 
-def _uncoupled(model: nn.Module, config: S2FTConfig, coupled: set[str]) -> Iterable[Structure]:
+def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]) -> list[Structure]:
+    """The other modules that `target_modules` names, each by itself."""
+    coupled = {projection.module for structure in structures for projection in structure.projections}
+    found = []
     for path, module in model.named_modules():
-        inside = path.endswith("base_layer") or ".base_layer." in path
+        inside = path.endswith("base_layer") or ".base_layer." in path or ".s2ft_block" in path
         if path in coupled or inside or not check_target_module_exists(config, path):
             continue
         if linear_layer(module) is None:
             raise S2FTError(f"target_modules matches {path}, a {type(module).__name__}; s2ft slices linear layers")
-        yield single_linear(path, module)
+        found.append(single_linear(path, module))
+    return found
 
 
 def _in_layers(targets: list[Target], config: S2FTConfig) -> list[Target]:
@@ -295,32 +276,44 @@ def _in_layers(targets: list[Target], config: S2FTConfig) -> list[Target]:
     return [(s, p) for s, p in targets if s.layer in wanted]
 
 
-def _check_present(wanted: Sequence[str], structures: list[Structure], config: S2FTConfig, model: nn.Module) -> None:
+def _default_candidates(structures: list[Structure], config: S2FTConfig, model: nn.Module) -> list[Target]:
+    """The projections that `ratios` names, all of which must be there; else those of the default that are."""
+    wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
     present = {p.name for s in structures for p in s.projections}
     missing = [name for name in wanted if name not in present]
     if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
         raise S2FTError(
             f"{type(model).__name__} has no projection {', '.join(missing)} that s2ft can read; it found "
-            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. It looks for modules that hold q_proj, k_proj, v_proj (or qkv_proj, "
-            "c_attn) and o_proj, or up_proj (or gate_up_proj, c_fc, fc1) and down_proj, under their usual names. Name target_modules instead."
+            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. It looks for modules that hold q_proj, k_proj, "
+            "v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or gate_up_proj, c_fc, fc1) and down_proj, under their "
+            "usual names. Name target_modules instead."
         )
+    return [(s, p) for s in structures for p in s.projections if p.name in wanted]
 
 
 def _nothing_found(config: S2FTConfig, model: nn.Module) -> str:
-    wanted = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers", "layers_to_transform")}
+    wanted = {
+        name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers", "layers_to_transform")
+    }
     given = ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value is not None)
-    names = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if linear_layer(module) is not None})
-    return f"Target modules not found in the base model: {given} match none of its linear layers ({', '.join(names[:20])})"
+    names = sorted(
+        {path.rpartition(".")[2] for path, module in model.named_modules() if linear_layer(module) is not None}
+    )
+    return (
+        f"Target modules not found in the base model: {given} match none of its linear layers ({', '.join(names[:20])})"
+    )
 
 
 def _rounds_to_zero(name: str, ratio: float, group: list[Target], config: S2FTConfig) -> str:
     units = sum(p.units for _, p in group)
-    given = f"ratio {ratio!r}" if config.ratios is not None else f"budget={config.budget or DEFAULT_BUDGET!r} (ratio {ratio:.2g})"
-    return f"{given} of the {units} units of {name} rounds to zero; the smallest ratio that trains one is {0.5 / units:.2g}"
+    budget = f"budget={config.budget or DEFAULT_BUDGET!r} (ratio {ratio:.2g})"
+    given = budget if config.ratios is None else f"ratio {ratio!r}"
+    least = 0.5 / units
+    return f"{given} of the {units} units of {name} rounds to zero; the smallest ratio that trains one is {least:.2g}"
 
 
 def _draw_seed() -> int:
-    """From torch's global generator; rank 0's where several processes train together, so that all choose the same channels."""
+    """From torch's global generator; rank 0's where several processes train together, so that they agree."""
     seed = torch.randint(2**31, (1,))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         drawn = [int(seed)]

@@ -3,12 +3,12 @@
     attention heads          q, k, v  |  o         head h: rows of q (and of its group's k, v), columns of o
     FFN channels          gate, up    |  down      channel c: row c of gate and up, column c of down
 
-Both sides of a bar can be permuted together without changing the output (S²FT paper, §3.1); a head or a channel is therefore
-a unit that can be chosen by itself. Under grouped-query attention several query heads share a key-value head: a query
-head is a unit on q and o, a whole group is the unit on k and v.
+Both sides of a bar can be permuted together without changing the output (S²FT paper, §3.1); a head or a channel is
+therefore a unit that can be chosen by itself. Under grouped-query attention several query heads share a key-value head:
+a query head is a unit on q and o, a whole group is the unit on k and v.
 
-A structure is recognised by its projections' names (below) and confirmed by their shapes; no class of any model is named. Fused
-projections (`qkv_proj`, `c_attn`, `gate_up_proj`) hold theirs one after the other.
+A structure is recognised by its projections' names (below) and confirmed by their shapes; no class of any model is
+named. Fused projections (`qkv_proj`, `c_attn`, `gate_up_proj`) hold theirs one after the other.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Structure:
 
 
 def find_structures(model: nn.Module, skip_unreadable: bool = False) -> list[Structure]:
-    """The attention and MLP structures of `model`, in its own order. Adapted layers are seen through to their base layer.
+    """The attention and MLP structures of `model`, in its own order; adapted layers are seen through to their base.
 
     Raises:
         S2FTError: where a module has the projections of a structure, but their shapes contradict it
@@ -107,10 +107,12 @@ def single_linear(path: str, module: nn.Module) -> Structure:
 
 def linear_layer(module: nn.Module) -> nn.Module | None:
     """The linear layer that `module` is, or that it wraps as a PEFT layer; None where there is none."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
     is_linear = isinstance(module, nn.Linear | Conv1D) or (
-        hasattr(module, "in_features") and hasattr(module, "out_features") and isinstance(getattr(module, "weight", None), Tensor)
+        hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+        and isinstance(getattr(module, "weight", None), Tensor)
     )
     return module if is_linear else None
 
@@ -152,10 +154,15 @@ def _attention(model: nn.Module, module: nn.Module, path: str, linears: dict[str
         names = {"q_proj": fused, "k_proj": fused, "v_proj": fused}
     else:
         names = dict(zip(("q_proj", "k_proj", "v_proj"), map(str, separate), strict=True))
-        groups = _whole(features(linears[names["k_proj"]])[1], head_dim, f"{_join(path, names['k_proj'])}.out_features", path)
+        groups = _whole(
+            features(linears[names["k_proj"]])[1], head_dim, f"{_join(path, names['k_proj'])}.out_features", path
+        )
     _whole(heads, groups, "the number of query heads", path, "the number of key-value heads")
     units = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-    projections = [*_stack(path, linears, names, units, head_dim), Projection("o_proj", _join(path, output), "in", heads, head_dim)]
+    projections = [
+        *_stack(path, linears, names, units, head_dim),
+        Projection("o_proj", _join(path, output), "in", heads, head_dim),
+    ]
     yield Structure("attention", path, layer_index(path), heads, tuple(projections))
 
 
@@ -172,14 +179,19 @@ def _mlp(path: str, linears: dict[str, nn.Module]) -> Iterator[Structure]:
         names = {"gate_proj": str(gate)} if gate is not None else {}
         names["up_proj"] = str(up)
     units = dict.fromkeys(names, channels)
-    projections = [*_stack(path, linears, names, units, 1), Projection("down_proj", _join(path, output), "in", channels, 1)]
+    projections = [
+        *_stack(path, linears, names, units, 1),
+        Projection("down_proj", _join(path, output), "in", channels, 1),
+    ]
     yield Structure("mlp", path, layer_index(path), channels, tuple(projections))
 
 
 def _stack(
     path: str, linears: dict[str, nn.Module], names: dict[str, str], units: dict[str, int], width: int
 ) -> Iterator[Projection]:
-    """The output-side projections, one after the other where they share a fused layer; checks that they fill each layer."""
+    """The output-side projections, one after the other where they share a fused layer; checks that they fill each
+    layer.
+    """
     filled = dict.fromkeys(names.values(), 0)
     for canonical, name in names.items():
         yield Projection(canonical, _join(path, name), "out", units[canonical], width, filled[name])
@@ -187,8 +199,8 @@ def _stack(
     for name, size in filled.items():
         if features(linears[name])[1] != size:
             raise S2FTError(
-                f"{_join(path, name)} has {features(linears[name])[1]} output channels; looked for {size}, which is what its "
-                f"coupled projections in {path} imply. s2ft cannot read this structure; name other target_modules."
+                f"{_join(path, name)} has {features(linears[name])[1]} output channels; looked for {size}, which is what "
+                f"its coupled projections in {path} imply. s2ft cannot read this structure; name other target_modules."
             )
 
 
@@ -203,15 +215,17 @@ def _head_dim(model: nn.Module, module: nn.Module, path: str) -> int:
             value = config.hidden_size // config.num_attention_heads
     if not isinstance(value, int):
         raise S2FTError(
-            f"{path} has the projections of an attention block, but no size of a head: looked for head_dim on the module, and "
-            "for head_dim, or hidden_size and num_attention_heads, in the model's config"
+            f"{path} has the projections of an attention block, but no size of a head: looked for head_dim on the module, "
+            "and for head_dim, or hidden_size and num_attention_heads, in the model's config"
         )
     return value
 
 
 def _whole(total: int, part: int, what: str, path: str, unit: str = "head_dim") -> int:
     if part <= 0 or total <= 0 or total % part:
-        raise S2FTError(f"{path}: {what} is {total}, which is no multiple of {unit} = {part}; s2ft cannot read its heads")
+        raise S2FTError(
+            f"{path}: {what} is {total}, which is no multiple of {unit} = {part}; s2ft cannot read its heads"
+        )
     return total // part
 
 

@@ -1,6 +1,7 @@
 """`S2FTModel`: S²FT as a PEFT tuner. Everything a PEFT user knows works from here on.
 
-    get_peft_model(model, S2FTConfig(...))  →  select  →  S2FTLinear in place of each chosen layer  →  train, save, load, merge
+get_peft_model(model, S2FTConfig(...))  →  select  →  S2FTLinear in place of each chosen layer  →  train, save, load,
+merge
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from s2ft.method.config import S2FTConfig
 from s2ft.method.digest import check_base, slice_digest
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.registration import PREFIX
-from s2ft.method.selection import Slice, select
+from s2ft.method.selection import select
+from s2ft.method.slices import Slice
 from s2ft.method.structure import features, linear_layer, weight_matrix
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
@@ -55,8 +57,15 @@ class S2FTModel(BaseTuner):
     def _check_target_module_exists(config: S2FTConfig, key: str) -> bool:
         return key in (config.slices or {})
 
-    def _create_and_replace(
-        self, config: S2FTConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str, **_: Any
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: S2FTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
     ) -> None:
         chosen = Slice.parse((config.slices or {})[current_key])
         options = {"init_weights": config.init_weights, "inference_mode": config.inference_mode}
@@ -77,7 +86,9 @@ class S2FTModel(BaseTuner):
                 self._check_adapter_names(names)
                 beams = kwargs.get("num_beams") or 1
                 encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
-                unrepeated = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
+                unrepeated = (
+                    set() if encoder is None else set(encoder.modules())
+                )  # beams repeat the decoder's rows only
                 for module in self.modules():
                     if isinstance(module, S2FTLinear | AuxiliaryTrainingWrapper):
                         rows = names if module in unrepeated else [name for name in names for _ in range(beams)]
@@ -105,7 +116,9 @@ def _check_modules(model: nn.Module, config: S2FTConfig) -> None:
     """Every module that a slice names is there, is linear, and has the slice's channels."""
     modules = dict(model.named_modules())
     raise_together(
-        problem for path, text in (config.slices or {}).items() if (problem := _slice_problem(modules.get(path), path, text))
+        problem
+        for path, text in (config.slices or {}).items()
+        if (problem := _slice_problem(modules.get(path), path, text))
     )
 
 
@@ -121,7 +134,9 @@ def _slice_problem(module: nn.Module | None, path: str, text: str) -> str | None
 
 
 def _base_digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
-    """Module → digest of the base slice that the config's slice changes; None where it holds a merged adapter or has no plain values."""
+    """Module → digest of the base slice that the config's slice changes; None where it holds a merged adapter or has no
+    plain values.
+    """
     digests: dict[str, str | None] = {}
     for path, text in (config.slices or {}).items():
         module = model.get_submodule(path)

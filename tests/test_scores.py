@@ -1,0 +1,173 @@
+"""Scores against plain loops over heads and channels, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from families import FAMILIES, build, tokens
+from s2ft import S2FTError
+from s2ft.method.scores import key, random_scores, score_units
+from s2ft.method.structure import Projection, Structure, find_structures, linear_layer, weight_matrix
+
+
+def unit_of(structure: Structure, projection: Projection, unit: int) -> slice:
+    """The channels in `projection` of the structure's unit: a query head's are those of its group on k and v."""
+    own = unit * projection.units // structure.units
+    start = projection.offset + own * projection.width
+    return slice(start, start + projection.width)
+
+
+def squares_by_loop(structure: Structure, matrices: dict[str, Tensor]) -> np.ndarray:
+    """Module → a matrix [out, in] shaped like its weight; the squared norm of each unit's part of all of them."""
+    total = np.zeros(structure.units)
+    for projection in structure.projections:
+        matrix = matrices[projection.module].double()
+        for unit in range(structure.units):
+            part = unit_of(structure, projection, unit)
+            total[unit] += float((matrix[part] if projection.side == "out" else matrix[:, part]).square().sum())
+    return total
+
+
+def base(model: nn.Module, path: str) -> nn.Module:
+    return linear_layer(model.get_submodule(path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_is_the_norm_of_everything_that_belongs_to_the_unit(family: str) -> None:
+    model = build(family)
+    structures = find_structures(model)
+    scores = score_units("weight", structures, model)
+    for structure in structures:
+        weights = {p.module: weight_matrix(base(model, p.module)).detach() for p in structure.projections}
+        np.testing.assert_allclose(scores[key(structure)], np.sqrt(squares_by_loop(structure, weights)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_is_the_root_mean_square_over_tokens_that_are_no_padding(family: str) -> None:
+    model = build(family)
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(3, 7), "attention_mask": torch.ones(3, 7)} for _ in range(2)]
+    batches[1]["attention_mask"][:, 5:] = 0
+    seen: dict[str, list[Tensor]] = {
+        s["o_proj" if s.kind == "attention" else "down_proj"].module: [] for s in structures
+    }
+    hooks = [base(model, path).register_forward_pre_hook(lambda _, x, p=path: seen[p].append(x[0])) for path in seen]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    scores = score_units("activation", structures, model, batches)
+    for structure in structures:
+        projection = structure.projections[-1]
+        kept = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(seen[projection.module], batches, strict=True)])
+        mean = kept.double().square().mean(0).view(structure.units, -1).sum(1)
+        np.testing.assert_allclose(scores[key(structure)], mean.sqrt().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_is_the_norm_over_batches_and_touches_nothing(family: str) -> None:
+    model = build(family).train()
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(2, 6)} for _ in range(3)]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    flags = [p.requires_grad for p in model.parameters()]
+    scores = score_units("gradient", structures, model, batches)
+    assert model.training
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters()
+    )
+    expected = {key(s): np.zeros(s.units) for s in structures}
+    for batch in batches:
+        model.zero_grad()
+        model.eval()(**batch, labels=batch["input_ids"]).loss.backward()
+        for s in structures:
+            gradients = {}
+            for p in s.projections:
+                layer = base(model, p.module)
+                gradients[p.module] = (
+                    layer.weight.grad
+                    if weight_matrix(layer).shape == layer.weight.shape and not _conv(layer)
+                    else layer.weight.grad.T
+                )
+            expected[key(s)] += squares_by_loop(s, gradients)
+    for name, squares in expected.items():
+        np.testing.assert_allclose(scores[name], np.sqrt(squares), rtol=1e-4)
+
+
+def _conv(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Linear)
+
+
+def test_gradients_are_never_held_together() -> None:
+    model = build("llama")
+    structures = find_structures(model)
+    weights = [base(model, p.module).weight for s in structures for p in s.projections]
+    held: list[int] = []
+    hooks = [w.register_hook(lambda _: held.append(sum(w.grad is not None for w in weights))) for w in weights]
+    score_units("gradient", structures, model, [{"input_ids": tokens(2, 6)}])
+    for hook in hooks:
+        hook.remove()
+    assert len(held) == len(weights)
+    assert max(held) == 0  # each is gone before the next one comes
+
+
+def test_product_is_weight_times_activation() -> None:
+    model = build("qwen2")
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(2, 6)}]
+    weight, activation, product = (
+        score_units(s, structures, model, batches) for s in ("weight", "activation", "product")
+    )
+    for name, scores in product.items():
+        np.testing.assert_allclose(scores, weight[name] * activation[name], rtol=1e-6)
+
+
+def test_activation_sums_do_not_depend_on_how_the_data_is_batched() -> None:
+    model = build("mistral")
+    structures, x = find_structures(model), tokens(6, 8)
+    whole = score_units("activation", structures, model, [{"input_ids": x}])
+    parts = score_units("activation", structures, model, ({"input_ids": part} for part in x.split(2)))
+    for name in whole:
+        np.testing.assert_allclose(whole[name], parts[name], rtol=1e-5)
+
+
+def test_random_scores_are_the_same_on_every_machine() -> None:
+    assert random_scores(0, "model.layers.0.mlp:mlp", 4).tolist() == pytest.approx(RANDOM_AT_SEED_0, abs=0)
+    assert not np.array_equal(random_scores(0, "a", 9), random_scores(1, "a", 9))
+    assert not np.array_equal(random_scores(0, "a", 9), random_scores(0, "b", 9))
+
+
+RANDOM_AT_SEED_0 = [0.6667022705078125, 0.4143293499946594, 0.02960294485092163, 0.6239460706710815]
+
+
+def test_random_scores_are_uniform() -> None:
+    scores = random_scores(3, "mlp", 20_000)
+    assert 0 <= scores.min() < 0.001
+    assert 0.999 < scores.max() < 1
+    assert abs(scores.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(scores[1:], scores[:-1])[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("strategy", ["activation", "product", "gradient"])
+def test_without_data_the_error_says_what_to_call(strategy: str) -> None:
+    model = build("gpt2")
+    with pytest.raises(S2FTError, match=rf"strategy='{strategy}' needs data: call s2ft.select"):
+        score_units(strategy, find_structures(model), model)
+    with pytest.raises(S2FTError, match="holds no batch"):
+        score_units(strategy, find_structures(model), model, [])
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = build("gpt2")
+    model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(S2FTError, match="not finite"):
+        score_units("weight", find_structures(model), model)
+
+
+def test_weights_on_meta_are_refused() -> None:
+    model = build("gpt2").to("meta")
+    with pytest.raises(S2FTError, match=r"has no values \(device meta\)"):
+        score_units("weight", find_structures(model), model)
