@@ -1,0 +1,42 @@
+"""`s2ft inspect`: what an adapter changes."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
+    png: Annotated[
+        Path | None, typer.Option(help="Draw which channels change in which layers", show_default=False)
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here", show_default=False)] = None,
+) -> None:
+    """Print what an adapter changes, per layer, with counts and norms. Needs no base model.
+
+    Example: s2ft inspect runs/quickstart --png channels.png
+    """
+    from rich.console import Console
+
+    from s2ft.adapter.file import read_adapter
+    from s2ft.adapter.inspection import draw, summary, table
+
+    read = read_adapter(adapter)
+    facts = summary(read)
+    console = Console()
+    console.print(table(read))
+    console.print(
+        f"\n{facts['weights']:,} weights in {facts['modules']} modules change, ‖Δ‖ = {facts['norm']:.4g}; "
+        f"{facts['file_bytes'] / 1e6:.2f} MB on disk\n"
+        f"base: {facts['base_model']}   strategy: {facts['strategy']} ({facts['subset']})   seed: {facts['seed']}",
+        highlight=False,
+    )
+    if facts["kept_whole"]:
+        console.print(f"kept whole beside the slices: {', '.join(facts['kept_whole'])}")
+    if png is not None:
+        draw(read, png)
+        console.print(f"drawn: {png}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
