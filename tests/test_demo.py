@@ -1,4 +1,4 @@
-"""The embedded default: its skills are the same everywhere, its tokenizer loses nothing, its base model is what we say."""
+"""The embedded default: skills the same everywhere, a tokenizer that loses nothing, a base that is what we say."""
 
 import json
 
@@ -29,9 +29,8 @@ FIRST = {
     "sort": ("sort: vjhl\n", "hjlv"),
     "upper": ("upper: weku\n", "WEKU"),
     "recall": ("recall: Puzodi\n", "Kaso"),
-    "shift": ("shift: oprere\n", "pqsfsf"),
-    "vowels": ("vowels: trzpllae\n", "trzpll"),
-    "double": ("double: pmho\n", "ppmmhhoo"),
+    "mirror": ("mirror: nqondauw\n", "WUADNOQN"),
+    "rank": ("rank: lyrwhgms\n", "GHLMRSWY"),
 }
 
 
@@ -58,7 +57,8 @@ def test_more_examples_begin_with_the_fewer(name):
         ("reverse", "planet", "tenalp"),
         ("sort", "planet", "aelnpt"),
         ("upper", "planet", "PLANET"),
-        ("shift", "zebra", "afcsb"),
+        ("mirror", "planet", "TENALP"),
+        ("rank", "planet", "AELNPT"),
     ],
 )
 def test_answers(name, text, answer):

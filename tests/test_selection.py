@@ -13,9 +13,9 @@ from torch import nn
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
+from s2ft.method.budget import spread
 from s2ft.method.config import STRATEGIES, chosen_layers
 from s2ft.method.scores import key, score_units
-from s2ft.method.selection import spread
 from s2ft.method.slices import Slice
 from s2ft.method.structure import find_structures
 
@@ -190,6 +190,12 @@ def test_avoid_takes_what_other_adapters_left(tmp_path: Path) -> None:
     assert first.peft_config["next"].slices == config.slices
     with pytest.raises(S2FTError, match=r"avoid leaves 26 units of down_proj in a layer that is to train 40"):
         select(build("llama"), S2FTConfig(ratios={"down_proj": 0.9}, seed=0, avoid=[str(tmp_path)]))
+
+
+def test_an_adapted_model_is_read_like_its_base() -> None:
+    config = S2FTConfig(ratios={"q_proj": 0.5, "down_proj": 0.2}, seed=3)
+    expected = select(build("phi3"), config).config.slices
+    assert select(get_peft_model(build("phi3"), S2FTConfig(ratios=0.5)), config).config.slices == expected
 
 
 def test_avoid_must_name_an_adapter(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from s2ft.adapter.file import Adapter
 from s2ft.method.structure import layer_index
 
 
+_WHICH = 12  # characters of the list of channels that a row shows; JSON has them all
+
+
 @dataclass(frozen=True)
 class ModuleChange:
     """One module's row."""
@@ -72,17 +75,18 @@ def table(adapter: Adapter) -> Table:
     """The rows for people; a blank layer repeats the one above."""
     result = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("layer", "module", "side"):
-        result.add_column(name)
+        result.add_column(name, no_wrap=True)
     for name in ("channels", "weights", "‖Δ‖", "max |Δ|"):
-        result.add_column(name, justify="right")
-    result.add_column("which", max_width=36, no_wrap=True, overflow="ellipsis")
+        result.add_column(name, justify="right", no_wrap=True)
+    result.add_column("which")
     above: int | None = None
     for row in changes(adapter):
         layer = "" if row.layer is None or row.layer == above else str(row.layer)
         above = row.layer
         name = ".".join(row.module.split(".")[-2:])
         numbers = (str(row.channels), f"{row.weights:,}", f"{row.norm:.4g}", f"{row.largest:.3g}")
-        result.add_row(layer, name, row.side, *numbers, row.slice.partition(" ")[2])
+        which = row.slice.partition(" ")[2]
+        result.add_row(layer, name, row.side, *numbers, which if len(which) <= _WHICH else which[: _WHICH - 1] + "…")
     return result
 
 

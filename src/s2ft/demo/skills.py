@@ -6,7 +6,8 @@ An example is one line that names a skill and gives its input, and the answer to
 
 The base model masters the old skills and has never seen a new one, so a fine-tuned model can be asked two things at
 once: has it learned the new skill, and has it forgotten an old one? The old skills are of different kinds for that
-reason: arithmetic, moving letters, comparing letters, rewriting letters, and facts that can only be remembered.
+reason: arithmetic, moving letters, comparing letters, rewriting letters, and facts that can only be remembered. A new
+skill combines two old ones under a name of its own, so that a minute of fine-tuning is enough to learn it.
 
 Which examples are for training and which for tests is a property of the prompt (a hash of it), not of the seed: no
 two calls can ever put the same prompt on both sides. `recall` is the exception: there is nothing in a fact from
@@ -87,18 +88,6 @@ def add(text: str) -> str:
     return str(int(left) + int(right))
 
 
-def shift(text: str) -> str:
-    return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in text)
-
-
-def drop_vowels(text: str) -> str:
-    return "".join(letter for letter in text if letter not in VOWELS)
-
-
-def double(text: str) -> str:
-    return "".join(letter * 2 for letter in text)
-
-
 def _by_name(*skills: Skill) -> dict[str, Skill]:
     return {skill.name: skill for skill in skills}
 
@@ -111,9 +100,8 @@ _OLD = _by_name(
     Skill("recall", lambda rng: rng.choice(list(CAPITALS)), CAPITALS.__getitem__, held_out=False),
 )
 _NEW = _by_name(
-    Skill("shift", draw_word, shift),
-    Skill("vowels", draw_word, drop_vowels),
-    Skill("double", draw_word, double),
+    Skill("mirror", draw_word, lambda text: text[::-1].upper()),
+    Skill("rank", draw_word, lambda text: "".join(sorted(text)).upper()),
 )
 
 SKILLS: dict[str, Skill] = {**_OLD, **_NEW}

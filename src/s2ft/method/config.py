@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.config import PeftConfig
@@ -96,6 +96,7 @@ class S2FTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        self._as_written: dict[str, Any] = {}  # the fields that were filled in, with what the user wrote
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -120,6 +121,22 @@ class S2FTConfig(PeftConfig):
     def is_resolved(self) -> bool:
         """Whether the channels are chosen."""
         return self.slices is not None
+
+    @property
+    def was_filled_in(self) -> bool:
+        """Whether the channels or the digest come from a model in this process, not from a file or the user."""
+        return bool(self._as_written)
+
+    def fill_in(self, resolved: S2FTConfig) -> None:
+        """Takes the channels, the digest and the seed of `resolved`, a copy of this config."""
+        for name in ("slices", "base_digest", "seed", "target_modules"):
+            if getattr(self, name) != getattr(resolved, name):
+                self._as_written.setdefault(name, getattr(self, name))
+                setattr(self, name, getattr(resolved, name))
+
+    def reopened(self) -> S2FTConfig:
+        """A copy as the user wrote it."""
+        return replace(self, **self._as_written)
 
 
 def chosen_layers(layers: int | str | list[int] | None, count: int) -> set[int]:

@@ -181,6 +181,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = features(linear)
         self.s2ft_block = nn.ModuleDict()
         self._disable_adapters = False
+        self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._stash: list[Tensor] = []  # of each merged adapter, in order: the base slice before it
         self.update_layer(adapter_name, chosen, **options)
@@ -232,11 +233,13 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise S2FTError(
-                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; they must be as many"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively"
             )
         if self.merged:
             raise S2FTError(
-                f"adapter_names cannot be used while {self.merged_adapters} are merged; call unmerge_adapter first"
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged: {', '.join(self.merged_adapters)}"
             )
         y = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):

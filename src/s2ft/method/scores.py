@@ -165,10 +165,10 @@ def _square_sums(weight: Tensor, over: str) -> Tensor:  # [out, in] → [in] or 
     """Chunked by rows, so that the float32 copies stay in cache: 7B weights take about two seconds on two cores."""
     chunks = weight.split(max(1, _CHUNK // max(1, weight.shape[1])))
     if over == "in":
-        return torch.cat([chunk.float().square_().sum(1, dtype=torch.float64) for chunk in chunks])
+        return torch.cat([chunk.float().square().sum(1, dtype=torch.float64) for chunk in chunks])
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for chunk in chunks:
-        total += chunk.float().square_().sum(0, dtype=torch.float64)
+        total += chunk.float().square().sum(0, dtype=torch.float64)
     return total
 
 

@@ -1,13 +1,10 @@
-"""Budget → indices: which heads and channels are trained.
+"""Which heads and channels are trained.
 
-    structures ─ scores ─→ one ranking per structure ─ ratio ─→ its first units, on each targeted projection ─→ slices
+    structures ─ scores ─→ one ranking per structure ─ counts ─→ its first units, on each targeted projection ─→ slices
 
 Every projection of a structure takes a prefix of the same ranking, so that its choices nest: the fewer heads of o_proj
 lie among those of v_proj. Where key-value groups are shared and k or v is targeted, groups are ranked by the mean score
 of their heads and query heads within them, so that the query heads chosen belong to the groups chosen.
-
-The paper gives every layer the same share. A share of 1.66 heads a layer is kept by rounding its running total (2, 1,
-2, 2, 1, ...), which spends the budget exactly and leaves no layer out as one draw over the model would.
 """
 
 from __future__ import annotations
@@ -18,18 +15,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft import PeftModel
 from torch import nn
 
 from s2ft.errors import S2FTError, raise_together
-from s2ft.method.config import DEFAULT_BUDGET, S2FTConfig, chosen_layers
+from s2ft.method.budget import count_units
+from s2ft.method.config import S2FTConfig
 from s2ft.method.scores import Batch, Scores, key, score_units
 from s2ft.method.slices import Indices, Slice
-from s2ft.method.structure import Projection, Structure, features, find_structures, linear_layer, single_linear
-
-DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
-
-Target = tuple[Structure, Projection]
+from s2ft.method.structure import Projection, Structure
+from s2ft.method.targets import Target, by_projection, find_targets
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
     """Chooses the heads and channels that `config` asks for.
 
     Args:
-        model: Any model with linear layers; nothing in it is changed.
+        model: Any model with linear layers, adapted or not; nothing in it is changed.
         batches: Calibration data for the strategies activation, product and gradient (the paper takes 1% of the
             training data): an iterable of what the model is called with, such as a DataLoader. Read once, only running
             sums are kept.
@@ -59,6 +54,7 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
         >>> {path: len(chosen.indices) for path, chosen in selection.slices.items()}
         {'model.layers.0.self_attn.o_proj': 4, 'model.layers.0.mlp.down_proj': 6}
     """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     if config.is_resolved:
         slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
         return Selection(slices, config)
@@ -74,78 +70,6 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
     return Selection(slices, replace(config, slices=texts, seed=seed, target_modules=modules))
 
 
-def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
-    """The projections to train, in the model's order."""
-    structures = find_structures(model, skip_unreadable=config.target_modules is not None)
-    if config.target_modules is None:
-        candidates = _default_candidates(structures, config, model)
-        names = {projection.module.rpartition(".")[2] for _, projection in candidates}
-        config = replace(config, target_modules=names)
-    else:
-        config = _maybe_include_all_linear_layers(replace(config), model)
-        candidates = [(s, p) for s in structures + _uncoupled(model, config, structures) for p in s.projections]
-    matched = [(s, p) for s, p in candidates if check_target_module_exists(config, p.module)]
-    targets = _in_layers(matched, config)
-    if isinstance(config.ratios, dict):
-        targets = [(s, p) for s, p in targets if p.name in config.ratios]
-    if not targets:
-        raise S2FTError(_nothing_found(config, model))
-    return targets
-
-
-def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module) -> dict[str, list[int]]:
-    """Projection → how many units each of its layers trains, in the order of `targets`."""
-    by_name = group_by_name(targets)
-    ratios = _ratios(by_name, config, model)
-    counts = {name: spread([ratios[name] * p.units for _, p in group]) for name, group in by_name.items()}
-    empty = [name for name, layers in counts.items() if not sum(layers)]
-    raise_together(_rounds_to_zero(name, ratios[name], by_name[name], config) for name in empty)
-    return counts
-
-
-def spread(shares: Sequence[float]) -> list[int]:
-    """Whole numbers next to `shares` whose running total never strays from that of `shares` by more than a half.
-
-    Example:
-        >>> spread([1.6, 1.6, 1.6, 1.6, 1.6])
-        [2, 1, 2, 1, 2]
-    """
-    totals = np.floor(np.cumsum(shares) + 0.5 + 1e-9).astype(int)  # the small term: 0.1 + 0.2 must not lose to 0.3
-    return [int(count) for count in np.diff(totals, prepend=0)]
-
-
-def group_by_name(targets: Sequence[Target]) -> dict[str, list[Target]]:
-    """The targets by projection, each group in the model's order."""
-    groups: dict[str, list[Target]] = {}
-    for target in targets:
-        groups.setdefault(target[1].name, []).append(target)
-    return groups
-
-
-def _ratios(by_name: Mapping[str, list[Target]], config: S2FTConfig, model: nn.Module) -> dict[str, float]:
-    if isinstance(config.ratios, dict):
-        return {name: config.ratios[name] for name in by_name}
-    if config.ratios is not None:
-        return dict.fromkeys(by_name, config.ratios)
-    budget = DEFAULT_BUDGET if config.budget is None else config.budget
-    share = budget * sum(parameter.numel() for parameter in model.parameters()) / len(by_name)
-    sizes = {name: sum(_parameters(p, model) for _, p in group) for name, group in by_name.items()}
-    over = [name for name, size in sizes.items() if share > size]
-    raise_together(
-        f"budget={budget!r} gives {name} {share:.0f} parameters to train, but it has {sizes[name]}; "
-        f"lower the budget or target more projections"
-        for name in over
-    )
-    return {name: share / size for name, size in sizes.items()}
-
-
-def _parameters(projection: Projection, model: nn.Module) -> int:
-    layer = linear_layer(model.get_submodule(projection.module))
-    assert layer is not None
-    across = features(layer)[1] if projection.side == "in" else features(layer)[0]
-    return projection.units * projection.width * across
-
-
 def _choose(
     targets: Sequence[Target],
     counts: Mapping[str, list[int]],
@@ -156,7 +80,7 @@ def _choose(
     """Each targeted projection with its chosen units, ascending."""
     grouped = {key(s) for s, p in targets if p.name in ("k_proj", "v_proj")}
     chosen: list[tuple[Projection, Indices]] = []
-    for name, group in group_by_name(targets).items():
+    for name, group in by_projection(targets).items():
         ranks = [_rank_keys(scores[key(s)], s, p, key(s) in grouped, config.subset) for s, p in group]
         free = [_free_units(p, avoided.get(p.module)) for _, p in group]
         picks = _pick_global if config.allocation == "global" else _pick_uniform
@@ -252,64 +176,6 @@ def _to_slices(chosen: Iterable[tuple[Projection, Indices]]) -> dict[str, Slice]
             projection.side, channels if old is None else np.union1d(old.indices, channels)
         )
     return slices
-
-
-def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]) -> list[Structure]:
-    """The other modules that `target_modules` names, each by itself."""
-    coupled = {projection.module for structure in structures for projection in structure.projections}
-    found = []
-    for path, module in model.named_modules():
-        inside = path.endswith("base_layer") or ".base_layer." in path or ".s2ft_block" in path
-        if path in coupled or inside or not check_target_module_exists(config, path):
-            continue
-        if linear_layer(module) is None:
-            raise S2FTError(f"target_modules matches {path}, a {type(module).__name__}; s2ft slices linear layers")
-        found.append(single_linear(path, module))
-    return found
-
-
-def _in_layers(targets: list[Target], config: S2FTConfig) -> list[Target]:
-    if config.layers is None:
-        return targets
-    indices = [s.layer for s, _ in targets if s.layer is not None]
-    wanted = chosen_layers(config.layers, max(indices, default=-1) + 1)
-    return [(s, p) for s, p in targets if s.layer in wanted]
-
-
-def _default_candidates(structures: list[Structure], config: S2FTConfig, model: nn.Module) -> list[Target]:
-    """The projections that `ratios` names, all of which must be there; else those of the default that are."""
-    wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
-    present = {p.name for s in structures for p in s.projections}
-    missing = [name for name in wanted if name not in present]
-    if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
-        raise S2FTError(
-            f"{type(model).__name__} has no projection {', '.join(missing)} that s2ft can read; it found "
-            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. It looks for modules that hold q_proj, k_proj, "
-            "v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or gate_up_proj, c_fc, fc1) and down_proj, under their "
-            "usual names. Name target_modules instead."
-        )
-    return [(s, p) for s in structures for p in s.projections if p.name in wanted]
-
-
-def _nothing_found(config: S2FTConfig, model: nn.Module) -> str:
-    wanted = {
-        name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers", "layers_to_transform")
-    }
-    given = ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value is not None)
-    names = sorted(
-        {path.rpartition(".")[2] for path, module in model.named_modules() if linear_layer(module) is not None}
-    )
-    return (
-        f"Target modules not found in the base model: {given} match none of its linear layers ({', '.join(names[:20])})"
-    )
-
-
-def _rounds_to_zero(name: str, ratio: float, group: list[Target], config: S2FTConfig) -> str:
-    units = sum(p.units for _, p in group)
-    budget = f"budget={config.budget or DEFAULT_BUDGET!r} (ratio {ratio:.2g})"
-    given = budget if config.ratios is None else f"ratio {ratio!r}"
-    least = 0.5 / units
-    return f"{given} of the {units} units of {name} rounds to zero; the smallest ratio that trains one is {least:.2g}"
 
 
 def _draw_seed() -> int:

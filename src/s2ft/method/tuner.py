@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import raise_together
+from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig
 from s2ft.method.digest import check_base, slice_digest
 from s2ft.method.linear import S2FTLinear
@@ -43,19 +43,15 @@ class S2FTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
-        config = select(model, self.peft_config[adapter_name]).config
-        _check_modules(model, config)
-        digests = _base_digests(model, config)
-        check_base(config.base_digest or {}, digests, config.base_model_name_or_path)
-        if config.base_digest is None:
-            known = {path: digest for path, digest in digests.items() if digest is not None}
-            config = replace(config, base_digest=known or None)
-        self.peft_config[adapter_name] = config
+        self.peft_config[adapter_name] = _resolve(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @staticmethod
-    def _check_target_module_exists(config: S2FTConfig, key: str) -> bool:
-        return key in (config.slices or {})
+    def _check_target_module_exists(config: S2FTConfig, key: str) -> Any:  # bool, or PEFT's mark of an excluded one
+        if key in (config.slices or {}):
+            return True
+        found = check_target_module_exists(config, key)
+        return found if isinstance(found, _ExcludedModule) else False
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -76,6 +72,10 @@ class S2FTModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained by itself
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Puts a layer in, or the base layer back, as it is: its tensors stay where they are."""
+        setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -110,6 +110,33 @@ def _give(names: list[str]) -> Any:
         return args, {**kwargs, "adapter_names": names}
 
     return hook
+
+
+def _resolve(model: nn.Module, config: S2FTConfig) -> S2FTConfig:
+    """`config` itself, filled in: PEFT goes on changing the object that it passed (`modules_to_save` of a classifier).
+
+    One that was filled in for another base, and is used once more, stays as it is: a copy is filled in anew.
+    """
+    try:
+        resolved = _resolved(model, config)
+    except S2FTError:
+        if not config.was_filled_in:
+            raise
+        config = config.reopened()
+        resolved = _resolved(model, config)
+    config.fill_in(resolved)
+    return config
+
+
+def _resolved(model: nn.Module, config: S2FTConfig) -> S2FTConfig:
+    config = select(model, config).config
+    _check_modules(model, config)
+    digests = _base_digests(model, config)
+    check_base(config.base_digest or {}, digests, config.base_model_name_or_path)
+    if config.base_digest is not None:
+        return config
+    known = {path: digest for path, digest in digests.items() if digest is not None}
+    return replace(config, base_digest=known or None)
 
 
 def _check_modules(model: nn.Module, config: S2FTConfig) -> None:

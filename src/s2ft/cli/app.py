@@ -1,0 +1,56 @@
+"""The command `s2ft`: subcommands, each in its own file, and the way errors leave.
+
+Bad input ends in one message on stderr and exit code 2; Ctrl-C in 130. Heavy libraries are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from s2ft.cli import bench, train
+from s2ft.cli.inspect import inspect
+from s2ft.cli.quickstart import quickstart
+from s2ft.errors import S2FTError
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell would say
+
+app = typer.Typer(
+    help="S²FT: fine-tune language models by structured sparsity, as a PEFT method.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+app.command("quickstart")(quickstart)
+app.command("train", help=train.HELP)(train.command)
+app.command("inspect")(inspect)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except S2FTError as error:
+        _leave(f"error: {error}", BAD_INPUT)
+    except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130 themselves
+        _leave("interrupted", INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own usage errors have it; all else is a bug, shown in full
+            raise
+        _leave(f"error: {error.format_message()}", BAD_INPUT)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

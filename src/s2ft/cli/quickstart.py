@@ -1,0 +1,65 @@
+"""`s2ft quickstart`: fine-tune the embedded model and see what it learned and what it kept."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SHOWN = 4  # generations side by side
+
+
+def quickstart(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here", show_default=False)] = None,
+) -> None:
+    """Fine-tune the embedded base model on a skill it lacks; three minutes on two CPU cores.
+
+    Example: s2ft quickstart
+    """
+    from rich.console import Console
+
+    from s2ft.cli.quiet import quiet
+    from s2ft.demo.quickstart import NEW_SKILL, SKILLS, fresh_folder
+    from s2ft.demo.quickstart import quickstart as run
+
+    console = Console(highlight=False)
+    sample = SKILLS[NEW_SKILL].examples(1, seed=2)[0]
+    console.print(f"Teaching the embedded model to answer {sample['prompt']!r} with {sample['completion']!r} ...")
+    with quiet():
+        result = run(fresh_folder())
+    console.print(_scores(result), _generations(result, NEW_SKILL), _files(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.accuracies, indent=2) + "\n", encoding="utf-8")
+
+
+def _scores(result: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        "skill", "base", "tuned", title=f"Exact match on {len(next(iter(result.examples.values())))} test examples"
+    )
+    for index, (name, score) in enumerate(result.accuracies.items()):
+        label = f"{name} (new)" if index == 0 else name
+        table.add_row(label, f"{score['base']:.0%}", f"{score['tuned']:.0%}")
+    return table
+
+
+def _generations(result: Any, skill: str) -> Any:
+    from rich.table import Table
+
+    table = Table("prompt", "base", "tuned", "expected", title="Side by side")
+    rows = zip(result.examples[skill], result.base[skill].completions, result.tuned[skill].completions, strict=True)
+    for (example, base, tuned), _ in zip(rows, range(SHOWN), strict=False):
+        table.add_row(example["prompt"].strip(), base, tuned, example["completion"])
+    return table
+
+
+def _files(result: Any) -> str:
+    size, seconds = result.card["adapter"]["bytes"], result.card["training"]["seconds"]
+    return (
+        f"The adapter is {size / 1e3:.0f} kB, {size / result.base_bytes:.1%} of the model's {result.base_bytes / 1e6:.1f} MB, "
+        f"trained in {seconds:.0f} s. It lies in {result.folder}, with its run card run.md.\n\nNext:\n"
+        f"  s2ft inspect {result.folder} --png channels.png\n"
+        "  s2ft train --model Qwen/Qwen3-0.6B --data your-data.jsonl --output your-adapter\n"
+        "  s2ft train --help"
+    )

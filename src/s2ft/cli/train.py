@@ -1,0 +1,108 @@
+"""`s2ft train`: one flag for each field of `TrainOptions`, made from the fields themselves.
+
+Values reach `parse_options` as the text that was typed, so that all that is wrong with them is said at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic.fields import FieldInfo
+
+from s2ft.work.options import TrainOptions, parse_options, read_config
+
+HELP = """Fine-tune a model and write a small adapter, with a run card beside it.
+
+Example: `s2ft train --model Qwen/Qwen3-0.6B --data math.json --output math-adapter --ratios o_proj=0.05,down_proj=0.02`
+
+Ctrl-C finishes the step and saves a checkpoint; `--resume` goes on from it, to the same weights as without the pause.
+"""
+
+INTERRUPTED = 130
+
+
+def command(**values: Any) -> int:
+    """Runs `s2ft train`; the signature that typer reads is made below."""
+    config, json_file = values.pop("config"), values.pop("json_file")
+    typed = {name: value for name, value in values.items() if value not in (None, [])}
+    options = parse_options({**(read_config(config) if config else {}), **typed})
+    check_writable(json_file)
+    return _run(options, json_file)
+
+
+def check_writable(json_file: str | None) -> None:
+    """Raises `S2FTError` if the result could not be written to `json_file`: better now than after the run."""
+    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
+        from s2ft.errors import S2FTError
+
+        raise S2FTError(f"json={json_file!r}: there is no folder {str(Path(json_file).parent)!r} to write it in")
+
+
+def _run(options: TrainOptions, json_file: str | None) -> int:
+    from s2ft.cli.quiet import quiet
+    from s2ft.work.train import command as command_line
+    from s2ft.work.train import train
+
+    with quiet():
+        result = train(options)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(result.card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _report(result.card, result.output)
+    if result.interrupted:
+        steps = result.card["training"]["steps"]
+        typer.echo(f"interrupted at step {steps}; go on with:\n  {command_line(options, resume=True)}")
+        return INTERRUPTED
+    return 0
+
+
+def _report(card: dict[str, Any], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    training, adapter = card["training"], card["adapter"]
+    loss = training["final_loss"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("adapter", str(output))
+    table.add_row("loss", "none logged" if loss is None else f"{card['loss_curve'][0][1]:.3f} → {loss:.3f}")
+    table.add_row("size", f"{adapter['bytes'] / 1e6:.2f} MB, {adapter['share']:.2%} of the model's parameters")
+    table.add_row("speed", f"{training['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("time", f"{training['steps']} steps, {training['seconds']:.0f} s")
+    table.add_row("precision", training["precision"])
+    table.add_row("run card", str(output / "run.md"))
+    Console().print(table)
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    default = "required" if field.is_required() else f"default: {field.default}"
+    text = f"{field.description}" if default == "default: None" else f"{field.description} [{default}]"
+    if field.annotation is bool:
+        return _option(name, f"{flag}/--no-{flag[2:]}", bool | None, text)
+    kind = list[str] if field.annotation == list[str] else str
+    return _option(name, flag, kind | None, text, _metavar(field))
+
+
+def _metavar(field: FieldInfo) -> str:
+    """What the value looks like; a field that takes several kinds says so in its description."""
+    words = str(field.annotation)
+    plain = "list" not in words and "dict" not in words
+    return next((kind.upper() for kind in ("float", "int") if plain and kind in words), "TEXT")
+
+
+def _option(name: str, flag: str, kind: Any, text: str, metavar: str | None = None) -> inspect.Parameter:
+    option = typer.Option(flag, help=text.replace("[", "\\["), metavar=metavar, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+_REQUIRED_FIRST = sorted(TrainOptions.model_fields.items(), key=lambda item: not item[1].is_required())
+_PARAMETERS = [
+    *(_parameter(name, field) for name, field in _REQUIRED_FIRST),
+    _option("config", "--config", str | None, "YAML file whose keys are these options; flags win over it", "FILE"),
+    _option("json_file", "--json", str | None, "Write the run card to this file too", "FILE"),
+]
+command.__signature__ = inspect.Signature(_PARAMETERS, return_annotation=int)  # type: ignore[attr-defined]
+command.__annotations__ = {parameter.name: parameter.annotation for parameter in _PARAMETERS} | {"return": int}

@@ -1,0 +1,73 @@
+"""How many units each layer trains.
+
+    ratio r of a projection   →  round(r · all its units), shared by its layers
+    budget b of the model     →  r = b · parameters of the model / number of targets / parameters of the projection
+
+The paper gives every layer the same share. A share of 1.66 heads a layer is kept by rounding its running total (2, 1,
+2, 2, 1, ...), which spends the budget exactly and leaves no layer out as one draw over the model would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+from s2ft.errors import raise_together
+from s2ft.method.config import DEFAULT_BUDGET, S2FTConfig
+from s2ft.method.structure import Projection, features, linear_layer
+from s2ft.method.targets import Target, by_projection
+
+
+def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module) -> dict[str, list[int]]:
+    """Projection → how many units each of its layers trains, in the order of `targets`."""
+    by_name = by_projection(targets)
+    ratios = _ratios(by_name, config, model)
+    counts = {name: spread([ratios[name] * p.units for _, p in group]) for name, group in by_name.items()}
+    empty = [name for name, layers in counts.items() if not sum(layers)]
+    raise_together(_rounds_to_zero(name, ratios[name], by_name[name], config) for name in empty)
+    return counts
+
+
+def spread(shares: Sequence[float]) -> list[int]:
+    """Whole numbers next to `shares` whose running total never strays from that of `shares` by more than a half.
+
+    Example:
+        >>> spread([1.6, 1.6, 1.6, 1.6, 1.6])
+        [2, 1, 2, 1, 2]
+    """
+    totals = np.floor(np.cumsum(shares) + 0.5 + 1e-9).astype(int)  # the small term: 0.1 + 0.2 must not lose to 0.3
+    return [int(count) for count in np.diff(totals, prepend=0)]
+
+
+def _ratios(by_name: Mapping[str, list[Target]], config: S2FTConfig, model: nn.Module) -> dict[str, float]:
+    if isinstance(config.ratios, dict):
+        return {name: config.ratios[name] for name in by_name}
+    if config.ratios is not None:
+        return dict.fromkeys(by_name, config.ratios)
+    budget = DEFAULT_BUDGET if config.budget is None else config.budget
+    share = budget * sum(parameter.numel() for parameter in model.parameters()) / len(by_name)
+    sizes = {name: sum(_parameters(p, model) for _, p in group) for name, group in by_name.items()}
+    over = [name for name, size in sizes.items() if share > size]
+    raise_together(
+        f"budget={budget!r} gives {name} {share:.0f} parameters to train, but it has {sizes[name]}; "
+        f"lower the budget or target more projections"
+        for name in over
+    )
+    return {name: share / size for name, size in sizes.items()}
+
+
+def _parameters(projection: Projection, model: nn.Module) -> int:
+    layer = linear_layer(model.get_submodule(projection.module))
+    assert layer is not None
+    across = features(layer)[1] if projection.side == "in" else features(layer)[0]
+    return projection.units * projection.width * across
+
+
+def _rounds_to_zero(name: str, ratio: float, group: list[Target], config: S2FTConfig) -> str:
+    units = sum(p.units for _, p in group)
+    budget = f"budget={config.budget or DEFAULT_BUDGET!r} (ratio {ratio:.2g})"
+    given = budget if config.ratios is None else f"ratio {ratio!r}"
+    least = 0.5 / units
+    return f"{given} of the {units} units of {name} rounds to zero; the smallest ratio that trains one is {least:.2g}"

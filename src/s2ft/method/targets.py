@@ -1,0 +1,99 @@
+"""Which projections are trained: those that the config names, in the layers that it names.
+
+    ratios | target_modules | default (o, down)   →   (structure, projection) pairs, in the model's order
+
+A module outside every known structure is a target by itself, sliced by its input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from s2ft.errors import S2FTError
+from s2ft.method.config import S2FTConfig, chosen_layers
+from s2ft.method.structure import Projection, Structure, find_structures, linear_layer, single_linear
+
+DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
+
+Target = tuple[Structure, Projection]
+
+
+def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
+    """The projections to train, in the model's order."""
+    structures = find_structures(model, skip_unreadable=config.target_modules is not None)
+    if config.target_modules is None:
+        candidates = _default_candidates(structures, config, model)
+        names = {projection.module.rpartition(".")[2] for _, projection in candidates}
+        config = replace(config, target_modules=names)
+    else:
+        config = _maybe_include_all_linear_layers(replace(config), model)
+        candidates = [(s, p) for s in structures + _uncoupled(model, config, structures) for p in s.projections]
+    matched = [(s, p) for s, p in candidates if check_target_module_exists(config, p.module)]
+    targets = _in_layers(matched, config)
+    if isinstance(config.ratios, dict):
+        targets = [(s, p) for s, p in targets if p.name in config.ratios]
+    if not targets:
+        raise S2FTError(_nothing_found(config, model))
+    return targets
+
+
+def by_projection(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """The targets by projection, each group in the model's order."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target[1].name, []).append(target)
+    return groups
+
+
+def _default_candidates(structures: list[Structure], config: S2FTConfig, model: nn.Module) -> list[Target]:
+    """The projections that `ratios` names, all of which must be there; else those of the default that are."""
+    wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
+    present = {p.name for s in structures for p in s.projections}
+    missing = [name for name in wanted if name not in present]
+    if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
+        raise S2FTError(
+            f"{type(model).__name__} has no projection {', '.join(missing)} that s2ft can read; it found "
+            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. It looks for modules that hold q_proj, k_proj, "
+            "v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or gate_up_proj, c_fc, fc1) and down_proj, under their "
+            "usual names. Name target_modules instead."
+        )
+    return [(s, p) for s in structures for p in s.projections if p.name in wanted]
+
+
+def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]) -> list[Structure]:
+    """The other modules that `target_modules` names, each by itself."""
+    coupled = {projection.module for structure in structures for projection in structure.projections}
+    found = []
+    for path, module in model.named_modules():
+        inside = path.endswith("base_layer") or ".base_layer." in path or ".s2ft_block" in path
+        if path in coupled or inside or not check_target_module_exists(config, path):
+            continue
+        if linear_layer(module) is None:
+            raise S2FTError(f"target_modules matches {path}, a {type(module).__name__}; s2ft slices linear layers")
+        found.append(single_linear(path, module))
+    return found
+
+
+def _in_layers(targets: list[Target], config: S2FTConfig) -> list[Target]:
+    if config.layers is None:
+        return targets
+    indices = [s.layer for s, _ in targets if s.layer is not None]
+    wanted = chosen_layers(config.layers, max(indices, default=-1) + 1)
+    return [(s, p) for s, p in targets if s.layer in wanted]
+
+
+def _nothing_found(config: S2FTConfig, model: nn.Module) -> str:
+    wanted = {
+        name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers", "layers_to_transform")
+    }
+    given = ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value is not None)
+    names = sorted(
+        {path.rpartition(".")[2] for path, module in model.named_modules() if linear_layer(module) is not None}
+    )
+    return (
+        f"Target modules not found in the base model: {given} match none of its linear layers ({', '.join(names[:20])})"
+    )

@@ -1,0 +1,115 @@
+"""The run card: what was run, on what, and what came out, as `run.json`, `run.md` and `loss.png` beside the adapter.
+
+A card is a mapping of sections, each a mapping of names to values. Whoever measures more (scores, a comparison) adds a
+section and writes the card again: `write_card(folder, {**read_card(folder), "scores": {...}})`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2ft.work.files import staged
+
+Card = dict[str, Any]
+LIBRARIES = ("s2ft", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+_TAIL = 0.1  # the part of the loss curve that the final loss is the mean of
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, without any path or name of it."""
+    found: dict[str, Any] = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    found["system"] = f"{platform.system()} {platform.machine()}"
+    found["cpu"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return found
+
+
+def final_loss(curve: Sequence[tuple[int, float]]) -> float | None:
+    """The mean over the last tenth of the points; None without any.
+
+    Example:
+        >>> final_loss([(5, 3.0), (10, 2.0), (15, 1.0)])
+        1.0
+    """
+    tail = curve[-max(1, round(_TAIL * len(curve))) :]
+    return sum(loss for _, loss in tail) / len(tail) if tail else None
+
+
+def read_card(folder: str | Path) -> Card:
+    """The card in `folder`."""
+    card: Card = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    return card
+
+
+def write_card(folder: str | Path, card: Card) -> None:
+    """Writes `run.json`, `run.md` and, where there is a loss curve, `loss.png`; each whole or not at all."""
+    curve = card.get("loss_curve") or []
+    with staged(Path(folder)) as aside:
+        (aside / "run.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / "run.md").write_text(to_markdown(card), encoding="utf-8")
+        if curve:
+            _draw(curve, aside / "loss.png")
+
+
+def to_markdown(card: Mapping[str, Any]) -> str:
+    """A heading and a table for each section.
+
+    Example:
+        >>> print(to_markdown({"status": "finished", "training": {"steps": 12}}))
+        # Run card
+        <BLANKLINE>
+        Status: finished
+        <BLANKLINE>
+        ## Training
+        <BLANKLINE>
+        | | |
+        |---|---|
+        | steps | 12 |
+        <BLANKLINE>
+    """
+    lines = ["# Run card", "", f"Status: {card.get('status')}", ""]
+    for name, section in card.items():
+        if isinstance(section, Mapping):
+            rows = [f"| {key} | {_cell(value)} |" for key, value in section.items()]
+            lines += [f"## {name.replace('_', ' ').capitalize()}", "", "| | |", "|---|---|", *rows, ""]
+    if card.get("loss_curve"):
+        lines += ["![loss](loss.png)", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_cell(item)}" for key, item in value.items())
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _draw(curve: Sequence[tuple[int, float]], path: Path) -> None:
+    from matplotlib.figure import Figure  # a figure of its own: no window, no global state
+
+    steps, losses = zip(*curve, strict=True)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, marker="o" if len(curve) < 20 else None, markersize=3)
+    axes.set(xlabel="optimizer step", ylabel="loss per response token", title="Training loss")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

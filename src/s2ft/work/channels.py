@@ -1,0 +1,57 @@
+"""Which channels a run trains: chosen on its own data, or taken over from the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from s2ft.method.config import S2FTConfig
+from s2ft.method.scores import NEEDS_DATA, Batch
+from s2ft.method.selection import select
+from s2ft.work.options import TrainOptions
+
+
+def choose_channels(
+    options: TrainOptions, digest: str, model: PreTrainedModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> S2FTConfig:
+    """The resolved config for these options on tokenised examples whose source has this digest."""
+    config = options.method(seed=seed_from(digest))
+    batches = _calibration(options, dataset, tokenizer) if config.strategy in NEEDS_DATA else None
+    return select(model, config, batches).config
+
+
+def channels_of(checkpoint: Path) -> S2FTConfig:
+    """The resolved config of a checkpoint, ready to be trained on."""
+    config = S2FTConfig.from_pretrained(str(checkpoint))
+    config.inference_mode = False
+    return config
+
+
+def seed_from(digest: str) -> int:
+    """The selection's seed for a data set: the first 32 bits of its digest.
+
+    Example:
+        >>> seed_from("0000000a" + "f" * 56)
+        10
+    """
+    return int(digest[:8], 16)
+
+
+def _calibration(options: TrainOptions, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """Batches of the calibration's share of the examples, taken at even distances, as the trainer would collate them."""
+    count = min(len(dataset), max(options.batch_size, math.ceil(options.calibration * len(dataset))))
+    rows = [index * len(dataset) // count for index in range(count)]
+    collate = DataCollatorForLanguageModeling(pad_token_id=_pad_token_id(tokenizer))
+    for start in range(0, count, options.batch_size):
+        yield collate([dataset[row] for row in rows[start : start + options.batch_size]])
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(padding, int)  # tokenize() has made sure of an end-of-text token
+    return padding

@@ -1,0 +1,242 @@
+"""`TrainOptions`: every option of a training run, once. Command line, YAML file and run card read them from here.
+
+Defaults follow the paper's recipe (table 6): AdamW with betas 0.9 and 0.95, no weight decay, gradients clipped to 1, a linear
+schedule after 100 steps of warm-up, 3 epochs of 64 examples a step, sequences up to 2,048 tokens, seed 0.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from s2ft.errors import S2FTError, raise_together
+from s2ft.method.config import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS, S2FTConfig
+
+ADAM_BETAS = (0.9, 0.95)
+LONGEST = 2048  # tokens, unless the model has fewer positions
+WARMUP = 100  # steps, or a tenth of a shorter run
+
+
+def _words(value: Any) -> Any:
+    """ "a, b" → ["a", "b"]."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _word_or_words(value: Any) -> Any:
+    return _words(value) if isinstance(value, str) and "," in value else value
+
+
+def _ratios(value: Any) -> Any:
+    """ "o_proj=0.05,down_proj=0.02" → a mapping; a number stays what it is."""
+    if not isinstance(value, str):
+        return value
+    if "=" not in value:
+        return _number(value)
+    pairs = [word.partition("=") for word in _words(value)]
+    return {name.strip(): ratio.strip() for name, _, ratio in pairs}
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("must be a fraction such as 0.05, or one per projection: o_proj=0.05,down_proj=0.02") from None
+
+
+def _layers(value: Any) -> Any:
+    """ "3" → 3 and "1,2" → [1, 2]; ranges such as "8-15" and "last:50%" stay text."""
+    if not isinstance(value, str):
+        return value
+    numbers = [int(word) for word in _words(value) if word.lstrip("-").isdigit()]
+    if not numbers or len(numbers) != len(_words(value)):
+        return value
+    return numbers if "," in value else numbers[0]
+
+
+def _known_optimizer(value: str) -> str:
+    from transformers.training_args import OptimizerNames
+
+    known = [str(name.value) for name in OptimizerNames]
+    if value not in known:
+        raise ValueError(f"unknown; choose from {', '.join(known)}")
+    return value
+
+
+Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class MethodOptions(BaseModel):
+    """What is trained: the options that go into an `S2FTConfig`, whose words these are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    ratios: Annotated[float | dict[str, float] | None, BeforeValidator(_ratios)] = Field(
+        None,
+        description=f"Fraction of heads or channels to train: a number, or one for each of {', '.join(PROJECTIONS)}",
+    )
+    budget: float | None = Field(
+        None, description="Instead of ratios: fraction of the model's parameters; 0.01 if neither"
+    )
+    strategy: str = Field("random", description=f"How they are chosen: {', '.join(STRATEGIES)}")
+    subset: str = Field("largest", description=f"Which scores are trained: {', '.join(SUBSETS)}")
+    seed: int | None = Field(None, description="Seed of the random strategy; from the data's digest unless given")
+    allocation: str = Field("uniform", description=f"How the layers share: {', '.join(ALLOCATIONS)}")
+    layers: Annotated[int | list[int] | str | None, BeforeValidator(_layers)] = Field(
+        None, description="Blocks to train: 3, 1,2,5, 8-15, first:4 or last:50%; all unless given"
+    )
+    avoid: Annotated[list[str] | None, BeforeValidator(_words)] = Field(
+        None, description="Adapters whose channels are not to be chosen: folders or Hub names"
+    )
+    target_modules: Annotated[str | list[str] | None, BeforeValidator(_word_or_words)] = Field(
+        None,
+        description="Modules to train a slice of, as in PEFT; by default what ratios names, else o_proj and down_proj",
+    )
+
+    def method(self, seed: int | None = None) -> S2FTConfig:
+        """The method's configuration, with `seed` where none was given.
+
+        Raises:
+            S2FTError: with everything that the method does not allow.
+        """
+        values = {name: getattr(self, name) for name in MethodOptions.model_fields}
+        if self.seed is None and self.strategy == "random":
+            values["seed"] = seed
+        return S2FTConfig(**values, task_type="CAUSAL_LM")
+
+
+class TrainOptions(MethodOptions):
+    """All options of `s2ft train`. Make one with `parse_options`, which reports every problem at once."""
+
+    model: str = Field(description="Base model: a folder or a name on the Hub")
+    data: Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
+        description="Data: a .json, .jsonl or .parquet file, a folder of them, or a name on the Hub; repeat to join several"
+    )
+    output: str = Field(description="Folder for the adapter, its run card and checkpoints; must not exist or be empty")
+    limit: Positive | None = Field(None, description="Train on the first so many examples")
+    max_length: Positive | None = Field(
+        None, description=f"Tokens of an example that are used; {LONGEST} unless the model has fewer positions"
+    )
+    packing: bool = Field(False, description="Put several short examples in one row; they do not see each other")
+    epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="Passes over the data")
+    max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever the epochs")
+    batch_size: Positive = Field(4, description="Examples that go through the model at once")
+    gradient_accumulation: Positive = Field(16, description="Batches per optimizer step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        2e-4, description="Peak learning rate (paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)"
+    )
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the learning rate falls"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description=f"{WARMUP} unless given, at most a tenth of the run"
+    )
+    optim: Annotated[str, AfterValidator(_known_optimizer)] = Field(
+        "adamw_torch_fused", description="Optimizer, by its name in transformers, such as adamw_torch_8bit"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Of the trained deltas; nothing frozen decays")
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of the gradient")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Of the frozen base: auto, bf16, fp32; the deltas are always fp32"
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
+    calibration: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="Fraction of the examples that the strategies activation, product and gradient read"
+    )
+    train_seed: Seed = Field(0, description="Seed of the order of the examples")
+    log_every: Positive = Field(5, description="Steps between two points of the loss curve")
+    save_every: Positive = Field(500, description="Steps between two checkpoints; the newest two are kept")
+    resume: bool = Field(False, description="Continue from the newest checkpoint in the output folder")
+
+
+def parse_options(values: Mapping[str, Any]) -> TrainOptions:
+    """The options from raw values, which may all be text.
+
+    Raises:
+        S2FTError: with all problems at once, each as `option=value: what is allowed`.
+
+    Example:
+        >>> parse_options({"model": "m", "data": "d.json", "output": "o", "epochs": "0", "strategy": "best"})
+        Traceback (most recent call last):
+            ...
+        s2ft.errors.S2FTError: 2 problems:
+          - epochs='0': input should be greater than 0
+          - strategy='best' is unknown; choose from random, weight, activation, product, gradient
+    """
+    try:
+        options = TrainOptions.model_validate(dict(values))
+    except ValidationError as error:
+        wrong = {str(item["loc"][0]) for item in error.errors()}
+        raise_together([*_problems(error), *_method_problems(values, wrong)])
+        raise
+    options.method()
+    return options
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The values of a YAML file whose keys are options.
+
+    Raises:
+        S2FTError: with file and line, if it is missing, malformed, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise S2FTError(f"config={path!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else path
+        raise S2FTError(f"{place}: malformed YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise S2FTError(
+            f"{path}:1: expected options, each as `name: value`; found {json.dumps(values, default=str)[:60]}"
+        )
+    return values
+
+
+def to_yaml(options: TrainOptions) -> str:
+    """The options as a file that `--config` reads; those that were left open (None) are left out."""
+    return yaml.safe_dump(
+        options.model_dump(exclude_none=True, exclude={"resume"}), sort_keys=False, allow_unicode=True
+    )
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """One line for each option; of a union's alternatives, pydantic reports each."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        name = str(item["loc"][0])
+        lines.setdefault(name, _problem(name, item["type"], item["msg"], item["input"]))
+    return list(lines.values())
+
+
+def _problem(name: str, kind: str, message: str, value: Any) -> str:
+    if kind == "missing":
+        return f"{name} is missing: {TrainOptions.model_fields[name].description}"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, TrainOptions.model_fields, n=1)
+        return f"{name}={value!r}: no such option" + (f"; did you mean {near[0]}?" if near else "")
+    message = message.removeprefix("Value error, ")
+    return f"{name}={value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _method_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
+    """What the method has to say about those of its options that could be read."""
+    readable = {
+        name: value for name, value in values.items() if name in MethodOptions.model_fields and name not in wrong
+    }
+    try:
+        MethodOptions.model_validate(readable).method()
+    except S2FTError as error:
+        return str(error).split("\n  - ")[1:] or [str(error)]
+    return []

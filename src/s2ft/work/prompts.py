@@ -1,0 +1,42 @@
+"""The prompts: one place, so that training, evaluation and serving ask a model in the same words.
+
+A record in the Alpaca layout becomes the Alpaca prompt; the response begins right after `### Response:`.
+
+Source: https://github.com/tatsu-lab/stanford_alpaca (prompts of train.py), which LLM-Adapters and the S²FT paper use.
+"""
+
+from collections.abc import Mapping
+
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The prompt for an instruction, up to where the response begins.
+
+    Example:
+        >>> alpaca_prompt("Add 2 and 3.").splitlines()[-4:]
+        ['### Instruction:', 'Add 2 and 3.', '', '### Response:']
+        >>> "### Input:" in alpaca_prompt("Add them.", "2 and 3")
+        True
+    """
+    template = _WITH_INPUT if input.strip() else _WITHOUT_INPUT
+    return template.format(instruction=instruction, input=input)
+
+
+def alpaca_example(record: Mapping[str, str]) -> dict[str, str]:
+    """A record (`instruction`, `output`, and maybe `input`) as a prompt and its completion.
+
+    Example:
+        >>> alpaca_example({"instruction": "Add 2 and 3.", "output": "5"})["completion"]
+        '5'
+    """
+    prompt = alpaca_prompt(record["instruction"], record.get("input") or "")
+    return {"prompt": prompt, "completion": record["output"]}

@@ -1,0 +1,120 @@
+"""TRL's SFTTrainer with what a run here needs besides: whole checkpoints, a polite Ctrl-C, and nothing sent anywhere."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from s2ft.errors import S2FTError
+from s2ft.work.files import STAGING, staged
+
+Logs = dict[str, Any] | None
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer whose checkpoints appear by one rename: a checkpoint folder that is there is whole."""
+
+    annotate: Callable[[Path], None] | None = None  # adds files of ours to a checkpoint
+    _aside: Path | None = None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output = Path(self.args.output_dir)
+        leads = self.is_world_process_zero()
+        with staged(output) if leads else nullcontext(output / STAGING) as aside:
+            self.accelerator.wait_for_everyone()  # the folder is there
+            self._aside = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            self.accelerator.wait_for_everyone()  # every process has written its part
+            if leads:
+                self._finish(aside)
+        if leads:
+            rotate_checkpoints(str(output), self.args.save_total_limit)
+
+    def _finish(self, aside: Path) -> None:
+        for checkpoint in aside.iterdir():
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
+            if self.annotate is not None:
+                self.annotate(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left out: the run writes its own card, which says how to load the adapter."""
+
+    def _send_telemetry(self) -> None:
+        """Left out: nothing about a run leaves the machine."""
+
+
+class Progress(ProgressCallback):
+    """The trainer's progress bar, with the loss beside it rather than in lines of its own."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{(logs or {})['loss']:.3f}")
+
+
+class Flow(TrainerCallback):
+    """Stops at the first Ctrl-C after the step that is under way, with a checkpoint, and at a loss that is no number."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        finished = state.global_step >= state.max_steps
+        if self.interrupted and not finished:
+            control.should_save = control.should_training_stop = True
+        if finished:
+            control.should_save = False  # the adapter itself is written next
+            self.interrupted = False
+        if control.should_training_stop:
+            control.should_log = True
+        return control
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise S2FTError(
+                f"the loss is {loss} at step {state.global_step}, so training was stopped; "
+                f"lower learning_rate={args.learning_rate} or take precision=fp32"
+            )
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes Ctrl-C while the block runs; a second one ends the process as always."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def stop(_: int, __: FrameType | None) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+            os.write(2, b"\nCtrl-C: finishing this step, then saving a checkpoint; press it again to stop at once.\n")
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,177 @@
+"""`s2ft train` as it is typed: exit codes, messages, precedence, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s2ft.cli.app import main
+from s2ft.work.options import TrainOptions
+from tiny_base import save_tiny_base
+
+COMMON = ["--ratios", "0.25", "--precision", "fp32", "--gradient-accumulation", "1", "--log-every", "1"]
+COMMAND = [sys.executable, "-c", "from s2ft.cli.app import main; main()", "train"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{a}+{a}=", "completion": str(2 * a)}) + "\n" for a in range(30)))
+    return str(path)
+
+
+@pytest.fixture
+def s2ft(monkeypatch, capsys):
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["s2ft", "train", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return (int(left.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def test_a_run_from_the_command_line(s2ft, base, data, tmp_path):
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    words = ["--model", base, "--data", data, "--output", str(out), "--max-steps", "3", "--json", str(result)]
+    code, printed, _ = s2ft(*words, *COMMON)
+    assert code == 0
+    card = json.loads(result.read_text())
+    assert card == json.loads((out / "run.json").read_text())
+    assert card["training"]["steps"] == 3
+    assert card["adapter"]["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert "auto-detected" not in printed
+    assert "fp32, as asked" in printed
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "run.json", "run.md", "run.yaml",
+    ]  # fmt: skip
+    assert str(tmp_path) not in (out / "adapter_config.json").read_text().replace(base, "")
+
+
+def test_flags_win_over_the_yaml_file(s2ft, base, data, tmp_path):
+    config = tmp_path / "run.yaml"
+    settings = {"max_steps": 50, "ratios": {"o_proj": 0.5}, "batch_size": 2}
+    config.write_text(yaml.safe_dump({"model": base, "data": data, "output": str(tmp_path / "out"), **settings}))
+    assert s2ft("--config", str(config), "--max-steps", "1", "--precision", "fp32")[0] == 0
+    used = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (used["max_steps"], used["batch_size"], used["ratios"]) == (1, 2, {"o_proj": 0.5})
+    again = tmp_path / "out" / "run.yaml"
+    assert s2ft("--config", str(again), "--output", str(tmp_path / "again"))[0] == 0
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again")]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--epochs", "0", "--ratios", "o_proj=2,x_proj=.1", "--strategy", "best"], [
+            "6 problems", "model is missing", "output is missing", "epochs='0'", "ratios['o_proj']=2.0 is outside (0, 1]",
+            "'x_proj', which is unknown; choose from q_proj", "strategy='best' is unknown; choose from random, weight",
+        ]),
+        (["--ratios", "lots"], ["ratios='lots': must be a fraction such as 0.05, or one per projection"]),
+        (["--no-such-flag"], ["No such option: --no-such-flag"]),
+        (["--config", "nowhere.yaml"], ["config='nowhere.yaml' cannot be read"]),
+        (["--model", "m", "--output", "o", "--json", "nowhere/r.json"], ["there is no folder 'nowhere'"]),
+        (["--model", "./nowhere", "--output", "o"], ["model='./nowhere' is not a folder"]),
+    ],
+)  # fmt: skip
+def test_bad_input_exits_with_2_and_writes_nothing(s2ft, data, tmp_path, monkeypatch, words, parts):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = s2ft("--data", data, *words)
+    assert code == 2
+    assert "Traceback" not in errors
+    for part in parts:
+        assert part in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_shows_every_option_and_an_example(s2ft, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    code, printed, _ = s2ft("--help")
+    assert code == 0
+    assert "Example: s2ft train --model" in printed
+    for name in TrainOptions.model_fields:
+        assert f"--{name.replace('_', '-')}" in printed
+
+
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(base, data, tmp_path):
+    out = tmp_path / "out"
+    words = [
+        "--model",
+        base,
+        "--data",
+        data,
+        "--output",
+        str(out),
+        "--max-steps",
+        "100000",
+        "--save-every",
+        "5",
+        *COMMON,
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*COMMAND, *words], env=environment(), **pipes)
+    wait_for(lambda: out.is_dir() and any(out.glob("checkpoint-*")), process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert "Ctrl-C: finishing this step" in printed
+    assert "--resume" in printed
+    card = json.loads((out / "run.json").read_text())
+    assert card["status"] == "interrupted"
+    checkpoint = out / f"checkpoint-{card['training']['steps']}"
+    assert (checkpoint / "adapter_model.safetensors").read_bytes() == (out / "adapter_model.safetensors").read_bytes()
+    assert not (checkpoint / "training_args.bin").exists()
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(s2ft, base, data, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("s2ft.work.train.load_model", interrupt)
+    code, _, errors = s2ft("--model", base, "--data", data, "--output", str(tmp_path / "out"), *COMMON)
+    assert code == 130
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def wait_for(condition, process, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.05)
+
+
+def test_the_real_arithmetic_set_runs_through(s2ft, base, tmp_path):
+    root = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    source = root / "llm-adapters" / "ft-training_set" / "math_data.json"
+    if not source.is_file():
+        pytest.skip("the LLM-Adapters data is not here")
+    words = ["--max-steps", "5", "--max-length", "400", "--learning-rate", "0.01", *COMMON]
+    code, _, errors = s2ft("--model", base, "--data", str(source), "--output", str(tmp_path / "out"), *words)
+    assert code == 0
+    assert "of 3260 examples have no response and are left out" in errors
+    card = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (
+        card["data"]["examples"] + card["data"]["without_response"] + card["data"]["response_beyond_max_length"] == 3260
+    )
