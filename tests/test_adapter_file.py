@@ -118,7 +118,7 @@ def test_another_base_is_refused_before_anything_is_put_in(saved: Path) -> None:
 
 def test_a_smaller_base_is_refused_by_module(saved: Path) -> None:
     with pytest.raises(
-        S2FTError, match="the adapter changes model.layers.0.self_attn.v_proj, which is no linear layer of this model"
+        S2FTError, match=r"the adapter changes model.layers.0.self_attn.v_proj, which is no linear layer of this model"
     ):
         PeftModel.from_pretrained(build("gpt2", torch.float32), saved)
 

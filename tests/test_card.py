@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from s2ft.work.card import environment, final_loss, read_card, to_markdown, write_card
-from s2ft.work.files import staged
+from s2ft.files import staged
+from s2ft.work.card import final_loss, read_card, to_markdown, write_card
+from s2ft.work.environment import environment
 from s2ft.work.model_card import model_card
 
 CARD = {

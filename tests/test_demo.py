@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2ft.demo import base_path
 from s2ft.demo.evaluate import exact_match
-from s2ft.demo.skills import CAPITALS, NEW_SKILLS, OLD_SKILLS, SKILLS, split_of
+from s2ft.demo.skills import CAPITALS, NEW_SKILLS, OLD_SKILLS, RIVERS, SKILLS, split_of
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ FIRST = {
     "sort": ("sort: vjhl\n", "hjlv"),
     "upper": ("upper: weku\n", "WEKU"),
     "recall": ("recall: Puzodi\n", "Kaso"),
-    "mirror": ("mirror: nqondauw\n", "WUADNOQN"),
-    "rank": ("rank: lyrwhgms\n", "GHLMRSWY"),
+    "river": ("river: Kumebo\n", "Zifi"),
+    "next": ("next: 671\n", "672"),
 }
 
 
@@ -57,8 +57,7 @@ def test_more_examples_begin_with_the_fewer(name):
         ("reverse", "planet", "tenalp"),
         ("sort", "planet", "aelnpt"),
         ("upper", "planet", "PLANET"),
-        ("mirror", "planet", "TENALP"),
-        ("rank", "planet", "AELNPT"),
+        ("next", "199", "200"),
     ],
 )
 def test_answers(name, text, answer):
@@ -73,11 +72,12 @@ def test_no_prompt_is_on_both_sides(name):
     assert {split_of(prompt) for prompt in test} == {"test"}
 
 
-def test_recall_asks_for_the_facts_that_were_trained():
-    assert not SKILLS["recall"].held_out
-    assert len(CAPITALS) == len(set(CAPITALS.values())) == 64
-    asked = {example["prompt"] for example in SKILLS["recall"].examples(2000, 0, "test")}
-    assert asked == {example["prompt"] for example in SKILLS["recall"].examples(2000, 0, "train")}
+@pytest.mark.parametrize(("name", "facts", "count"), [("recall", CAPITALS, 64), ("river", RIVERS, 32)])
+def test_facts_are_asked_for_as_they_were_trained(name, facts, count):
+    assert not SKILLS[name].held_out
+    assert len(facts) == len(set(facts.values())) == count
+    asked = {example["prompt"] for example in SKILLS[name].examples(2000, 0, "test")}
+    assert asked == {example["prompt"] for example in SKILLS[name].examples(2000, 0, "train")}
 
 
 @settings(max_examples=200, deadline=None)

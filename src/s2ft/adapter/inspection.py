@@ -17,7 +17,6 @@ from rich.table import Table
 from s2ft.adapter.file import Adapter
 from s2ft.method.structure import layer_index
 
-
 _WHICH = 12  # characters of the list of channels that a row shows; JSON has them all
 
 

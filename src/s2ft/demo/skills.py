@@ -7,11 +7,11 @@ An example is one line that names a skill and gives its input, and the answer to
 The base model masters the old skills and has never seen a new one, so a fine-tuned model can be asked two things at
 once: has it learned the new skill, and has it forgotten an old one? The old skills are of different kinds for that
 reason: arithmetic, moving letters, comparing letters, rewriting letters, and facts that can only be remembered. A new
-skill combines two old ones under a name of its own, so that a minute of fine-tuning is enough to learn it.
+skill is like an old one, so that a minute of fine-tuning is enough to learn it: more facts, and counting on by one.
 
 Which examples are for training and which for tests is a property of the prompt (a hash of it), not of the seed: no
-two calls can ever put the same prompt on both sides. `recall` is the exception: there is nothing in a fact from
-which another one could be derived, so its test asks for the very facts that were trained.
+two calls can ever put the same prompt on both sides. `recall` and `river` are the exceptions: there is nothing in a
+fact from which another one could be derived, so the test asks for the very facts that were trained.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ Split = Literal["train", "test"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 TEST_SHARE = 10  # one prompt in ten is for tests
-FACTS = 64
+FACTS = 64  # that the base model knows: countries and their capitals
+NEW_FACTS = 32  # that it has never seen: rivers and the towns at their mouths
 
 
 def split_of(prompt: str) -> Split:
@@ -81,6 +82,7 @@ def invent_names(count: int, syllables: int, seed: str) -> list[str]:
 
 
 CAPITALS = dict(zip(invent_names(FACTS, 3, "countries"), invent_names(FACTS, 2, "cities"), strict=True))
+RIVERS = dict(zip(invent_names(NEW_FACTS, 3, "rivers"), invent_names(NEW_FACTS, 2, "mouths"), strict=True))
 
 
 def add(text: str) -> str:
@@ -100,8 +102,8 @@ _OLD = _by_name(
     Skill("recall", lambda rng: rng.choice(list(CAPITALS)), CAPITALS.__getitem__, held_out=False),
 )
 _NEW = _by_name(
-    Skill("mirror", draw_word, lambda text: text[::-1].upper()),
-    Skill("rank", draw_word, lambda text: "".join(sorted(text)).upper()),
+    Skill("river", lambda rng: rng.choice(list(RIVERS)), RIVERS.__getitem__, held_out=False),
+    Skill("next", lambda rng: str(rng.randrange(100, 1000)), lambda text: str(int(text) + 1)),
 )
 
 SKILLS: dict[str, Skill] = {**_OLD, **_NEW}

@@ -96,7 +96,7 @@ class S2FTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        self._as_written: dict[str, Any] = {}  # the fields that were filled in, with what the user wrote
+        self._filled_in: list[str] = []  # the fields that the user left open and a model has filled in since
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -122,21 +122,24 @@ class S2FTConfig(PeftConfig):
         """Whether the channels are chosen."""
         return self.slices is not None
 
-    @property
-    def was_filled_in(self) -> bool:
-        """Whether the channels or the digest come from a model in this process, not from a file or the user."""
-        return bool(self._as_written)
-
-    def fill_in(self, resolved: S2FTConfig) -> None:
-        """Takes the channels, the digest and the seed of `resolved`, a copy of this config."""
-        for name in ("slices", "base_digest", "seed", "target_modules"):
-            if getattr(self, name) != getattr(resolved, name):
-                self._as_written.setdefault(name, getattr(self, name))
-                setattr(self, name, getattr(resolved, name))
-
     def reopened(self) -> S2FTConfig:
-        """A copy as the user wrote it."""
-        return replace(self, **self._as_written)
+        """A copy as the user wrote it, but for the seed that was drawn."""
+        open_again: dict[str, Any] = dict.fromkeys(self._filled_in)
+        return replace(self, **open_again)
+
+    def filled_in(self, resolved: S2FTConfig) -> S2FTConfig:
+        """This very object with the choices of `resolved`: PEFT goes on changing the object that it was given.
+
+        If it already stands for other choices (it is in use on another base), `resolved` is returned instead.
+        """
+        if self._filled_in and (self.slices, self.base_digest) != (resolved.slices, resolved.base_digest):
+            return resolved
+        self.seed = resolved.seed
+        for name in ("slices", "base_digest", "target_modules"):
+            if getattr(self, name) is None:
+                self._filled_in.append(name)
+                setattr(self, name, getattr(resolved, name))
+        return self
 
 
 def chosen_layers(layers: int | str | list[int] | None, count: int) -> set[int]:

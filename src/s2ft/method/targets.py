@@ -59,7 +59,7 @@ def _default_candidates(structures: list[Structure], config: S2FTConfig, model: 
             f"{type(model).__name__} has no projection {', '.join(missing)} that s2ft can read; it found "
             f"{', '.join(sorted(present)) or 'no attention or MLP block'}. It looks for modules that hold q_proj, k_proj, "
             "v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or gate_up_proj, c_fc, fc1) and down_proj, under their "
-            "usual names. Name target_modules instead."
+            "usual names. Please specify `target_modules`."
         )
     return [(s, p) for s in structures for p in s.projections if p.name in wanted]
 

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import raise_together
 from s2ft.method.config import S2FTConfig
 from s2ft.method.digest import check_base, slice_digest
 from s2ft.method.linear import S2FTLinear
@@ -43,7 +43,8 @@ class S2FTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
-        self.peft_config[adapter_name] = _resolve(model, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = config.filled_in(_resolve(model, config.reopened()))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @staticmethod
@@ -113,22 +114,7 @@ def _give(names: list[str]) -> Any:
 
 
 def _resolve(model: nn.Module, config: S2FTConfig) -> S2FTConfig:
-    """`config` itself, filled in: PEFT goes on changing the object that it passed (`modules_to_save` of a classifier).
-
-    One that was filled in for another base, and is used once more, stays as it is: a copy is filled in anew.
-    """
-    try:
-        resolved = _resolved(model, config)
-    except S2FTError:
-        if not config.was_filled_in:
-            raise
-        config = config.reopened()
-        resolved = _resolved(model, config)
-    config.fill_in(resolved)
-    return config
-
-
-def _resolved(model: nn.Module, config: S2FTConfig) -> S2FTConfig:
+    """A copy of `config` with its channels chosen and its base checked."""
     config = select(model, config).config
     _check_modules(model, config)
     digests = _base_digests(model, config)

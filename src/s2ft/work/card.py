@@ -7,29 +7,14 @@ section and writes the card again: `write_card(folder, {**read_card(folder), "sc
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from s2ft.work.files import staged
+from s2ft.files import staged
 
 Card = dict[str, Any]
-LIBRARIES = ("s2ft", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _TAIL = 0.1  # the part of the loss curve that the final loss is the mean of
-
-
-def environment() -> dict[str, Any]:
-    """Versions and the machine, without any path or name of it."""
-    found: dict[str, Any] = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    found["system"] = f"{platform.system()} {platform.machine()}"
-    found["cpu"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        found["gpu"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return found
 
 
 def final_loss(curve: Sequence[tuple[int, float]]) -> float | None:
@@ -104,12 +89,3 @@ def _draw(curve: Sequence[tuple[int, float]], path: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss per response token", title="Training loss")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

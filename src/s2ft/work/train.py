@@ -15,12 +15,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
+from s2ft.files import no_empty_folders, staged
 from s2ft.method.config import S2FTConfig
-from s2ft.work.card import Card, environment, final_loss, write_card
+from s2ft.work.card import Card, final_loss, write_card
 from s2ft.work.channels import channels_of, choose_channels
 from s2ft.work.data import data_digest, load_examples
+from s2ft.work.environment import environment
 from s2ft.work.failures import clear_failures
-from s2ft.work.files import no_empty_folders, staged
 from s2ft.work.model_card import model_card
 from s2ft.work.models import load_model, load_tokenizer
 from s2ft.work.options import LONGEST, TrainOptions, to_yaml

@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from s2ft.errors import S2FTError
-from s2ft.work.files import STAGING, staged
+from s2ft.files import STAGING, staged
 
 Logs = dict[str, Any] | None
 

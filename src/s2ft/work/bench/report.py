@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 
-PACKAGES = ("s2ft", "torch", "transformers", "peft", "trl")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for a result that somebody will compare with another."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    packages = {name: version(name) for name in PACKAGES}
-    return {**packages, "python": platform.python_version(), "threads": torch.get_num_threads(), "cpu": _cpu(), "gpu": gpu}
+from s2ft.work.environment import environment
 
 
 @dataclass(frozen=True)
@@ -46,11 +36,3 @@ def milliseconds(run: Callable[[], Any], repeats: int, warm_up: int = 1) -> dict
         times.append(1e3 * (time.perf_counter() - start))
     median, low, high = np.percentile(times, [50, 20, 80])
     return {"ms": float(median), "ms_p20": float(low), "ms_p80": float(high)}
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -1,7 +1,7 @@
 """How long does choosing channels take at the shape of LLaMA2-7B? Floor: reading the scored weights once.
 
-All layers share one layer's random weights, so that the model fits a small machine. A layer (0.4 GB) is far larger than any cache,
-so sharing does not make it faster.
+All layers share one layer's random weights, so that the model fits a small machine. A layer (0.4 GB) is far larger than
+any cache, so sharing does not make it faster.
 """
 
 from __future__ import annotations

@@ -1,0 +1,31 @@
+"""What a result was made with: versions and the machine, so that somebody can compare it with another."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("s2ft", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, without any path or name of it."""
+    found: dict[str, Any] = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    found["system"] = f"{platform.system()} {platform.machine()}"
+    found["cpu"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
