@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-SHOWN = 4  # generations side by side
+SHOWN = 2  # generations of each skill, side by side
 
 
 def quickstart(
@@ -27,7 +27,8 @@ def quickstart(
     console.print(f"Teaching the embedded model to answer {sample['prompt']!r} with {sample['completion']!r} ...")
     with quiet():
         result = run(fresh_folder())
-    console.print(_scores(result), _generations(result, NEW_SKILL), _files(result))
+    console.print(_scores(result), _generations(result))
+    console.print(_files(result), soft_wrap=True)  # commands stay whole, to be copied
     if json_file is not None:
         json_file.write_text(json.dumps(result.accuracies, indent=2) + "\n", encoding="utf-8")
 
@@ -44,13 +45,14 @@ def _scores(result: Any) -> Any:
     return table
 
 
-def _generations(result: Any, skill: str) -> Any:
+def _generations(result: Any) -> Any:
     from rich.table import Table
 
     table = Table("prompt", "base", "tuned", "expected", title="Side by side")
-    rows = zip(result.examples[skill], result.base[skill].completions, result.tuned[skill].completions, strict=True)
-    for (example, base, tuned), _ in zip(rows, range(SHOWN), strict=False):
-        table.add_row(example["prompt"].strip(), base, tuned, example["completion"])
+    for name, examples in result.examples.items():
+        outputs = zip(examples, result.base[name].completions, result.tuned[name].completions, strict=True)
+        for example, base, tuned in list(outputs)[:SHOWN]:
+            table.add_row(example["prompt"].strip(), base, tuned, example["completion"])
     return table
 
 

@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the embedded base model on the old skills.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--rows", type=int, default=16, help=f"sequences of {PACKED_LENGTH} tokens in a batch")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of Muon at its peak")
     parser.add_argument("--hidden", type=int, default=192, help="hidden size, a multiple of 96")
