@@ -35,5 +35,5 @@ def test_the_quickstart_teaches_the_new_skill(tmp_path: Path, monkeypatch: pytes
     scores = read_card("runs/quickstart/adapter")["scores"]
     assert scores[NEW_SKILL]["base"] <= 0.05
     assert scores[NEW_SKILL]["tuned"] >= 0.9
-    for text in (NEW_SKILL, "s2ft inspect", "s2ft train", "kB"):
+    for text in (NEW_SKILL, " inspect runs", " train --model", "kB"):
         assert text in result.output

@@ -1,6 +1,8 @@
 """`s2ft quickstart`: fine-tune the embedded model and see what it learned and what it kept."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,11 +59,12 @@ def _generations(result: Any) -> Any:
 
 
 def _files(result: Any) -> str:
+    program = "s2ft" if shutil.which("s2ft") else sys.argv[0]  # without the environment active, its whole path
     size, seconds = result.card["adapter"]["bytes"], result.card["training"]["seconds"]
     return (
         f"The adapter is {size / 1e3:.0f} kB, {size / result.base_bytes:.1%} of the model's {result.base_bytes / 1e6:.1f} MB, "
         f"trained in {seconds:.0f} s. It lies in {result.folder}, with its run card run.md.\n\nNext:\n"
-        f"  s2ft inspect {result.folder} --png channels.png\n"
-        "  s2ft train --model Qwen/Qwen3-0.6B --data your-data.jsonl --output your-adapter\n"
-        "  s2ft train --help"
+        f"  {program} inspect {result.folder} --png channels.png\n"
+        f"  {program} train --model Qwen/Qwen3-0.6B --data your-data.jsonl --output your-adapter\n"
+        f"  {program} train --help"
     )
