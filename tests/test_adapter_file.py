@@ -1,5 +1,6 @@
 """Adapter files are read without a base, checked, and described as they are."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -90,6 +91,9 @@ DAMAGE = {
     "differs from the config's slice": lambda f: edit_tensors(
         f, lambda tensors, name: tensors[name.replace("weight", "indices")].add_(1)
     ),
+    "is torch.int32 of shape": lambda f: edit_tensors(
+        f, lambda tensors, name: tensors.update({name: tensors[name].int()})
+    ),
     "is not in the config's slices": lambda f: edit_tensors(
         f, lambda tensors, name: tensors.update({name.replace("layers.0", "layers.9"): tensors[name].clone()})
     ),
@@ -132,3 +136,26 @@ def test_the_digest_sees_any_change_of_the_slice_and_no_dtype_of_the_same_values
     assert slice_digest(changed) != digest
     assert slice_digest(values.view(5, 7)) != digest
     assert slice_digest(values.to("meta")) is None
+    assert slice_digest(values.half()) is None  # rounds otherwise, so it cannot be compared
+
+
+def test_the_right_base_in_another_precision_is_taken(tmp_path: Path) -> None:
+    base = build("llama", torch.bfloat16)
+    get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=0.3, init_weights=False)).save_pretrained(tmp_path)
+    expected = read_adapter(tmp_path).deltas
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        model = copy.deepcopy(base).to(dtype)
+        model.load_adapter(str(tmp_path))  # transformers' own
+        for path, delta in expected.items():
+            assert torch.equal(model.get_submodule(path).s2ft_block["default"].weight, delta)
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan"])
+def test_a_damaged_delta_is_refused_when_it_is_loaded(saved: Path, damage: str) -> None:
+    change = {
+        "missing": lambda tensors, name: tensors.pop(name),
+        "nan": lambda tensors, name: tensors[name].view(-1)[0].fill_(torch.nan),
+    }
+    edit_tensors(saved, change[damage])
+    with any_base(), pytest.raises(S2FTError, match=r"is missing|not finite"):
+        PeftModel.from_pretrained(build("llama", torch.float32), saved)

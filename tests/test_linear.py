@@ -42,6 +42,7 @@ def random_layer(
         np.random.default_rng(torch.initial_seed()).permutation(inputs if side == "in" else outputs)[:count]
     )
     layer = S2FTLinear(base, "default", Slice(side, channels), init_weights=False)
+    assert layer.s2ft_block["default"].weight.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     nn.init.normal_(layer.s2ft_block["default"].weight, std=0.5)
     return layer
 
@@ -153,7 +154,6 @@ def saved_storages(layer: nn.Module, x: Tensor) -> dict[int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_input_side_keeps_only_the_selected_activations(dtype: torch.dtype) -> None:
     layer = random_layer("in", False, True, (48, 40), 3, dtype)
-    layer.s2ft_block.float()
     x = torch.randn(7, 5, 48, dtype=dtype, requires_grad=True)
     delta_copy = 0 if dtype == torch.float32 else 40 * 3 * 2  # the delta in the base's dtype
     assert sum(saved_storages(layer, x).values()) == 7 * 5 * 3 * dtype.itemsize + delta_copy
@@ -169,7 +169,6 @@ def test_output_side_keeps_the_input_itself_not_a_copy() -> None:
 def test_fp32_delta_on_a_bf16_base(side: str) -> None:
     layer = random_layer(side, False, False, (33, 29), 5, torch.bfloat16)
     block = layer.s2ft_block["default"]
-    block.weight.data = block.weight.data.float()
     x = torch.randn(9, 33).bfloat16().requires_grad_()
     y = layer(x)
     assert y.dtype == torch.bfloat16
@@ -197,6 +196,17 @@ def test_autocast_computes_in_its_dtype_and_keeps_fp32_gradients(side: str) -> N
     torch.testing.assert_close(
         x.grad.double(), x_reference.grad, rtol=0.03, atol=0.03 * x_reference.grad.abs().max().item()
     )
+
+
+def test_a_backward_hook_on_the_base_layer_changes_nothing() -> None:
+    layer = random_layer("in", False, True, (8, 7), 3, torch.float64)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    expected = layer.s2ft_block["default"].weight.grad.clone()
+    layer.zero_grad()
+    layer.base_layer.register_full_backward_hook(lambda *_: None)
+    layer(x.requires_grad_()).square().sum().backward()
+    torch.testing.assert_close(layer.s2ft_block["default"].weight.grad, expected)
 
 
 def test_two_active_adapters_on_different_sides() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTError
@@ -132,6 +133,32 @@ def test_activation_sums_do_not_depend_on_how_the_data_is_batched() -> None:
     parts = score_units("activation", structures, model, ({"input_ids": part} for part in x.split(2)))
     for name in whole:
         np.testing.assert_allclose(whole[name], parts[name], rtol=1e-5)
+
+
+def test_padding_does_not_count_where_a_model_flattens_its_tokens() -> None:
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=61, hidden_size=24, ffn_dim=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    structures, x = find_structures(model.eval()), tokens(1, 6)
+    padded = {"input_ids": torch.nn.functional.pad(x, (0, 20), value=1), "attention_mask": torch.arange(26)[None] < 6}
+    plain = score_units("activation", structures, model, [{"input_ids": x, "attention_mask": torch.ones(1, 6)}])
+    for name, scores in score_units("activation", structures, model, [padded]).items():
+        np.testing.assert_allclose(scores, plain[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["weight", "activation", "product", "gradient"])
+def test_scoring_leaves_the_weights_alone(strategy: str, dtype: torch.dtype) -> None:
+    model = build("gpt2", dtype)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    score_units(strategy, find_structures(model), model, [{"input_ids": tokens(1, 5)}])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_batch_that_is_no_mapping_is_refused() -> None:
+    model = build("gpt2")
+    with pytest.raises(S2FTError, match="a batch is a str"):
+        score_units("gradient", find_structures(model), model, {"input_ids": tokens(1, 5)})
 
 
 def test_random_scores_are_the_same_on_every_machine() -> None:

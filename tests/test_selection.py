@@ -39,7 +39,22 @@ def test_a_slice_is_written_and_read_back(channels: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "in", "in ", "up 3", "in 3,3", "in 5-4", "in 7,3", "in 1-4,4", "in -1", "in 1;2", "in a", "in 1.5"]
+    "text",
+    [
+        "",
+        "in",
+        "in ",
+        "up 3",
+        "in 3,3",
+        "in 5-4",
+        "in 7,3",
+        "in 1-4,4",
+        "in -1",
+        "in 1;2",
+        "in a",
+        "in 1.5",
+        "in 0-99999999999",
+    ],
 )
 def test_a_malformed_slice_is_refused(text: str) -> None:
     with pytest.raises(S2FTError, match="slice"):
@@ -192,6 +207,34 @@ def test_avoid_takes_what_other_adapters_left(tmp_path: Path) -> None:
         select(build("llama"), S2FTConfig(ratios={"down_proj": 0.9}, seed=0, avoid=[str(tmp_path)]))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_avoiding_one_projection_keeps_the_others_coupled(seed: int) -> None:
+    model = get_peft_model(build("llama"), S2FTConfig(ratios={"v_proj": 0.5, "down_proj": 0.3}, seed=seed))
+    ratios = {"v_proj": 0.5, "o_proj": 0.25, "up_proj": 0.3, "down_proj": 0.3}
+    slices = select(model, S2FTConfig(ratios=ratios, seed=seed, avoid=["default"])).slices
+    for layer in range(3):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        groups = heads(slices, f"{attention}.v_proj", 10)
+        assert {head // 2 for head in heads(slices, f"{attention}.o_proj", 10)} <= groups
+        assert slices[f"{mlp}.up_proj"].indices.tolist() == slices[f"{mlp}.down_proj"].indices.tolist()
+
+
+def test_a_config_used_twice_on_a_base_chooses_the_same_channels() -> None:
+    config = S2FTConfig(budget=0.05, seed=1)
+    model = get_peft_model(build("llama"), config)
+    model.add_adapter("again", config)
+    blocks = [module.s2ft_block for module in model.modules() if hasattr(module, "s2ft_block")]
+    assert all(torch.equal(block["default"].indices, block["again"].indices) for block in blocks)
+
+
+def test_layers_count_the_models_blocks_not_the_targets() -> None:
+    with pytest.raises(S2FTError, match="last"):
+        select(build("llama"), S2FTConfig(ratios=0.5, layers="last:4"))
+    excluded = ["model.layers.2.self_attn.o_proj", "model.layers.2.mlp.down_proj"]
+    config = S2FTConfig(ratios=0.5, layers="last:2", exclude_modules=excluded, seed=0)
+    assert {path.split(".")[2] for path in select(build("llama"), config).slices} == {"1"}
+
+
 def test_an_adapted_model_is_read_like_its_base() -> None:
     config = S2FTConfig(ratios={"q_proj": 0.5, "down_proj": 0.2}, seed=3)
     expected = select(build("phi3"), config).config.slices
@@ -213,9 +256,14 @@ def test_avoid_must_name_an_adapter(tmp_path: Path) -> None:
             r"ratio 0.01 of the 12 units of o_proj rounds to zero; the smallest .* is 0.042",
         ),
         ({"budget": 1e-6}, r"2 problems:\n.*budget=1e-06 .* of the 12 units of o_proj rounds to zero"),
+        ({"layers": "0-99999999999"}, r"names layer 99999999999; the model has layers 0 to 2"),
+        (
+            {"ratios": {"o_proj": 0.5, "up_proj": 0.5}, "target_modules": ["o_proj"]},
+            r"ratios names up_proj, but target_modules",
+        ),
         ({"budget": 0.9}, r"budget=0.9 gives o_proj .* parameters to train, but it has"),
         ({"ratios": 0.5, "target_modules": ["nothing"]}, r"Target modules not found .* target_modules=\{'nothing'\}"),
-        ({"ratios": 0.5, "layers": [7]}, r"layers=\[7\] names \[7\]; the model has layers 0 to 2"),
+        ({"ratios": 0.5, "layers": [7]}, r"layers=\[7\] names layer 7; the model has layers 0 to 2"),
         (
             {"ratios": 0.5, "target_modules": ["embed_tokens"]},
             r"target_modules matches model.embed_tokens, a Embedding",
@@ -251,6 +299,7 @@ def test_a_model_without_known_blocks_is_refused_with_what_was_looked_for() -> N
         ({"ratios": float("nan")}, ["ratios=nan"]),
         ({"ratios": True}, ["ratios=True"]),
         ({"layers": [0], "layers_to_transform": [0]}, ["both given"]),
+        ({"seed": True, "avoid": 3, "slices": ["a"]}, ["seed=True", "avoid=3", "slices is not a mapping"]),
     ],
 )
 def test_all_problems_of_a_config_come_at_once(options: dict, problems: list[str]) -> None:

@@ -27,6 +27,7 @@ from s2ft.method.slices import Slice
 
 _PREFIX = "base_model.model."
 _BLOCK = ".s2ft_block."
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,8 @@ def _problems(tensors: dict[str, Tensor], path: str, chosen: Slice) -> list[str]
     if missing:
         return [f"the adapter's weights lack {missing[0]}"]
     delta, indices = tensors[_key(path, "weight")], tensors[_key(path, "indices")]
+    if delta.dtype not in _DTYPES or not delta.numel():
+        return [f"{_key(path, 'weight')} is {delta.dtype} of shape {list(delta.shape)}; expected one of {_DTYPES}"]
     if not torch.equal(indices, torch.from_numpy(chosen.indices)):
         return [f"{_key(path, 'indices')} differs from the config's slice {str(chosen)!r}"]
     if delta.dim() != 2 or delta.shape[1 if chosen.side == "in" else 0] != len(chosen.indices):

@@ -16,6 +16,7 @@ from torch import nn
 
 from s2ft.errors import raise_together
 from s2ft.method.config import DEFAULT_BUDGET, S2FTConfig
+from s2ft.method.registration import PREFIX
 from s2ft.method.structure import Projection, features, linear_layer
 from s2ft.method.targets import Target, by_projection
 
@@ -47,7 +48,8 @@ def _ratios(by_name: Mapping[str, list[Target]], config: S2FTConfig, model: nn.M
     if config.ratios is not None:
         return dict.fromkeys(by_name, config.ratios)
     budget = DEFAULT_BUDGET if config.budget is None else config.budget
-    share = budget * sum(parameter.numel() for parameter in model.parameters()) / len(by_name)
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if PREFIX not in name)
+    share = budget * total / len(by_name)
     sizes = {name: sum(_parameters(p, model) for _, p in group) for name, group in by_name.items()}
     over = [name for name, size in sizes.items() if share > size]
     raise_together(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.config import PeftConfig
 
-from s2ft.errors import raise_together
+from s2ft.errors import S2FTError, raise_together
 from s2ft.method.registration import peft_type
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -100,6 +100,7 @@ class S2FTConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        self.avoid = [self.avoid] if isinstance(self.avoid, str) else self.avoid
         raise_together(self._problems())
 
     def _problems(self) -> Iterator[str]:
@@ -111,11 +112,16 @@ class S2FTConfig(PeftConfig):
         for name, allowed in (("strategy", STRATEGIES), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
             if getattr(self, name) not in allowed:
                 yield f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**63):
             yield f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1"
         if self.layers is not None and not _is_layers(self.layers):
             yield f"layers={self.layers!r} is not an index, a list of them, 'A-B', 'first:N', 'last:N' or 'last:P%'"
         yield from _layer_list_problems(self)
+        if not _is_list_of_text(self.avoid):
+            yield f"avoid={self.avoid!r} is not a list of adapters: names on the model, folders, or Hub names"
+        for name in ("slices", "base_digest"):
+            if not _is_text_by_module(getattr(self, name)):
+                yield f"{name} is not a mapping from modules to text; it is filled in, not written by hand"
 
     @property
     def is_resolved(self) -> bool:
@@ -152,23 +158,27 @@ def chosen_layers(layers: int | str | list[int] | None, count: int) -> set[int]:
     if layers is None:
         return set(range(count))
     wanted = _layer_indices(layers, count)
-    outside = sorted(index for index in wanted if not -count <= index < count)
-    raise_together([f"layers={layers!r} names {outside}; the model has layers 0 to {count - 1}"] if outside else [])
+    outside = [index for index in wanted if not -count <= index < count]
+    if outside:
+        raise S2FTError(f"layers={layers!r} names layer {outside[0]}; the model has layers 0 to {count - 1}")
     return {index % count for index in wanted}
 
 
-def _layer_indices(layers: int | str | list[int], count: int) -> list[int]:
+def _layer_indices(layers: int | str | list[int], count: int) -> Sequence[int]:
     if isinstance(layers, int):
         return [layers]
-    if isinstance(layers, list):
+    if isinstance(layers, list | tuple):
         return layers
     match = _LAYERS_PATTERN.fullmatch(layers)
     assert match is not None  # checked when the config was made
     if match["lo"]:
-        return list(range(int(match["lo"]), int(match["hi"]) + 1))
+        lowest, highest = int(match["lo"]), int(match["hi"])
+        return range(lowest, highest + 1) if highest < count else [highest]
     number = float(match["count"])
     size = max(1, round(count * number / 100)) if match["percent"] else int(number)
-    return list(range(count - size, count)) if match["end"] == "last" else list(range(size))
+    if size > count:
+        return [size - 1]
+    return range(count - size, count) if match["end"] == "last" else range(size)
 
 
 def _ratio_problems(ratios: Any) -> Iterator[str]:
@@ -214,5 +224,19 @@ def _is_layers(value: Any) -> bool:
         number = float(match["count"])
         return 0 < number <= 100 if match["percent"] else number >= 1 and number.is_integer()
     if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(index, int) for index in value)
+        return bool(value) and all(_is_integer(index) for index in value)
+    return _is_integer(value)
+
+
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple | set) and all(isinstance(item, str) for item in value))
+
+
+def _is_text_by_module(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(item, str) for item in [*value, *value.values()])
+    )

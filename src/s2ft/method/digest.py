@@ -1,8 +1,8 @@
 """A digest of the base weights that an adapter changes: was it made for this base?
 
 The digest of a slice is SHA-256 over its shape and its values rounded to bfloat16, cut to 128 bits. Rounding makes a
-float32 and a bfloat16 copy of the same checkpoint agree. Weights without values (device meta) or in integer form
-(quantised) have no digest and are not checked.
+float32 and a bfloat16 copy of the same checkpoint agree. What has no values (device meta), is quantised (integers or
+float8), or was rounded otherwise (float16) has no digest and is not checked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from s2ft.errors import S2FTError
 
+_COMPARABLE = (torch.bfloat16, torch.float32, torch.float64)
 _ANY_BASE = ContextVar("s2ft_any_base", default=False)
 
 
@@ -28,7 +29,7 @@ def slice_digest(base_slice: Tensor) -> str | None:
         >>> slice_digest(weight) == slice_digest(weight.bfloat16()), slice_digest(weight) == slice_digest(weight.T)
         (True, False)
     """
-    if base_slice.is_meta or not base_slice.is_floating_point():
+    if base_slice.is_meta or base_slice.dtype not in _COMPARABLE:
         return None
     values = base_slice.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2")
     return hashlib.sha256(f"{tuple(base_slice.shape)}".encode() + values.tobytes()).hexdigest()[:32]

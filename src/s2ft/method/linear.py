@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from s2ft.errors import S2FTError
 from s2ft.method.slices import Slice
-from s2ft.method.structure import as_matrix, features, linear_layer, weight_matrix
+from s2ft.method.structure import as_matrix, features, is_plain, linear_layer, weight_matrix
 
 
 class _SelectTap(Function):
@@ -142,9 +142,8 @@ class S2FTBlock(nn.Module):
             return taped
         return x, F.linear(source, delta)
 
-    def add_to(self, y: Tensor, around: Tensor) -> Tensor:  # y: [*, out_features]
-        """Adds the slice's contribution to the base layer's output, in place where autograd allows."""
-        in_place = not _is_compiling() and y.is_contiguous()
+    def add_to(self, y: Tensor, around: Tensor, in_place: bool) -> Tensor:  # y: [*, out_features]
+        """Adds the slice's contribution to the base layer's output."""
         added: Tensor
         if self.side == "in":
             delta = self.weight.to(y.dtype)
@@ -160,6 +159,11 @@ class S2FTBlock(nn.Module):
             expected = Slice.parse(self.chosen).indices
             if found.numel() != len(expected) or not bool((found.cpu() == torch.from_numpy(expected)).all()):
                 raise S2FTError(f"{prefix}indices differ from the slice {self.chosen!r} in the adapter's config")
+            delta = state_dict.get(prefix + "weight")
+            if delta is None or (not delta.is_meta and not delta.isfinite().all()):
+                raise S2FTError(
+                    f"{prefix}weight {'is missing' if delta is None else 'holds values that are not finite'}"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -202,6 +206,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the base layer's device, but not, as PEFT would have it, to its dtype: deltas stay fp32."""
+        if adapter_name in self.s2ft_block and not self._block(adapter_name).weight.is_meta:
+            self._block(adapter_name).to(device or self.weight.device)
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """[*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter or `__base__`."""
         if self.disable_adapters:
@@ -222,8 +231,9 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             x, part = block.tap(x, dtype)
             around.append(part)
         y = self.base_layer(x, *args, **kwargs)
+        in_place = _may_change(y)
         for block, part in zip(blocks, around, strict=True):
-            y = block.add_to(y, part.to(y.dtype))
+            y = block.add_to(y, part.to(y.dtype), in_place)
         return y
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -247,7 +257,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
                 continue
             rows = torch.tensor([row for row, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
             _, around = self._block(name).tap(x.index_select(0, rows), y.dtype)
-            y = y.index_copy(0, rows, self._block(name).add_to(y.index_select(0, rows), around))
+            y = y.index_copy(0, rows, self._block(name).add_to(y.index_select(0, rows), around, in_place=False))
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -284,6 +294,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         as_matrix(self.get_base_layer(), delta).index_copy_(block.dim, block.indices, block.weight.detach())
         return delta
 
+    def take_base_dtype(self, adapter_name: str) -> None:
+        """Casts the adapter's delta to the dtype of the base layer, where that is a floating-point one."""
+        if adapter_name in self.s2ft_block and is_plain(self.get_base_layer()):
+            self._block(adapter_name).to(self.weight.dtype)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW has rank s at most, so PEFT's `convert_to_lora` is exact from rank s on."""
         return True
@@ -294,13 +309,12 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         return block
 
     def _plain_weight(self) -> Tensor:
-        weight = weight_matrix(self.get_base_layer()).data
-        if not weight.is_floating_point() or weight.shape != (self.out_features, self.in_features):
+        if not is_plain(self.get_base_layer()):
             raise S2FTError(
                 f"the base layer is quantised ({type(self.get_base_layer()).__name__}); s2ft trains on it, but merges into "
                 "plain weights only"
             )
-        return weight
+        return weight_matrix(self.get_base_layer()).data
 
     def _write(self, block: S2FTBlock, values: Tensor) -> None:
         weight = self._plain_weight()
@@ -312,6 +326,11 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
 def _is_compiling() -> bool:
     return torch.compiler.is_compiling()
+
+
+def _may_change(y: Tensor) -> bool:
+    """Whether the base layer's output may be added to in place: not where a hook's own Function made it, or a compiler runs."""
+    return not _is_compiling() and y.is_contiguous() and not isinstance(y.grad_fn, BackwardCFunction)
 
 
 def _eager_grad(x: Tensor) -> bool:

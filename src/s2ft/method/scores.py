@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError
-from s2ft.method.structure import Projection, Structure, as_matrix, features, linear_layer, weight_matrix
+from s2ft.method.structure import Projection, Structure, as_matrix, is_plain, linear_layer, weight_matrix
 
 Scores = dict[str, NDArray[np.float32]]  # key of the structure → [units]
 Batch = Mapping[str, Any]
@@ -99,7 +99,8 @@ def activation_squares(structures: list[Structure], model: nn.Module, batches: I
     mask: Tensor | None = None
 
     def add(name: str, x: Tensor) -> None:  # x: [*, in_features]
-        kept = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+        rows = x.flatten(0, -2)  # some models (OPT) flatten them before the layer
+        kept = rows[mask.flatten()] if mask is not None and mask.numel() == len(rows) else rows
         squares = kept.detach().float().square().sum(0, dtype=torch.float64).cpu()
         sums[name] += unit_sums(squares[_channels(inputs[name])], inputs[name], units[name])
         tokens[name] += len(kept)
@@ -192,7 +193,7 @@ def _linear(projection: Projection, model: nn.Module) -> nn.Module:
 def _floating(projection: Projection, model: nn.Module) -> nn.Module:
     layer = _linear(projection, model)
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if not weight.is_floating_point() or weight.shape.numel() != features(layer)[0] * features(layer)[1]:
+    if not is_plain(layer):
         raise S2FTError(
             f"{projection.module} is quantised ({weight.dtype}); the strategies weight, product and gradient read plain "
             "weights. Choose strategy='random' or 'activation'."
@@ -215,6 +216,10 @@ def _uses_by_layer(
 
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     if "labels" not in batch:
+        if "input_ids" not in batch:
+            raise S2FTError(
+                f"strategy='gradient' needs a loss: a batch with {sorted(batch)} has neither labels nor input_ids"
+            )
         labels = batch["input_ids"]
         if batch.get("attention_mask") is not None:
             labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
@@ -226,6 +231,8 @@ def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Any]]:
     device = next(model.parameters()).device
     for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise S2FTError(f"a batch is a {type(batch).__name__}; batches are mappings that the model is called with")
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 

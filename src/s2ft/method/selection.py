@@ -4,7 +4,8 @@
 
 Every projection of a structure takes a prefix of the same ranking, so that its choices nest: the fewer heads of o_proj
 lie among those of v_proj. Where key-value groups are shared and k or v is targeted, groups are ranked by the mean score
-of their heads and query heads within them, so that the query heads chosen belong to the groups chosen.
+of their heads and query heads within them, so that the query heads chosen belong to the groups chosen. What `avoid`
+holds on one projection comes last on all, and is never chosen where it is held itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from s2ft.errors import S2FTError, raise_together
@@ -81,7 +82,8 @@ def _choose(
     grouped = {key(s) for s, p in targets if p.name in ("k_proj", "v_proj")}
     chosen: list[tuple[Projection, Indices]] = []
     for name, group in by_projection(targets).items():
-        ranks = [_rank_keys(scores[key(s)], s, p, key(s) in grouped, config.subset) for s, p in group]
+        signed = {key(s): -scores[key(s)] if config.subset == "largest" else scores[key(s)] for s, _ in group}
+        ranks = [_rank_keys(signed[key(s)], _held_units(s, avoided), s, p, key(s) in grouped) for s, p in group]
         free = [_free_units(p, avoided.get(p.module)) for _, p in group]
         picks = _pick_global if config.allocation == "global" else _pick_uniform
         units = picks(name, ranks, free, counts[name])
@@ -90,16 +92,30 @@ def _choose(
 
 
 def _rank_keys(
-    scores: NDArray[np.float32], structure: Structure, projection: Projection, by_group: bool, subset: str
-) -> NDArray[np.float32]:  # [2, units]: sorted by the first row, then by the second
-    """Sort keys of a projection's units, best first in ascending order."""
-    signed = -scores if subset == "largest" else scores
-    per_group = signed.reshape(structure.groups, -1).mean(1, dtype=np.float64).astype(np.float32)
-    if projection.units == structure.units and not (by_group and structure.groups < structure.units):
-        return np.stack([signed, signed])
-    if projection.units == structure.units:
-        return np.stack([per_group.repeat(structure.units // structure.groups), signed])
-    return np.stack([per_group, per_group])
+    signed: NDArray[np.float32],  # [units of the structure], the lower the better
+    held: NDArray[np.bool_],  # [units of the structure]: held by an adapter that is to be avoided
+    structure: Structure,
+    projection: Projection,
+    by_group: bool,
+) -> NDArray[np.float32]:  # [keys, units of the projection]
+    """Sort keys of a projection's units, the first key first; what is held on any projection comes last on all."""
+    size = structure.units // structure.groups
+    by_head = np.stack([held.astype(np.float32), signed])
+    groups = by_head.reshape(2, structure.groups, size)
+    per_group = np.stack([groups[0].max(1), groups[1].mean(1, dtype=np.float64).astype(np.float32)])
+    if projection.units < structure.units:
+        return per_group
+    return np.concatenate([per_group.repeat(size, axis=1), by_head]) if by_group and size > 1 else by_head
+
+
+def _held_units(structure: Structure, avoided: Mapping[str, Slice]) -> NDArray[np.bool_]:  # [units of the structure]
+    """The units that another adapter holds on any projection; a held group holds all its heads."""
+    held = np.zeros(structure.units, dtype=bool)
+    for projection in structure.projections:
+        own = np.ones(projection.units, dtype=bool)
+        own[_free_units(projection, avoided.get(projection.module))] = False
+        held |= own.repeat(structure.units // projection.units)
+    return held
 
 
 def _pick_uniform(name: str, ranks: list[NDArray[np.float32]], free: list[Indices], counts: list[int]) -> list[Indices]:
@@ -126,7 +142,7 @@ def _pick_global(name: str, ranks: list[NDArray[np.float32]], free: list[Indices
 def _first(rank: NDArray[np.float32], units: Indices | None, count: int) -> Indices:
     """The `count` best of `units` (of all, if None), ascending; ties go to the lower index."""
     units = np.arange(rank.shape[1]) if units is None else units
-    order = np.lexsort((units, rank[1, units], rank[0, units]))
+    order = np.lexsort((units, *rank[::-1, units]))
     return np.sort(units[order[:count]])
 
 
@@ -145,6 +161,8 @@ def held_channels(model: nn.Module, adapters: Sequence[str]) -> dict[str, Slice]
     held: dict[str, Slice] = {}
     for adapter in adapters:
         config = loaded.get(adapter) or _load_config(adapter)
+        if not isinstance(config, S2FTConfig) or not config.is_resolved:
+            raise S2FTError(f"avoid names {adapter!r}, which is not a trained S2FT adapter")
         for path, text in (config.slices or {}).items():
             new = Slice.parse(text)
             old = held.get(path)
@@ -152,15 +170,13 @@ def held_channels(model: nn.Module, adapters: Sequence[str]) -> dict[str, Slice]
     return held
 
 
-def _load_config(adapter: str) -> S2FTConfig:
+def _load_config(adapter: str) -> PeftConfig:
     try:
         config = S2FTConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise S2FTError(
             f"avoid names {adapter!r}, which is no folder or Hub name of an S2FT adapter: {error}"
         ) from error
-    if not isinstance(config, S2FTConfig) or not config.is_resolved:
-        raise S2FTError(f"avoid names {adapter!r}, which is not a trained S2FT adapter")
     return config
 
 

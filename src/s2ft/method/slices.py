@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from s2ft.errors import S2FTError
 
 Indices = NDArray[np.int64]
+MOST_CHANNELS = 1 << 24  # more than any layer has: a damaged file must not fill the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,4 +43,6 @@ class Slice:
         bounds = [[int(bound) for bound in run.split("-")] for run in runs.split(",")]
         if any(run[0] > run[-1] for run in bounds) or any(a[-1] >= b[0] for a, b in pairwise(bounds)):
             raise S2FTError(f"the channels of slice {text!r} do not ascend; each may occur once")
-        return Slice(side, np.concatenate([np.arange(run[0], run[-1] + 1) for run in bounds]))
+        if bounds[-1][-1] >= MOST_CHANNELS:
+            raise S2FTError(f"the slice {text[:60]!r} names channel {bounds[-1][-1]}; no layer has so many")
+        return Slice(side, np.concatenate([np.arange(run[0], run[-1] + 1, dtype=np.int64) for run in bounds]))

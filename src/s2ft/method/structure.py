@@ -124,6 +124,13 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether the layer's weight holds its values as they are, not packed or scaled by a quantisation."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    full = weight.shape.numel() == features(module)[0] * features(module)[1]
+    return full and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
 def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], a view
     """The weight of a linear layer in the orientation of `nn.Linear`, sharing storage with the module's own."""
     return as_matrix(module, module.weight)  # type: ignore[arg-type]
@@ -134,10 +141,21 @@ def as_matrix(module: nn.Module, weight_like: Tensor) -> Tensor:  # [out_feature
     return weight_like.T if isinstance(module, Conv1D) else weight_like
 
 
+def layer_stack(path: str) -> tuple[str, int] | None:
+    """The list of blocks that `path` lies in, and the index of its block there; None outside of any.
+
+    Example:
+        >>> layer_stack("model.layers.3.mlp.down_proj")
+        ('model.layers', 3)
+    """
+    match = re.match(r"(.*?)(?:^|\.)(\d+)(?:\.|$)", path)
+    return (match[1], int(match[2])) if match else None
+
+
 def layer_index(path: str) -> int | None:
-    """The index of the block that `path` lies in: its first number."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    return int(match[1]) if match else None
+    """The index of the block that `path` lies in."""
+    place = layer_stack(path)
+    return place[1] if place else None
 
 
 def _attention(model: nn.Module, module: nn.Module, path: str, linears: dict[str, nn.Module]) -> Iterator[Structure]:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig, chosen_layers
-from s2ft.method.structure import Projection, Structure, find_structures, linear_layer, single_linear
+from s2ft.method.structure import Projection, Structure, find_structures, layer_stack, linear_layer, single_linear
 
 DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
 
@@ -33,12 +33,13 @@ def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
         config = _maybe_include_all_linear_layers(replace(config), model)
         candidates = [(s, p) for s in structures + _uncoupled(model, config, structures) for p in s.projections]
     matched = [(s, p) for s, p in candidates if check_target_module_exists(config, p.module)]
-    targets = _in_layers(matched, config)
     if isinstance(config.ratios, dict):
-        targets = [(s, p) for s, p in targets if p.name in config.ratios]
-    if not targets:
+        matched = [(s, p) for s, p in matched if p.name in config.ratios]
+        idle = [name for name in config.ratios if name not in {p.name for _, p in matched}]
+        raise_together(f"ratios names {name}, but target_modules={config.target_modules!r} has none" for name in idle)
+    if not matched:
         raise S2FTError(_nothing_found(config, model))
-    return targets
+    return _in_layers(matched, config, model)
 
 
 def by_projection(targets: Sequence[Target]) -> dict[str, list[Target]]:
@@ -78,12 +79,20 @@ def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]
     return found
 
 
-def _in_layers(targets: list[Target], config: S2FTConfig) -> list[Target]:
+def _in_layers(targets: list[Target], config: S2FTConfig, model: nn.Module) -> list[Target]:
+    """The targets in the layers that `config.layers` names, counted in each stack of the model (encoder, decoder)."""
     if config.layers is None:
         return targets
-    indices = [s.layer for s, _ in targets if s.layer is not None]
-    wanted = chosen_layers(config.layers, max(indices, default=-1) + 1)
-    return [(s, p) for s, p in targets if s.layer in wanted]
+    depth: dict[str, int] = {}
+    for stack, index in filter(None, (layer_stack(path) for path, _ in model.named_modules())):
+        depth[stack] = max(depth.get(stack, 0), index + 1)
+    placed = [(target, place) for target in targets if (place := layer_stack(target[1].module)) is not None]
+    if not placed:
+        raise S2FTError(f"layers={config.layers!r} is given, but none of the targets lies in a numbered layer")
+    wanted = {
+        stack: chosen_layers(config.layers, depth[stack]) for stack in dict.fromkeys(stack for _, (stack, _) in placed)
+    }
+    return [target for target, (stack, index) in placed if index in wanted[stack]]
 
 
 def _nothing_found(config: S2FTConfig, model: nn.Module) -> str:

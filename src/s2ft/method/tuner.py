@@ -23,7 +23,7 @@ from s2ft.method.linear import S2FTLinear
 from s2ft.method.registration import PREFIX
 from s2ft.method.selection import select
 from s2ft.method.slices import Slice
-from s2ft.method.structure import features, linear_layer, weight_matrix
+from s2ft.method.structure import features, is_plain, linear_layer, weight_matrix
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
@@ -73,6 +73,13 @@ class S2FTModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained by itself
         self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Deltas are fp32; `autocast_adapter_dtype=False` asks for the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, S2FTLinear) and not autocast_adapter_dtype:
+                layer.take_base_dtype(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts a layer in, or the base layer back, as it is: its tensors stay where they are."""
@@ -162,7 +169,7 @@ def _base_digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]
 
 def _digest(linear: nn.Module, chosen: Slice) -> str | None:
     weight = weight_matrix(linear)
-    if weight.is_meta or not weight.is_floating_point():
+    if weight.is_meta or not is_plain(linear):
         return None
     indices = torch.from_numpy(chosen.indices).to(weight.device)
     return slice_digest(weight.index_select(1 if chosen.side == "in" else 0, indices))
