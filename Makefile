@@ -26,7 +26,7 @@ test: lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# PEFT's own tests with S2FT in place of its methods: a quarter of an hour
+# PEFT's own tests with S2FT in place of its methods: three minutes
 test-peft: setup
 	$(BIN)/python tests/peft_suite/run.py
 

@@ -77,13 +77,13 @@ DAMAGE = {
     "is not JSON": lambda f: (f / "adapter_config.json").write_text("{"),
     "peft_type is 'LORA'": lambda f: edit_config(f, peft_type="LORA"),
     "names no slices": lambda f: edit_config(f, slices=None),
-    "is no slice": lambda f: edit_config(f, slices={"a": "up 3"}),
+    "is no slice": lambda f: edit_config(f, slices={"model.layers.0.mlp.down_proj": "up 3"}),
     "strategy='best' is unknown": lambda f: edit_config(f, strategy="best"),
     "no adapter weights": lambda f: (f / "adapter_model.safetensors").unlink(),
     "truncated or no safetensors": lambda f: (f / "adapter_model.safetensors").write_bytes(
         (f / "adapter_model.safetensors").read_bytes()[:-50]
     ),
-    "weights lack": lambda f: edit_tensors(f, lambda tensors, name: tensors.pop(name)),
+    "has no weight for": lambda f: edit_tensors(f, lambda tensors, name: tensors.pop(name)),
     "not finite": lambda f: edit_tensors(f, lambda tensors, name: tensors[name].view(-1)[3].fill_(torch.nan)),
     "has shape": lambda f: edit_tensors(
         f, lambda tensors, name: tensors.update({name: tensors[name][:, 1:].contiguous()})
@@ -150,6 +150,15 @@ def test_the_right_base_in_another_precision_is_taken(tmp_path: Path) -> None:
             assert torch.equal(model.get_submodule(path).s2ft_block["default"].weight, delta)
 
 
+def test_a_truncated_file_is_refused_before_anything_is_put_in(saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    model = build("llama", torch.float32)
+    with any_base(), pytest.raises(S2FTError, match=r"adapter_model.safetensors is truncated"):
+        PeftModel.from_pretrained(model, saved)
+    assert not any("s2ft" in name for name, _ in model.named_modules())
+
+
 @pytest.mark.parametrize("damage", ["missing", "nan"])
 def test_a_damaged_delta_is_refused_when_it_is_loaded(saved: Path, damage: str) -> None:
     change = {
@@ -157,5 +166,5 @@ def test_a_damaged_delta_is_refused_when_it_is_loaded(saved: Path, damage: str) 
         "nan": lambda tensors, name: tensors[name].view(-1)[0].fill_(torch.nan),
     }
     edit_tensors(saved, change[damage])
-    with any_base(), pytest.raises(S2FTError, match=r"is missing|not finite"):
+    with any_base(), pytest.raises(S2FTError, match=r"has no weight for|not finite"):
         PeftModel.from_pretrained(build("llama", torch.float32), saved)

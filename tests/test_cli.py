@@ -1,6 +1,8 @@
 """The command line as a person meets it: help, inspect, and how errors leave."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,9 @@ from peft import get_peft_model
 from typer.testing import CliRunner
 
 from families import build
-from s2ft import S2FTConfig
+from s2ft import S2FTConfig, S2FTError
 from s2ft.cli.app import app
+from s2ft.cli.outputs import check_writable
 
 COMMANDS = ("quickstart", "train", "inspect", "bench selection")
 
@@ -41,10 +44,30 @@ def test_inspect_prints_draws_and_writes(adapter: Path, tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_prints_names_with_brackets(adapter: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "a[/b]"}))
+    result = CliRunner().invoke(app, ["inspect", str(copy)])
+    assert result.exit_code == 0, result.exception
+    assert "base: a[/b]" in result.output
+
+
+def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(S2FTError, match="you may not write there"):
+        check_writable(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["inspect", "nowhere"], "error: nowhere holds no adapter: there is no adapter_config.json"),
+        (["inspect", "a", "--png", "nowhere/a.png"], "error: png='nowhere/a.png': there is no folder 'nowhere'"),
+        (["inspect", "a", "--png", "a.jpg"], "error: png='a.jpg' must end in .png"),
+        (["inspect", "a", "--json", "."], "error: json='.' is a folder; name a file"),
+        (["quickstart", "--json", "nowhere/a.json"], "there is no folder 'nowhere'"),
+        (["bench", "selection", "--json", "."], "error: json='.' is a folder; name a file"),
         (["inspect"], "error: Missing argument"),
         (["train", "--ratios", "1.5", "--epochs", "x"], "ratios=1.5 is outside (0, 1]"),
     ],

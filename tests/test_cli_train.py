@@ -85,6 +85,7 @@ def test_flags_win_over_the_yaml_file(s2ft, base, data, tmp_path):
         (["--no-such-flag"], ["No such option: --no-such-flag"]),
         (["--config", "nowhere.yaml"], ["config='nowhere.yaml' cannot be read"]),
         (["--model", "m", "--output", "o", "--json", "nowhere/r.json"], ["there is no folder 'nowhere'"]),
+        (["--model", "m", "--output", "o", "--json", "."], ["json='.' is a folder; name a file"]),
         (["--model", "./nowhere", "--output", "o"], ["model='./nowhere' is not a folder"]),
     ],
 )  # fmt: skip

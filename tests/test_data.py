@@ -104,6 +104,17 @@ def test_every_turn_of_the_assistant_is_an_example_of_its_own(tmp_path):
         ("a.jsonl", '{"messages": []}', "a.jsonl:1: messages is []; it must be a list of messages"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "no turn with the role 'assistant'"),
         ("a.jsonl", '{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "messages[0] is"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "messages only opens with a turn of the role",
+        ),
+        ("a.jsonl", '{"prompt": "a\\ud83d", "completion": "b"}', 'a.jsonl:1: prompt is "a\\ud83d"; it holds half of a'),
+        ("a.json", '[{"messages": [{"role": "user", "content": "\\ud83d"}]}]', "it holds half of a surrogate pair"),
+        ("a.jsonl", "\n" + "9" * 5000, "a.jsonl:2: JSON that cannot be read: an integer has too many digits"),
+        ("a.json", "[\n" + "9" * 5000 + "]", "a.json:2: JSON that cannot be read: an integer has too many digits"),
+        ("a.jsonl", "[" * 200_000, "a.jsonl:1: JSON that cannot be read: it is nested too deeply"),
+        ("a.json", "[\n" + "[" * 200_000, "a.json:2: JSON that cannot be read: it is nested too deeply"),
         ("a.csv", "prompt,completion", "ends in '.csv'; known are .json, .jsonl, .parquet"),
         ("a.parquet", "no table", "is not a readable parquet file"),
     ],
@@ -112,6 +123,24 @@ def test_what_is_wrong_is_said_with_file_and_line(tmp_path, name, text, message)
     with pytest.raises(S2FTError) as caught:
         load_examples(write(tmp_path / name, text))
     assert message in str(caught.value)
+
+
+def test_a_list_without_messages_is_one_problem(tmp_path):
+    with pytest.raises(S2FTError) as caught:
+        load_examples(write(tmp_path / "a.jsonl", '{"messages": []}'))
+    assert "problems" not in str(caught.value)
+
+
+def test_null_fields_are_as_if_not_there(tmp_path):
+    source = write(tmp_path / "a.jsonl", json.dumps({"messages": None, **PAIR}))
+    assert load_examples(source).to_list() == [PAIR]
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_folder_that_only_looks_saved_is_named(tmp_path, name):
+    write(tmp_path / name, "{}")
+    with pytest.raises(S2FTError, match="is no data set saved by"):
+        load_examples(str(tmp_path))
 
 
 def test_what_is_not_there_is_named(tmp_path):

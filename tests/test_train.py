@@ -18,6 +18,7 @@ from s2ft.work.data import load_examples
 from s2ft.work.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.work.precision import choose_precision
 from s2ft.work.recipe import sft_config
+from s2ft.work.resume import check_same_run
 from s2ft.work.train import train
 from s2ft.work.trainer import Flow, Trainer
 from tiny_base import save_tiny_base
@@ -151,6 +152,13 @@ def test_a_damaged_checkpoint_is_not_resumed(run, tmp_path, monkeypatch):
     weights.unlink()
     with pytest.raises(S2FTError, match=r"checkpoint-2 is incomplete: it has no adapter_model\.safetensors"):
         run(resume=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"options": null, "data": null}', '{"options": {}, "data": {}}'])
+def test_a_note_of_another_form_is_no_checkpoint(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(S2FTError, match=r"run\.json cannot be read, so this is no checkpoint"):
+        check_same_run(tmp_path, TrainOptions(model="m", data=["d"], output="o"), "digest")
 
 
 def test_changed_data_is_not_resumed(run, data, tmp_path, monkeypatch):
@@ -341,6 +349,30 @@ def test_all_wrong_options_are_reported_at_once():
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ratios", True, "ratios=True: a number is wanted, not true/false"),
+        ("ratios", {"o_proj": True}, "a number is wanted, not true/false"),
+        ("layers", [True], "layers=[True]: a number is wanted, not true/false"),
+        ("seed", True, "seed=True: a number is wanted, not true/false"),
+        ("strategy", False, "strategy=False: text is wanted, not true/false"),
+        ("ratios", "o_proj=0.1,o_proj=0.9", "names o_proj more than once"),
+        ("output", "", "output='': must not be empty"),
+        ("model", " ", "model=' ': must not be empty"),
+        ("data", ["d", ""], "data=['d', '']: must not be empty"),
+        ("target_modules", "", "target_modules='': must not be empty"),
+        ("avoid", "a\0b", "must not hold the character NUL"),
+        ("output", "a\0b", "must not hold the character NUL"),
+    ],
+)
+def test_a_wrong_value_is_reported_beside_the_others(name, value, message):
+    with pytest.raises(S2FTError) as caught:
+        parse_options({"model": "m", "data": "d", "output": "o", "epochs": 0, name: value})
+    assert "2 problems:" in str(caught.value)
+    assert message in str(caught.value)
+
+
 def test_options_are_read_from_text():
     paths = {"model": "m", "data": "d", "output": "o"}
     options = parse_options({**paths, "ratios": "o_proj=0.5, down_proj=0.1", "layers": "1,2", "avoid": "a,b"})
@@ -359,7 +391,12 @@ def test_options_survive_their_yaml(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1\nb: 2", "run.yaml:2: malformed"), ("- a", "run.yaml:1: expected"), ("", "run.yaml:1: expected")],
+    [
+        ("a: [1\nb: 2", "run.yaml:2: malformed"),
+        ("- a", "run.yaml:1: expected"),
+        ("", "run.yaml:1: expected"),
+        ("&a [*a]", "run.yaml:1: expected"),
+    ],
 )
 def test_a_bad_yaml_file_is_said_with_its_line(tmp_path, text, message):
     path = tmp_path / "run.yaml"

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from s2ft.cli.outputs import check_writable
+
 app = typer.Typer(help="Measure, beside the floor of what is measured.", no_args_is_help=True)
 
 
@@ -22,6 +24,7 @@ def selection(
 
     Example: s2ft bench selection --json selection.json
     """
+    check_writable(json_file)
     from rich.console import Console
 
     from s2ft.cli.quiet import quiet

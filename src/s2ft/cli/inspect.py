@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from s2ft.cli.outputs import check_writable
+
 
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
@@ -18,6 +20,8 @@ def inspect(
 
     Example: s2ft inspect runs/quickstart --png channels.png
     """
+    check_writable(png, "png", suffix=".png")
+    check_writable(json_file)
     from rich.console import Console
 
     from s2ft.adapter.file import read_adapter
@@ -32,11 +36,12 @@ def inspect(
         f"{facts['file_bytes'] / 1e6:.2f} MB on disk\n"
         f"base: {facts['base_model']}   strategy: {facts['strategy']} ({facts['subset']})   seed: {facts['seed']}",
         highlight=False,
+        markup=False,  # names come from the adapter's files, and may hold brackets
     )
     if facts["kept_whole"]:
-        console.print(f"kept whole beside the slices: {', '.join(facts['kept_whole'])}")
+        console.print(f"kept whole beside the slices: {', '.join(facts['kept_whole'])}", markup=False)
     if png is not None:
         draw(read, png)
-        console.print(f"drawn: {png}")
+        console.print(f"drawn: {png}", markup=False)
     if json_file is not None:
         json_file.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from s2ft.cli.outputs import check_writable
+
 SHOWN = 2  # generations of each skill, side by side
 
 
@@ -18,6 +20,7 @@ def quickstart(
 
     Example: s2ft quickstart
     """
+    check_writable(json_file)
     from rich.console import Console
 
     from s2ft.cli.quiet import quiet

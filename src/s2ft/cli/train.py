@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
+from s2ft.cli.outputs import check_writable
 from s2ft.work.options import TrainOptions, parse_options, read_config
 
 HELP = """Fine-tune a model and write a small adapter, with a run card beside it.
@@ -32,14 +33,6 @@ def command(**values: Any) -> int:
     options = parse_options({**(read_config(config) if config else {}), **typed})
     check_writable(json_file)
     return _run(options, json_file)
-
-
-def check_writable(json_file: str | None) -> None:
-    """Raises `S2FTError` if the result could not be written to `json_file`: better now than after the run."""
-    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
-        from s2ft.errors import S2FTError
-
-        raise S2FTError(f"json={json_file!r}: there is no folder {str(Path(json_file).parent)!r} to write it in")
 
 
 def _run(options: TrainOptions, json_file: str | None) -> int:
@@ -73,7 +66,7 @@ def _report(card: dict[str, Any], output: Path) -> None:
     table.add_row("time", f"{training['steps']} steps, {training['seconds']:.0f} s")
     table.add_row("precision", training["precision"])
     table.add_row("run card", str(output / "run.md"))
-    Console().print(table)
+    Console(markup=False).print(table)  # a path may hold brackets
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

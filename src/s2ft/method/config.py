@@ -12,12 +12,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.registration import peft_type
+from s2ft.method.whole import check_whole
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The canonical names of the seven projections, in every model family."""
@@ -122,6 +124,19 @@ class S2FTConfig(PeftConfig):
         for name in ("slices", "base_digest"):
             if not _is_text_by_module(getattr(self, name)):
                 yield f"{name} is not a mapping from modules to text; it is filled in, not written by hand"
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> S2FTConfig:
+        """As in PEFT; an adapter in a local folder is also checked to be whole.
+
+        Raises:
+            S2FTError: if the weights beside the config are truncated or another adapter's.
+        """
+        config: S2FTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_whole(Path(pretrained_model_name_or_path, subfolder or ""), getattr(config, "slices", None) or ())
+        return config
 
     @property
     def is_resolved(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -27,6 +28,7 @@ Example = dict[str, Any]  # {"prompt", "completion"}: both text, or both lists o
 
 LAYOUTS = "instruction, output (and input); or prompt, completion; or messages"
 _SHOWN = 10  # problems listed at once
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def load_examples(source: str | Sequence[str], limit: int | None = None) -> Dataset:
@@ -94,9 +96,7 @@ def _record_problems(value: Any) -> Iterator[str]:
     if not isinstance(value, dict):
         yield f"expected an object with {LAYOUTS}; found {_shown(value)}"
     elif "messages" in value:
-        yield from _message_problems("messages", value["messages"])
-        if not _assistant_turns(value["messages"]):
-            yield "messages has no turn with the role 'assistant', so there is nothing to learn"
+        yield from _conversation_problems(value["messages"])
     elif {"prompt", "completion"} <= value.keys():
         yield from _pair_problems(value["prompt"], value["completion"])
     elif {"instruction", "output"} <= value.keys():
@@ -104,6 +104,17 @@ def _record_problems(value: Any) -> Iterator[str]:
         yield from _text_problems({"instruction": value["instruction"], **optional, "output": value["output"]})
     else:
         yield f"expected the fields {LAYOUTS}; found {', '.join(map(str, value)) or 'none'}"
+
+
+def _conversation_problems(messages: Any) -> Iterator[str]:
+    problems = list(_message_problems("messages", messages))
+    yield from problems
+    if problems or _assistant_turns(messages):
+        return
+    if messages[0]["role"] == "assistant":
+        yield "messages only opens with a turn of the role 'assistant', which answers nothing; it needs one after a prompt"
+    else:
+        yield "messages has no turn with the role 'assistant', so there is nothing to learn"
 
 
 def _pair_problems(prompt: Any, completion: Any) -> Iterator[str]:
@@ -118,6 +129,13 @@ def _text_problems(fields: dict[str, Any]) -> Iterator[str]:
     for name, text in fields.items():
         if not isinstance(text, str):
             yield f"{name} is {_shown(text)}; it must be text"
+        elif _is_broken(text):
+            yield f"{name} is {_shown(text)}; it holds half of a surrogate pair, which is no text"
+
+
+def _is_broken(text: str) -> bool:
+    """JSON may escape half a character, as in "\\ud83d"; no encoding can write it."""
+    return _SURROGATE.search(text) is not None
 
 
 def _message_problems(field: str, messages: Any) -> Iterator[str]:
@@ -128,6 +146,8 @@ def _message_problems(field: str, messages: Any) -> Iterator[str]:
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
             yield f"{field}[{index}] is {_shown(message)}; a message has role and content, both text"
+        elif _is_broken(content + message["role"]):
+            yield f"{field}[{index}] is {_shown(message)}; it holds half of a surrogate pair, which is no text"
 
 
 def _convert(value: dict[str, Any]) -> Iterator[Example]:
@@ -160,5 +180,9 @@ def _check_one_kind(examples: list[Example], sources: list[str]) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:  # nested almost as deeply as could be read
+        text = f"a deeply nested {type(value).__name__}"
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."

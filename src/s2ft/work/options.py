@@ -7,13 +7,21 @@ schedule after 100 steps of warm-up, 3 epochs of 64 examples a step, sequences u
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS, S2FTConfig
@@ -43,7 +51,11 @@ def _ratios(value: Any) -> Any:
     if "=" not in value:
         return _number(value)
     pairs = [word.partition("=") for word in _words(value)]
-    return {name.strip(): ratio.strip() for name, _, ratio in pairs}
+    names = [name.strip() for name, _, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"names {', '.join(twice)} more than once; give each projection one ratio")
+    return {name: ratio.strip() for name, (_, _, ratio) in zip(names, pairs, strict=True)}
 
 
 def _number(value: str) -> float:
@@ -61,6 +73,25 @@ def _layers(value: Any) -> Any:
     if not numbers or len(numbers) != len(_words(value)):
         return value
     return numbers if "," in value else numbers[0]
+
+
+def _named(value: Any) -> Any:
+    """Refuses empty names, which a path would read as the current folder, and NUL, which no path can hold."""
+    names = [value] if isinstance(value, str) else value
+    if names is not None and (not names or not all(name.strip() for name in names)):
+        raise ValueError("must not be empty")
+    return _without_nul(value)
+
+
+def _without_nul(value: Any) -> Any:
+    if value is not None and any("\0" in name for name in value):
+        raise ValueError("must not hold the character NUL")
+    return value
+
+
+def _holds_boolean(value: Any) -> bool:
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return any(isinstance(member, bool) for member in members)
 
 
 def _known_optimizer(value: str) -> str:
@@ -95,13 +126,23 @@ class MethodOptions(BaseModel):
     layers: Annotated[int | list[int] | str | None, BeforeValidator(_layers)] = Field(
         None, description="Blocks to train: 3, 1,2,5, 8-15, first:4 or last:50%; all unless given"
     )
-    avoid: Annotated[list[str] | None, BeforeValidator(_words)] = Field(
+    avoid: Annotated[list[str] | None, BeforeValidator(_words), AfterValidator(_without_nul)] = Field(
         None, description="Adapters whose channels are not to be chosen: folders or Hub names"
     )
-    target_modules: Annotated[str | list[str] | None, BeforeValidator(_word_or_words)] = Field(
+    target_modules: Annotated[str | list[str] | None, BeforeValidator(_word_or_words), AfterValidator(_named)] = Field(
         None,
         description="Modules to train a slice of, as in PEFT; by default what ratios names, else o_proj and down_proj",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Or `true` in a YAML file would be read as 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if annotation is not bool and _holds_boolean(value):
+            wanted = "a number" if any(kind in str(annotation) for kind in ("int", "float")) else "text"
+            raise ValueError(f"{wanted} is wanted, not true/false")
+        return value
 
     def method(self, seed: int | None = None) -> S2FTConfig:
         """The method's configuration, with `seed` where none was given.
@@ -118,11 +159,13 @@ class MethodOptions(BaseModel):
 class TrainOptions(MethodOptions):
     """All options of `s2ft train`. Make one with `parse_options`, which reports every problem at once."""
 
-    model: str = Field(description="Base model: a folder or a name on the Hub")
-    data: Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
+    model: Annotated[str, AfterValidator(_named)] = Field(description="Base model: a folder or a name on the Hub")
+    data: Annotated[list[str], BeforeValidator(_one_or_many), AfterValidator(_named)] = Field(
         description="Data: a .json, .jsonl or .parquet file, a folder of them, or a name on the Hub; repeat to join several"
     )
-    output: str = Field(description="Folder for the adapter, its run card and checkpoints; must not exist or be empty")
+    output: Annotated[str, AfterValidator(_named)] = Field(
+        description="Folder for the adapter, its run card and checkpoints; must not exist or be empty"
+    )
     limit: Positive | None = Field(None, description="Train on the first so many examples")
     max_length: Positive | None = Field(
         None, description=f"Tokens of an example that are used; {LONGEST} unless the model has fewer positions"
@@ -198,9 +241,7 @@ def read_config(path: str) -> dict[str, Any]:
         place = f"{path}:{mark.line + 1}" if mark else path
         raise S2FTError(f"{place}: malformed YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(values, dict):
-        raise S2FTError(
-            f"{path}:1: expected options, each as `name: value`; found {json.dumps(values, default=str)[:60]}"
-        )
+        raise S2FTError(f"{path}:1: expected options, each as `name: value`; found {repr(values)[:60]}")
     return values
 
 

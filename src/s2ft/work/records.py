@@ -54,7 +54,7 @@ def _read_file(path: Path) -> Iterator[Record]:
 
 def _read_folder(folder: Path) -> Iterator[Record]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        yield from _rows(_train_split(load_from_disk(str(folder)), str(folder)), str(folder))
+        yield from _rows(_from_disk(folder), str(folder))
         return
     files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
     files = [path for path in files if path.name.startswith("train")] or files
@@ -77,7 +77,7 @@ def _read_json(path: Path) -> Iterator[Record]:
             position = _skip(text, _expect(text, position, ",", path))
         value, end = _decode(text, position, path)
         line, counted = line + text.count("\n", counted, position), position
-        yield Record(f"{path}:{line}", value)
+        yield Record(f"{path}:{line}", _without_none(value))
         position, first = _skip(text, end), False
     if _skip(text, position + 1) != len(text):
         raise S2FTError(f"{path}:{_line(text, position + 1)}: malformed JSON: more text after the end of the array")
@@ -89,9 +89,11 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                yield Record(f"{path}:{number}", json.loads(line))
+                yield Record(f"{path}:{number}", _without_none(json.loads(line)))
             except json.JSONDecodeError as error:
                 raise S2FTError(f"{path}:{number}: malformed JSON in column {error.colno}: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise _beyond_reading(f"{path}:{number}", error) from None
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -122,6 +124,17 @@ def _from_hub(name: str) -> Dataset:
     return _train_split(found, name)
 
 
+def _from_disk(folder: Path) -> Dataset:
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # as many kinds as from the Hub
+        raise S2FTError(
+            f"data={str(folder)!r} has a state.json or dataset_dict.json, but is no data set saved by `save_to_disk`: "
+            f"{_first_line(error)}"
+        ) from error
+    return _train_split(found, str(folder))
+
+
 def _train_split(found: Dataset | DatasetDict | IterableDataset, name: str) -> Dataset:
     if not isinstance(found, dict):
         return found
@@ -135,8 +148,10 @@ def _rows(dataset: Dataset, name: str) -> Iterator[Record]:
         yield Record(f"{name}, row {number}", _without_none(value))
 
 
-def _without_none(value: dict[str, Any]) -> dict[str, Any]:
-    """Tables give every row every column; what is None was not there."""
+def _without_none(value: Any) -> Any:
+    """Tables give every row every column; what is None was not there. Null in JSON means the same."""
+    if not isinstance(value, dict):
+        return value
     return {key: item for key, item in value.items() if item is not None}
 
 
@@ -158,6 +173,14 @@ def _decode(text: str, position: int, path: Path) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         raise S2FTError(f"{path}:{error.lineno}: malformed JSON in column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise _beyond_reading(f"{path}:{_line(text, position)}", error) from None
+
+
+def _beyond_reading(place: str, error: Exception) -> S2FTError:
+    """Sound JSON, but more than Python's reader takes: its limits on digits and on depth."""
+    what = "it is nested too deeply" if isinstance(error, RecursionError) else "an integer has too many digits"
+    return S2FTError(f"{place}: JSON that cannot be read: {what}")
 
 
 def _expect(text: str, position: int, wanted: str, path: Path) -> int:

@@ -56,7 +56,7 @@ def note_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
 
 def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
     """Raises `S2FTError` with every option that differs from the checkpoint's run, and if the data does."""
-    note = _read(checkpoint / NOTE)
+    note = _read_note(checkpoint / NOTE)
     before, now = note["options"], options.model_dump(mode="json")
     different = [name for name in now if name not in FREE and before.get(name) != now[name]]
     problems = [
@@ -101,7 +101,22 @@ def _check_whole(checkpoint: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return note
-    except (OSError, json.JSONDecodeError) as error:
-        raise S2FTError(f"{path} cannot be read, so this is no checkpoint of s2ft train: {error}") from None
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, str(error)) from None
+    if not isinstance(note, dict):
+        raise _unreadable(path, f"expected an object, found {str(note)[:60]}")
+    return note
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What `note_run` wrote."""
+    note = _read(path)
+    options, data = note.get("options"), note.get("data")
+    if not isinstance(options, dict) or not isinstance(data, dict) or not isinstance(data.get("digest"), str):
+        raise _unreadable(path, "expected an object with options and data, with its digest")
+    return note
+
+
+def _unreadable(path: Path, reason: str) -> S2FTError:
+    return S2FTError(f"{path} cannot be read, so this is no checkpoint of s2ft train: {reason}")
