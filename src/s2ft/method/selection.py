@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError
 from s2ft.method.budget import count_units
 from s2ft.method.config import S2FTConfig
 from s2ft.method.scores import Batch, Scores, key, score_units
@@ -119,29 +119,25 @@ def _held_units(structure: Structure, avoided: Mapping[str, Slice]) -> NDArray[n
 
 
 def _pick_uniform(name: str, ranks: list[NDArray[np.float32]], free: list[Indices], counts: list[int]) -> list[Indices]:
-    short = [(len(units), wanted) for units, wanted in zip(free, counts, strict=True) if len(units) < wanted]
-    raise_together(
-        f"avoid leaves {left} units of {name} in a layer that is to train {wanted}" for left, wanted in short[:1]
-    )
+    for units, wanted in zip(free, counts, strict=True):
+        if len(units) < wanted:
+            raise S2FTError(f"avoid leaves {len(units)} units of {name} in a layer that is to train {wanted}")
     return [_first(rank, units, wanted) for rank, units, wanted in zip(ranks, free, counts, strict=True)]
 
 
 def _pick_global(name: str, ranks: list[NDArray[np.float32]], free: list[Indices], counts: list[int]) -> list[Indices]:
     total, left = sum(counts), sum(map(len, free))
-    raise_together(
-        [f"avoid leaves {left} units of {name} in the whole model, which is to train {total}"] if left < total else []
-    )
+    if left < total:
+        raise S2FTError(f"avoid leaves {left} units of {name} in the whole model, which is to train {total}")
     layer = np.repeat(np.arange(len(free)), [len(units) for units in free])
     unit = np.concatenate(free)
-    first = _first(
-        np.concatenate([rank[:, units] for rank, units in zip(ranks, free, strict=True)], axis=1), None, total
-    )
+    rank = np.concatenate([keys[:, units] for keys, units in zip(ranks, free, strict=True)], axis=1)
+    first = _first(rank, np.arange(left), total)
     return [np.sort(unit[first[layer[first] == index]]) for index in range(len(free))]
 
 
-def _first(rank: NDArray[np.float32], units: Indices | None, count: int) -> Indices:
-    """The `count` best of `units` (of all, if None), ascending; ties go to the lower index."""
-    units = np.arange(rank.shape[1]) if units is None else units
+def _first(rank: NDArray[np.float32], units: Indices, count: int) -> Indices:
+    """The `count` best of `units`, ascending; ties go to the lower index."""
     order = np.lexsort((units, *rank[::-1, units]))
     return np.sort(units[order[:count]])
 

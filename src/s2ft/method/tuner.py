@@ -94,12 +94,10 @@ class S2FTModel(BaseTuner):
                 self._check_adapter_names(names)
                 beams = kwargs.get("num_beams") or 1
                 encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
-                unrepeated = (
-                    set() if encoder is None else set(encoder.modules())
-                )  # beams repeat the decoder's rows only
+                once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
                 for module in self.modules():
                     if isinstance(module, S2FTLinear | AuxiliaryTrainingWrapper):
-                        rows = names if module in unrepeated else [name for name in names for _ in range(beams)]
+                        rows = names if module in once else [name for name in names for _ in range(beams)]
                         stack.callback(module.register_forward_pre_hook(_give(rows), with_kwargs=True).remove)
             yield
 
