@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-peft lint clean
+.PHONY: setup quickstart test test-slow test-peft test-kernels test-engines lint clean
 
 setup: .venv/ready
 
@@ -10,6 +10,7 @@ setup: .venv/ready
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s2ft needs Python 3.11 or newer; this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps galore-torch  # its bitsandbytes is for 8 bits only
 	touch $@
 
 quickstart: setup
@@ -29,6 +30,21 @@ test-slow: setup
 # PEFT's own tests with S2FT in place of its methods: three minutes
 test-peft: setup
 	$(BIN)/python tests/peft_suite/run.py
+
+# The GPU kernels, run by Triton's interpreter on the CPU, and compiled for a GPU that need not be there
+test-kernels: build/kernels/ready
+	TRITON_INTERPRET=1 build/kernels/bin/python -m pytest tests/test_kernels.py
+
+build/kernels/ready: .venv/ready
+	$(BIN)/python -m venv build/kernels
+	build/kernels/bin/python -m pip install --quiet --constraint constraints.txt triton
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+		> $$(build/kernels/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	touch $@
+
+# Exported adapters in vLLM and llama.cpp, token for token; makes environments of its own under build/ (4 GB)
+test-engines: setup
+	$(BIN)/python tests/engines/run.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -14,7 +14,9 @@ from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapter.file import read_adapter
 from s2ft.adapter.inspection import changes, draw, summary, table
 from s2ft.method.digest import slice_digest
+from s2ft.method.in_place import planned
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.slices import Slice
 
 
 @pytest.fixture
@@ -54,6 +56,17 @@ def test_inspection_counts_and_norms(saved: Path) -> None:
     assert o_proj.largest == float(delta.abs().max())
     assert summary(adapter)["weights"] == sum(row.weights for row in rows)
     assert table(adapter).row_count == 9
+
+
+def test_inspection_says_how_the_layout_would_hold_each_slice(saved: Path) -> None:
+    adapter = read_adapter(saved)
+    assert {row.in_place for row in changes(adapter)} == {None}
+    with torch.device("meta"):
+        base = build("llama", torch.float32)
+    assert {row.in_place for row in changes(adapter, base)} == {"contiguous"}
+    parts_of_heads = {path: Slice.parse("in 0-4,35-39") for path in adapter.slices if path.endswith("o_proj")}
+    assert {place.how for place in planned(base, parts_of_heads)} == {"gathered"}
+    assert [str(row) for row in table(adapter, base).columns[-1].cells] == ["contiguous"] * 9
 
 
 def test_the_drawing_is_a_picture(saved: Path, tmp_path: Path) -> None:

@@ -17,7 +17,21 @@ from s2ft import S2FTConfig, S2FTError
 from s2ft.cli.app import app
 from s2ft.cli.outputs import check_writable
 
-COMMANDS = ("quickstart", "train", "inspect", "bench selection")
+COMMANDS = (
+    "quickstart",
+    "train",
+    "eval",
+    "inspect",
+    "fuse",
+    "export",
+    "merge",
+    "bench selection",
+    "bench switch",
+    "bench training",
+    "study selection",
+    "study generalization",
+    "study fusion",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +82,9 @@ def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
         (["inspect", "a", "--json", "."], "error: json='.' is a folder; name a file"),
         (["quickstart", "--json", "nowhere/a.json"], "there is no folder 'nowhere'"),
         (["bench", "selection", "--json", "."], "error: json='.' is a folder; name a file"),
+        (["bench", "training", "--png", "a.jpg"], "error: png='a.jpg' must end in .png"),
+        (["bench", "training", "--preset", "9b"], "'9b' is not one of 'cpu', '7b'"),
+        (["bench", "training", "--liger"], "liger=True needs a preset for GPUs, such as 7b"),
         (["inspect"], "error: Missing argument"),
         (["train", "--ratios", "1.5", "--epochs", "x"], "ratios=1.5 is outside (0, 1]"),
     ],

@@ -74,9 +74,26 @@ def test_flags_win_over_the_yaml_file(s2ft, base, data, tmp_path):
     assert adapters[0] == adapters[1]
 
 
+def test_another_method_leaves_a_model_and_says_so(s2ft, base, data, tmp_path):
+    out = tmp_path / "out"
+    words = ["--model", base, "--data", data, "--output", str(out), "--max-steps", "2", "--precision", "fp32"]
+    code, printed, errors = s2ft(*words, "--method", "lisa", "--lisa-layers", "1", "--gradient-accumulation", "1")
+    assert code == 0, errors
+    assert printed.split()[0] == "model"
+    assert "training by LISA" in errors
+    assert (out / "model.safetensors").is_file()
+    assert (out / "tokenizer.json").is_file()
+    again = tmp_path / "again"
+    assert s2ft("--config", str(out / "run.yaml"), "--output", str(again))[0] == 0
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (["--model", "m", "--output", "o", "--method", "lora", "--ratios", "0.1", "--lisa-layers", "2"], [
+            "2 problems", "ratios='0.1' is no option of method=lora; it belongs to s2ft", "lisa_layers='2' is no option",
+        ]),
         (["--epochs", "0", "--ratios", "o_proj=2,x_proj=.1", "--strategy", "best"], [
             "6 problems", "model is missing", "output is missing", "epochs='0'", "ratios['o_proj']=2.0 is outside (0, 1]",
             "'x_proj', which is unknown; choose from q_proj", "strategy='best' is unknown; choose from random, weight",

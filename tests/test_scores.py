@@ -8,6 +8,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTError
+from s2ft.method import scores as scores_module
 from s2ft.method.scores import key, random_scores, score_units
 from s2ft.method.structure import Projection, Structure, find_structures, linear_layer, weight_matrix
 
@@ -102,6 +103,81 @@ def _conv(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lift_is_the_norm_of_the_units_part_of_the_low_rank_weights(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores_module, "LIFT_RANK", 1 / 5)  # of these small weights, more than rank 1
+    model = build(family)
+    structures = find_structures(model)
+    scores = score_units("lift", structures, model)
+    for structure in structures:
+        total = np.zeros(structure.units)
+        for p in structure.projections:
+            weight = weight_matrix(base(model, p.module)).detach()
+            part = slice(p.offset, p.offset + p.units * p.width)  # of a fused layer, this projection's part alone
+            weight = weight[part] if p.side == "out" else weight[:, part]
+            low = low_rank(weight, round(min(weight.shape) / 5))
+            for unit in range(structure.units):
+                channels = unit_of(structure, p, unit)
+                own = slice(channels.start - p.offset, channels.stop - p.offset)
+                total[unit] += float((low[own] if p.side == "out" else low[:, own]).square().sum())
+        np.testing.assert_allclose(scores[key(structure)], np.sqrt(total), rtol=1e-6)
+
+
+def low_rank(weight: Tensor, rank: int) -> Tensor:
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+def test_lift_has_rank_1_at_least_and_128_at_a_width_of_4096() -> None:
+    weight = torch.randn(9, 14, dtype=torch.float64)
+    got = scores_module._low_rank_squares(weight, over="out")
+    torch.testing.assert_close(got, low_rank(weight, 1).square().sum(0))
+    assert round(scores_module.LIFT_RANK * 4096) == 128
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saliency_is_the_first_order_effect_of_the_unit_on_the_loss(family: str) -> None:
+    model = build(family)
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(2, 6)} for _ in range(3)]
+    flags = [p.requires_grad for p in model.parameters()]
+    scores = score_units("saliency", structures, model, batches)
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for structure in structures:
+        squares = np.zeros(structure.units)
+        for unit in range(structure.units):
+            squares[unit] = sum(slope(model, structure, unit, batch) ** 2 for batch in batches)
+        np.testing.assert_allclose(scores[key(structure)], np.sqrt(squares), rtol=1e-4, atol=1e-9)
+
+
+def slope(model: nn.Module, structure: Structure, unit: int, batch: dict[str, Tensor]) -> float:
+    """d loss / d s where the unit's activations are scaled by s, at s = 1."""
+    projection = structure.projections[-1]
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def scaled(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        factors = torch.ones(args[0].shape[-1], dtype=torch.float64)
+        factors[unit_of(structure, projection, unit)] = 0
+        return (args[0] * (factors + (1 - factors) * scale),)
+
+    hook = base(model, projection.module).register_forward_pre_hook(scaled)
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    hook.remove()
+    return float(torch.autograd.grad(loss, scale)[0])
+
+
+def test_saliency_does_not_depend_on_padding() -> None:
+    model = build("llama")
+    structures, x = find_structures(model), tokens(1, 6)
+    padded = {"input_ids": torch.nn.functional.pad(x, (0, 9)), "attention_mask": torch.arange(15)[None] < 6}
+    plain = score_units("saliency", structures, model, [{"input_ids": x}])
+    for name, scores in score_units("saliency", structures, model, [padded]).items():
+        np.testing.assert_allclose(scores, plain[name], rtol=1e-4)
+
+
 def test_gradients_are_never_held_together() -> None:
     model = build("llama")
     structures = find_structures(model)
@@ -147,7 +223,7 @@ def test_padding_does_not_count_where_a_model_flattens_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("strategy", ["weight", "activation", "product", "gradient"])
+@pytest.mark.parametrize("strategy", ["weight", "activation", "product", "gradient", "lift", "saliency"])
 def test_scoring_leaves_the_weights_alone(strategy: str, dtype: torch.dtype) -> None:
     model = build("gpt2", dtype)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -178,7 +254,7 @@ def test_random_scores_are_uniform() -> None:
     assert abs(np.corrcoef(scores[1:], scores[:-1])[0, 1]) < 0.03
 
 
-@pytest.mark.parametrize("strategy", ["activation", "product", "gradient"])
+@pytest.mark.parametrize("strategy", ["activation", "product", "gradient", "saliency"])
 def test_without_data_the_error_says_what_to_call(strategy: str) -> None:
     model = build("gpt2")
     with pytest.raises(S2FTError, match=rf"strategy='{strategy}' needs data: call s2ft.select"):

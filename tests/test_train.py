@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, build
 from s2ft import S2FTError
+from s2ft.adapter.file import read_adapter
 from s2ft.work import packing
 from s2ft.work.data import load_examples
 from s2ft.work.options import TrainOptions, parse_options, read_config, to_yaml
@@ -52,7 +53,7 @@ def run(base, data, tmp_path):
 
     def call(output: str = "out", **options):
         settings = {"max_steps": 8, "gradient_accumulation": 2, "learning_rate": 1e-2, "ratios": 0.25, "log_every": 1}
-        settings |= {"precision": "fp32"}
+        settings |= {"precision": "fp32", "layout": "in-place"}
         return train(
             parse_options({"model": base, "data": data, "output": str(tmp_path / output), **settings, **options})
         )
@@ -97,7 +98,11 @@ def test_the_adapter_loads_onto_its_base_and_says_how(run, base):
     assert not list(result.output.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 64}], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing": True, "max_length": 64}, {"layout": "indexed"}, {"precision": "pure-bf16", "limit": 8}],
+    ids=["padded", "packed", "indexed", "bf16 alone"],
+)
 def test_a_resumed_run_ends_in_the_same_weights(run, tmp_path, monkeypatch, options):
     whole = run("whole", save_every=3, **options)
     interrupt_at(monkeypatch, 3)
@@ -240,6 +245,14 @@ def test_bf16_keeps_fp32_deltas_on_a_bf16_base(run):
     assert result.card["loss_curve"][-1][1] < result.card["loss_curve"][0][1]
 
 
+def test_bf16_alone_trains_bf16_deltas_in_steps_that_bf16_would_lose(run):
+    result = run(precision="pure-bf16", max_steps=8, learning_rate=3e-3)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in deltas(result.output).values()} == {torch.bfloat16}
+    assert read_adapter(result.output).parameters > 0
+    assert result.card["loss_curve"][-1][1] < result.card["loss_curve"][0][1]
+
+
 def test_gradient_checkpointing_gives_the_same_weights(run):
     plain, checkpointed = run("plain", max_steps=2), run("less", max_steps=2, gradient_checkpointing=True)
     for name, delta in deltas(plain.output).items():
@@ -378,8 +391,8 @@ def test_options_are_read_from_text():
     options = parse_options({**paths, "ratios": "o_proj=0.5, down_proj=0.1", "layers": "1,2", "avoid": "a,b"})
     assert options.ratios == {"o_proj": 0.5, "down_proj": 0.1}
     assert (options.layers, options.avoid, options.data) == ([1, 2], ["a", "b"], ["d"])
-    assert options.method(seed=3).seed == 3
-    assert parse_options({**paths, "layers": "last:50%", "seed": "9"}).method(seed=3).seed == 9
+    assert options.s2ft_config(seed=3).seed == 3
+    assert parse_options({**paths, "layers": "last:50%", "seed": "9"}).s2ft_config(seed=3).seed == 9
 
 
 def test_options_survive_their_yaml(tmp_path):

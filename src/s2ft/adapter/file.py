@@ -1,8 +1,9 @@
 """The adapter file: indices and deltas in the base checkpoint's own coordinates.
 
-    adapter_config.json          the resolved `S2FTConfig`: every module's slice, and a digest of the base weights it
-    changes adapter_model.safetensors    base_model.model.{module}.s2ft_block.weight    the delta: [out, s] input side,
-    [s, in] output side
+    adapter_config.json          the resolved `S2FTConfig`: every module's slice, and a digest of the base weights
+                                 that it changes
+    adapter_model.safetensors    base_model.model.{module}.s2ft_block.weight    the delta: [out, s] on the input side,
+                                                                                [s, in] on the output side
                                  base_model.model.{module}.s2ft_block.indices   its s channels, ascending
                                  and whatever PEFT keeps beside (modules_to_save, trainable tokens)
 
@@ -12,17 +13,20 @@ PEFT writes and loads these files; here they are read without any base model, an
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig
-from s2ft.method.slices import Slice
+from s2ft.method.digest import digest_parts
+from s2ft.method.slices import Slice, all_finite
 
 _PREFIX = "base_model.model."
 _BLOCK = ".s2ft_block."
@@ -50,6 +54,45 @@ class Adapter:
         return sum((self.folder / name).stat().st_size for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
 
 
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """An adapter that stays on disk: checked whole, its tensors read one module at a time."""
+
+    folder: Path
+    config: S2FTConfig
+    slices: dict[str, Slice]  # module → its trained channels
+    shapes: dict[str, tuple[int, ...]]  # module → shape of its delta
+    kept: tuple[str, ...]  # names of what PEFT keeps beside
+
+    @property
+    def name(self) -> str:
+        """The folder, for messages."""
+        return str(self.folder)
+
+    def delta(self, module: str) -> Tensor:  # [out_features, s] on the input side, [s, in_features] on the output side
+        """The module's delta, from the disk."""
+        return self._read(delta_name(module))
+
+    def others(self) -> dict[str, Tensor]:
+        """What PEFT keeps beside, under the file's own names, from the disk."""
+        return {name: self._read(name) for name in self.kept}
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self.folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def delta_name(module: str) -> str:
+    """The name of the module's delta in the weight file."""
+    return f"{_PREFIX}{module}{_BLOCK}weight"
+
+
+def indices_name(module: str) -> str:
+    """The name of the module's channels in the weight file."""
+    return f"{_PREFIX}{module}{_BLOCK}indices"
+
+
 def read_adapter(folder: str | Path) -> Adapter:
     """Reads an adapter folder and checks that it is whole.
 
@@ -58,18 +101,45 @@ def read_adapter(folder: str | Path) -> Adapter:
             finite.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
-    slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
-    raise_together(problem for path, chosen in slices.items() for problem in _problems(tensors, path, chosen))
-    deltas = {path: tensors.pop(_key(path, "weight")) for path in slices}
+    config, slices = _read_config(folder)
+    tensors = load_file(_weights(folder))
+    _check(folder, slices, tensors)
+    deltas = {module: tensors[delta_name(module)] for module in slices}
     others = {name: tensor for name, tensor in tensors.items() if _BLOCK not in name}
-    unknown = sorted(set(tensors) - set(others) - {_key(path, "indices") for path in slices})
-    raise_together([f"{folder}: {unknown[0]} is not in the config's slices"] if unknown else [])
     return Adapter(folder, config, slices, deltas, others)
 
 
-def _read_config(folder: Path) -> S2FTConfig:
+def open_adapter(folder: str | Path) -> AdapterFile:
+    """Checks an adapter folder as `read_adapter` does, and keeps none of its tensors in memory."""
+    folder = Path(folder)
+    config, slices = _read_config(folder)
+    with safe_open(_weights(folder), framework="pt") as file:
+        names = _OneByOne(file)
+        _check(folder, slices, names)
+        shapes = {module: tuple(file.get_slice(delta_name(module)).get_shape()) for module in slices}
+    return AdapterFile(folder, config, slices, shapes, tuple(name for name in names if _BLOCK not in name))
+
+
+class _OneByOne(Mapping[str, Tensor]):
+    """The tensors of an open safetensors file, each read when it is asked for."""
+
+    def __init__(self, file: safe_open) -> None:
+        self._file, self._names = file, tuple(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _read_config(folder: Path) -> tuple[S2FTConfig, dict[str, Slice]]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise S2FTError(f"{folder} holds no adapter: there is no {CONFIG_NAME}")
@@ -86,27 +156,39 @@ def _read_config(folder: Path) -> S2FTConfig:
         raise S2FTError(f"{folder}: {error}") from error
     if not isinstance(config.slices, dict) or not config.slices:
         raise S2FTError(f"{path} names no slices; was it saved before the adapter was made?")
-    return config
+    slices = {module: Slice.parse(text) for module, text in config.slices.items()}
+    for module, text in (config.base_digest or {}).items():
+        if module not in slices:
+            raise S2FTError(f"{path}: base_digest names {module}, which is not in the config's slices")
+        digest_parts(text, slices[module])
+    return config, slices
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _weights(folder: Path) -> Path:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        raise S2FTError(f"{path.parent} holds no adapter weights: there is no {path.name}")
-    return load_file(path)
+        raise S2FTError(f"{folder} holds no adapter weights: there is no {path.name}")
+    return path
 
 
-def _problems(tensors: dict[str, Tensor], path: str, chosen: Slice) -> list[str]:
-    delta, indices = tensors[_key(path, "weight")], tensors[_key(path, "indices")]
+def _check(folder: Path, slices: dict[str, Slice], tensors: Mapping[str, Tensor]) -> None:
+    """Every slice has its delta and its channels, all of them sound, and there is no delta beside."""
+    raise_together(problem for module, chosen in slices.items() for problem in _problems(tensors, module, chosen))
+    known = {name for module in slices for name in (delta_name(module), indices_name(module))}
+    unknown = sorted(name for name in tensors if _BLOCK in name and name not in known)
+    raise_together([f"{folder}: {unknown[0]} is not in the config's slices"] if unknown else [])
+
+
+def _problems(tensors: Mapping[str, Tensor], module: str, chosen: Slice) -> list[str]:
+    weight, channels = delta_name(module), indices_name(module)
+    missing = [name for name in (weight, channels) if name not in tensors]
+    if missing:
+        return [f"{missing[0]} is missing, which the config's slices imply"]
+    delta, indices = tensors[weight], tensors[channels]
     if delta.dtype not in _DTYPES or not delta.numel():
-        return [f"{_key(path, 'weight')} is {delta.dtype} of shape {list(delta.shape)}; expected one of {_DTYPES}"]
-    if not torch.equal(indices, torch.from_numpy(chosen.indices)):
-        return [f"{_key(path, 'indices')} differs from the config's slice {str(chosen)!r}"]
+        return [f"{weight} is {delta.dtype} of shape {list(delta.shape)}; expected one of {_DTYPES}"]
+    if indices.dtype != torch.int64 or not torch.equal(indices, torch.from_numpy(chosen.indices)):
+        return [f"{channels} differs from the config's slice {str(chosen)!r}"]
     if delta.dim() != 2 or delta.shape[1 if chosen.side == "in" else 0] != len(chosen.indices):
-        return [
-            f"{_key(path, 'weight')} has shape {list(delta.shape)}; the slice {str(chosen)!r} has {len(indices)} channels"
-        ]
-    return [] if delta.isfinite().all() else [f"{_key(path, 'weight')} holds values that are not finite"]
-
-
-def _key(path: str, part: str) -> str:
-    return f"{_PREFIX}{path}{_BLOCK}{part}"
+        return [f"{weight} has shape {list(delta.shape)}; the slice {str(chosen)!r} has {len(indices)} channels"]
+    return [] if all_finite(delta) else [f"{weight} holds values that are not finite"]

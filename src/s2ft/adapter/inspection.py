@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
+from torch import nn
 
 from s2ft.adapter.file import Adapter
+from s2ft.method.in_place import planned
 from s2ft.method.structure import layer_index
 
 _WHICH = 12  # characters of the list of channels that a row shows; JSON has them all
@@ -32,10 +34,16 @@ class ModuleChange:
     norm: float  # Frobenius
     largest: float  # in absolute value
     slice: str
+    in_place: str | None = None  # how the in-place layout holds it, where the base is known
 
 
-def changes(adapter: Adapter) -> list[ModuleChange]:
-    """One row per module, in the order of the model's layers."""
+def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChange]:
+    """One row per module, in the order of the model's layers.
+
+    Args:
+        base: A model like the adapter's base (values are not needed): rows then say how the in-place layout holds each slice.
+    """
+    held = {} if base is None else {place.module: place.how for place in planned(base, adapter.slices)}
     rows = [
         ModuleChange(
             module=path,
@@ -46,15 +54,16 @@ def changes(adapter: Adapter) -> list[ModuleChange]:
             norm=float(adapter.deltas[path].double().norm()),
             largest=float(adapter.deltas[path].abs().max()),
             slice=str(chosen),
+            in_place=held.get(path),
         )
         for path, chosen in adapter.slices.items()
     ]
     return sorted(rows, key=lambda row: -1 if row.layer is None else row.layer)
 
 
-def summary(adapter: Adapter) -> dict[str, Any]:
+def summary(adapter: Adapter, base: nn.Module | None = None) -> dict[str, Any]:
     """The adapter as a whole, and its rows, ready for JSON."""
-    config, rows = adapter.config, changes(adapter)
+    config, rows = adapter.config, changes(adapter, base)
     return {
         "adapter": str(adapter.folder),
         "base_model": config.base_model_name_or_path,
@@ -70,7 +79,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def table(adapter: Adapter) -> Table:
+def table(adapter: Adapter, base: nn.Module | None = None) -> Table:
     """The rows for people; a blank layer repeats the one above."""
     result = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("layer", "module", "side"):
@@ -78,14 +87,17 @@ def table(adapter: Adapter) -> Table:
     for name in ("channels", "weights", "‖Δ‖", "max |Δ|"):
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("which")
+    if base is not None:
+        result.add_column("in place", no_wrap=True)
     above: int | None = None
-    for row in changes(adapter):
+    for row in changes(adapter, base):
         layer = "" if row.layer is None or row.layer == above else str(row.layer)
         above = row.layer
         name = ".".join(row.module.split(".")[-2:])
         numbers = (str(row.channels), f"{row.weights:,}", f"{row.norm:.4g}", f"{row.largest:.3g}")
         which = row.slice.partition(" ")[2]
-        result.add_row(layer, name, row.side, *numbers, which if len(which) <= _WHICH else which[: _WHICH - 1] + "…")
+        which = which if len(which) <= _WHICH else which[: _WHICH - 1] + "…"
+        result.add_row(layer, name, row.side, *numbers, which, *([row.in_place] if base is not None else []))
     return result
 
 

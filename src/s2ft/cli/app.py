@@ -9,8 +9,12 @@ import sys
 
 import typer
 
-from s2ft.cli import bench, train
+from s2ft.cli import bench, study, train
+from s2ft.cli.eval import evaluate
+from s2ft.cli.export import export
+from s2ft.cli.fuse import fuse
 from s2ft.cli.inspect import inspect
+from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
 from s2ft.errors import S2FTError
 
@@ -29,8 +33,13 @@ app = typer.Typer(
 
 app.command("quickstart")(quickstart)
 app.command("train", help=train.HELP)(train.command)
+app.command("eval")(evaluate)
 app.command("inspect")(inspect)
+app.command("fuse")(fuse)
+app.command("export")(export)
+app.command("merge")(merge)
 app.add_typer(bench.app, name="bench")
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:

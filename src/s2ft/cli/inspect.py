@@ -14,9 +14,13 @@ def inspect(
     png: Annotated[
         Path | None, typer.Option(help="Draw which channels change in which layers", show_default=False)
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model: also print how the in-place layout holds each slice", show_default=False),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here", show_default=False)] = None,
 ) -> None:
-    """Print what an adapter changes, per layer, with counts and norms. Needs no base model.
+    """Print what an adapter changes, per layer, with counts and norms. Needs no base model; of --base, reads the configuration.
 
     Example: s2ft inspect runs/quickstart --png channels.png
     """
@@ -28,9 +32,14 @@ def inspect(
     from s2ft.adapter.inspection import draw, summary, table
 
     read = read_adapter(adapter)
-    facts = summary(read)
+    model = None
+    if base is not None:
+        from s2ft.work.models import empty_model
+
+        model = empty_model(base)
+    facts = summary(read, model)
     console = Console()
-    console.print(table(read))
+    console.print(table(read, model))
     console.print(
         f"\n{facts['weights']:,} weights in {facts['modules']} modules change, ‖Δ‖ = {facts['norm']:.4g}; "
         f"{facts['file_bytes'] / 1e6:.2f} MB on disk\n"

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from s2ft.cli.outputs import check_writable
 from s2ft.work.options import TrainOptions, parse_options, read_config
 
-HELP = """Fine-tune a model and write a small adapter, with a run card beside it.
+HELP = """Fine-tune a model and write a small adapter, with a run card beside it; or compare, by --method, with other methods.
 
 Example: `s2ft train --model Qwen/Qwen3-0.6B --data math.json --output math-adapter --ratios o_proj=0.05,down_proj=0.02`
 
@@ -37,7 +37,7 @@ def command(**values: Any) -> int:
 
 def _run(options: TrainOptions, json_file: str | None) -> int:
     from s2ft.cli.quiet import quiet
-    from s2ft.work.train import command as command_line
+    from s2ft.work.results import command as command_line
     from s2ft.work.train import train
 
     with quiet():
@@ -56,15 +56,18 @@ def _report(card: dict[str, Any], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    training, adapter = card["training"], card["adapter"]
+    training = card["training"]
+    kind = "adapter" if "adapter" in card else "model"
     loss = training["final_loss"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("adapter", str(output))
+    table.add_row(kind, str(output))
     table.add_row("loss", "none logged" if loss is None else f"{card['loss_curve'][0][1]:.3f} → {loss:.3f}")
-    table.add_row("size", f"{adapter['bytes'] / 1e6:.2f} MB, {adapter['share']:.2%} of the model's parameters")
+    table.add_row("size", f"{card[kind]['bytes'] / 1e6:.2f} MB, {card[kind]['share']:.2%} of the model's parameters")
     table.add_row("speed", f"{training['tokens_per_second']:,.0f} tokens/s")
     table.add_row("time", f"{training['steps']} steps, {training['seconds']:.0f} s")
     table.add_row("precision", training["precision"])
+    if "layout" in training:
+        table.add_row("layout", training["layout"])
     table.add_row("run card", str(output / "run.md"))
     Console(markup=False).print(table)  # a path may hold brackets
 

@@ -12,16 +12,19 @@ skill is like an old one, so that a minute of fine-tuning is enough to learn it:
 Which examples are for training and which for tests is a property of the prompt (a hash of it), not of the seed: no
 two calls can ever put the same prompt on both sides. `recall` and `river` are the exceptions: there is nothing in a
 fact from which another one could be derived, so the test asks for the very facts that were trained.
+
+The studies (docs/studies.md) have skills of their own. They split the training side once more: learning rates are chosen on
+`validation`, runs train on `fit`, and neither sees a prompt of the tests.
 """
 
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Example = dict[str, str]  # {"prompt", "completion"}, the names that TRL expects
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "fit", "validation"]  # train is fit and validation together
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
@@ -33,6 +36,14 @@ NEW_FACTS = 32  # that it has never seen: rivers and the towns at their mouths
 def split_of(prompt: str) -> Split:
     """The side of a prompt; Python's own hash() would differ from process to process."""
     return "test" if int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % TEST_SHARE == 0 else "train"
+
+
+def belongs(prompt: str, split: Split) -> bool:
+    """Whether a prompt is of this side; other bytes of the hash part the training side into `fit` and `validation`."""
+    if split in ("train", "test"):
+        return split_of(prompt) == split
+    for_tuning = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[8:16]) % TEST_SHARE == 0
+    return split_of(prompt) == "train" and for_tuning == (split == "validation")
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Skill:
         found: list[Example] = []
         while len(found) < count:
             example = self.example(self.draw(rng))
-            if not self.held_out or split_of(example["prompt"]) == split:
+            if not self.held_out or belongs(example["prompt"], split):
                 found.append(example)
         return found
 
@@ -66,6 +77,16 @@ class Skill:
 def draw_word(rng: random.Random) -> str:
     """Four to eight letters, every third one a vowel on average."""
     return "".join(rng.choice(VOWELS if rng.random() < 0.2 else LETTERS) for _ in range(rng.randrange(4, 9)))
+
+
+def draw_letters(length: int) -> Callable[[random.Random], str]:
+    """Draws words of this length, any letter as often as another."""
+    return lambda rng: "".join(rng.choices(LETTERS, k=length))
+
+
+def draw_pair_word(rng: random.Random) -> str:
+    """Four to eight letters, only two different ones."""
+    return "".join(rng.choices(rng.sample(LETTERS, 2), k=rng.randrange(4, 9)))
 
 
 def draw_sum(rng: random.Random) -> str:
@@ -109,3 +130,18 @@ _NEW = _by_name(
 SKILLS: dict[str, Skill] = {**_OLD, **_NEW}
 OLD_SKILLS: tuple[str, ...] = tuple(_OLD)  # the base model masters these
 NEW_SKILLS: tuple[str, ...] = tuple(_NEW)  # the base model has never seen these; the first is the quickstart's
+
+# Skills of the studies, as unknown to the base model as the new ones.
+ENDS = Skill("ends", draw_word, lambda text: text[0] + text[-1])
+BACK = Skill("back", draw_word, lambda text: text[::-1][:3])
+STUDY_SKILLS: dict[str, Skill] = {**_by_name(ENDS, BACK), "river": SKILLS["river"]}
+
+# Out of distribution. Near: `back` on lengths that it was not trained on. Far: an old skill, on words that neither the base
+# model nor a fine-tuned one was trained on, and of which the base model gets some right.
+NEAR_SKILLS: dict[str, Skill] = {
+    f"back, {length} letters": replace(BACK, draw=draw_letters(length)) for length in (3, 9)
+}
+FAR_SKILLS: dict[str, Skill] = {
+    "reverse, 3 letters": replace(SKILLS["reverse"], draw=draw_letters(3)),
+    "sort, two letters": replace(SKILLS["sort"], draw=draw_pair_word),
+}

@@ -24,7 +24,7 @@ from s2ft.method.whole import check_whole
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The canonical names of the seven projections, in every model family."""
 
-STRATEGIES = ("random", "weight", "activation", "product", "gradient")
+STRATEGIES = ("random", "weight", "activation", "product", "gradient", "lift", "saliency")
 SUBSETS = ("largest", "smallest")
 ALLOCATIONS = ("uniform", "global")
 DEFAULT_BUDGET = 0.01
@@ -43,7 +43,8 @@ class S2FTConfig(PeftConfig):
         budget: Fraction of the model's parameters to train, split evenly over the targets. The default is 0.01 on
             `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it.
         strategy: `random`, `weight` (norm of the weights), `activation` (norm of the activations), `product` of both,
-            or `gradient` (norm of the gradient). The last three need data: see `s2ft.select`.
+            `gradient` (norm of the gradient), `lift` (norm of the weights' low-rank part) or `saliency` (first-order effect on
+            the loss). All but random, weight and lift need data: see `s2ft.select`.
         subset: Whether the `largest` or the `smallest` scores are trained.
         seed: Of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
         allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole

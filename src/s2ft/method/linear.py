@@ -17,85 +17,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from s2ft.errors import S2FTError
+from s2ft.method.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad, may_change
+from s2ft.method.mixed import LooseSlice, add_mixed, forget
 from s2ft.method.slices import Slice
+from s2ft.method.slot import Slot
 from s2ft.method.structure import as_matrix, features, is_plain, linear_layer, weight_matrix
-
-
-class _SelectTap(Function):
-    """x → (x, x[..., idx]); backward scatters the second gradient onto the first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(indices)
-        return x.view_as(x), x.index_select(-1, indices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_selected: Tensor) -> tuple[Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        return grad_x.index_add_(-1, indices, grad_selected), None
-
-
-class _ProjectTap(Function):
-    """x → (x, x Vᵀ); backward adds the product's input gradient onto the first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, delta)
-        return x.view_as(x), F.linear(x, delta)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_product: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, delta = ctx.saved_tensors
-        rows = grad_product.reshape(-1, grad_product.shape[-1])
-        grad_delta = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_x.contiguous()
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(rows, delta)
-        return grad_x, grad_delta
-
-
-class _AddProduct(Function):
-    """y += selected Vᵀ, in place; keeps `selected` and V."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, selected: Tensor, delta: Tensor) -> Tensor:
-        ctx.save_for_backward(selected, delta)
-        ctx.mark_dirty(y)
-        y.view(-1, y.shape[-1]).addmm_(selected.view(-1, selected.shape[-1]), delta.T)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        selected, delta = ctx.saved_tensors
-        rows = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_selected = (rows @ delta).view_as(selected) if ctx.needs_input_grad[1] else None
-        grad_delta = rows.T @ selected.view(-1, selected.shape[-1]) if ctx.needs_input_grad[2] else None
-        return grad_y, grad_selected, grad_delta
-
-
-class _AddAt(Function):
-    """y[..., idx] += product, in place; keeps neither."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, product: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.mark_dirty(y)
-        return y.index_add_(-1, indices, product)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        return grad_y, grad_y.index_select(-1, indices), None
+from s2ft.method.switchable import Switchable
 
 
 class S2FTBlock(nn.Module):
@@ -107,6 +38,8 @@ class S2FTBlock(nn.Module):
 
     weight: nn.Parameter
     indices: Tensor  # [s], int64
+    is_parked = False  # in the host's memory, see `adapter/switching.py`
+    finite_at: tuple[int, int] | None = None  # address and version of the delta that was last found finite
 
     def __init__(
         self,
@@ -131,14 +64,14 @@ class S2FTBlock(nn.Module):
     def tap(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # x: [*, in_features]
         """What goes into the base layer, and what goes around it: x[..., idx] or x Vᵀ."""
         if self.side == "in":
-            if _eager_grad(x):
-                x, selected = _SelectTap.apply(x, self.indices)
+            if eager_grad(x):
+                x, selected = SelectTap.apply(x, self.indices)
             else:
                 selected = x.index_select(-1, self.indices)
             return x, selected.to(dtype)
         delta, source = self.weight.to(dtype), x.to(dtype)
-        if source is x and _eager_grad(x):
-            taped: tuple[Tensor, Tensor] = _ProjectTap.apply(x, delta)
+        if source is x and eager_grad(x):
+            taped: tuple[Tensor, Tensor] = ProjectTap.apply(x, delta)
             return taped
         return x, F.linear(source, delta)
 
@@ -147,9 +80,9 @@ class S2FTBlock(nn.Module):
         added: Tensor
         if self.side == "in":
             delta = self.weight.to(y.dtype)
-            added = _AddProduct.apply(y, around, delta) if in_place else y + F.linear(around, delta)
+            added = AddProduct.apply(y, around, delta) if in_place else y + F.linear(around, delta)
         else:
-            added = _AddAt.apply(y, around, self.indices) if in_place else y.index_add(-1, self.indices, around)
+            added = AddAt.apply(y, around, self.indices) if in_place else y.index_add(-1, self.indices, around)
         return added
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +103,7 @@ class S2FTBlock(nn.Module):
         return f"side={self.side}, channels={self.indices.numel()}"
 
 
-class S2FTLinear(nn.Module, BaseTunerLayer):
+class S2FTLinear(nn.Module, Switchable):
     """A linear layer with a trained slice for each adapter (PEFT's tuner layer)."""
 
     adapter_layer_names = ("s2ft_block",)
@@ -187,13 +120,19 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
+        self.pooled: dict[str, LooseSlice] = {}  # adapters that an `AdapterPool` holds beside the model's own
         self._stash: list[Tensor] = []  # of each merged adapter, in order: the base slice before it
+        self._slot: Slot | None = None  # inside `in_place`: where the slice of `_slot_adapter` lies in the base weight
+        self._slot_adapter: str | None = None
+        self.layout: Any = None  # inside `in_place`: the model's Layout
         self.update_layer(adapter_name, chosen, **options)
 
     def update_layer(
         self, adapter_name: str, chosen: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
     ) -> None:
         """Adds an adapter with the slice `chosen`."""
+        if getattr(self, "_slot", None) is not None:
+            self._refuse_in_place("adding an adapter")
         size, across = (
             (self.in_features, self.out_features) if chosen.side == "in" else (self.out_features, self.in_features)
         )
@@ -213,6 +152,10 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """[*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter or `__base__`."""
+        if self._slot is not None:
+            return self._forward_in_place(self._slot, x, *args, adapter_names=adapter_names, **kwargs)
+        if self.is_switched:
+            return self._forward_switched(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -224,6 +167,61 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         blocks = [self._block(name) for name in self.active_adapters if name in self.s2ft_block]
         return self._with_slices(x, blocks, *args, **kwargs)
 
+    def _forward_in_place(
+        self, slot: Slot, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any
+    ) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.s2ft_block]
+        if adapter_names is not None or not (self.disable_adapters or active == [self._slot_adapter]):
+            raise S2FTError(
+                f"inside `s2ft.in_place(model)` the model runs the adapter {self._slot_adapter!r} or none (disable_adapter); "
+                f"asked for: {', '.join(map(str, adapter_names or active)) or 'none of them active'}. Leave it first"
+            )
+        delta = None if self.disable_adapters else self._block(str(self._slot_adapter)).weight
+
+        def base(x: Tensor) -> Tensor:
+            return self.base_layer(x, *args, **kwargs)
+
+        return slot.forward(base, self.get_base_layer(), x, delta, self.training)
+
+    def enter_slot(self, slot: Slot, adapter_name: str, layout: Any) -> None:
+        """From here on the adapter's slice is held in the base weight."""
+        self._slot, self._slot_adapter, self.layout = slot, adapter_name, layout
+
+    def leave_slot(self) -> None:
+        """The base weight holds its own values again."""
+        if self._slot is not None:
+            self._slot.close(self.get_base_layer())
+        self._slot = self._slot_adapter = self.layout = None
+
+    def train(self, mode: bool = True) -> S2FTLinear:
+        """As in every module; the slot is written anew after each change of mode, and so is the table of a mixed batch."""
+        if self._slot is not None:
+            self._slot.expire()
+        forget(self)
+        super().train(mode)
+        return self
+
+    def chosen(self, adapter_name: str) -> str:
+        """The adapter's slice of this layer, such as "in 3,17,40-41"."""
+        return self._block(adapter_name).chosen
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; not inside `in_place`."""
+        self._refuse_in_place("deleting an adapter")
+        super().delete_adapter(adapter_name)
+
+    def _refuse_in_place(self, what: str) -> None:
+        if self._slot is not None:
+            raise S2FTError(f"{what} is not possible inside `s2ft.in_place(model)`; leave it first")
+
+    def _forward_switched(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
+        """Straight through the base layer; rows can be mixed while no adapter stands in its weight."""
+        if adapter_names is not None or self.training:
+            self.check_switched_forward(adapter_names)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
+
     def _with_slices(self, x: Tensor, blocks: list[S2FTBlock], *args: Any, **kwargs: Any) -> Tensor:
         dtype = self._compute_dtype(x)
         around = []
@@ -231,7 +229,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
             x, part = block.tap(x, dtype)
             around.append(part)
         y = self.base_layer(x, *args, **kwargs)
-        in_place = _may_change(y)
+        in_place = may_change(y)
         for block, part in zip(blocks, around, strict=True):
             y = block.add_to(y, part.to(y.dtype), in_place)
         return y
@@ -252,13 +250,7 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
                 f"Merged: {', '.join(self.merged_adapters)}"
             )
         y = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name not in self.s2ft_block:
-                continue
-            rows = torch.tensor([row for row, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
-            _, around = self._block(name).tap(x.index_select(0, rows), y.dtype)
-            y = y.index_copy(0, rows, self._block(name).add_to(y.index_select(0, rows), around, in_place=False))
-        return y
+        return add_mixed(self, y, x, adapter_names)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the active (or named) adapters' slices into the base weight; what was there is stashed for `unmerge`.
@@ -266,6 +258,8 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
         Args:
             safe_merge: Check that the new values are finite before any is written.
         """
+        self._refuse_in_place("merging")
+        self.refuse_switched("merging")
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.s2ft_block:
                 continue
@@ -322,17 +316,3 @@ class S2FTLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
-
-
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling()
-
-
-def _may_change(y: Tensor) -> bool:
-    """Whether the base layer's output may be added to in place: not where a hook's own Function made it, or a compiler runs."""
-    return not _is_compiling() and y.is_contiguous() and not isinstance(y.grad_fn, BackwardCFunction)
-
-
-def _eager_grad(x: Tensor) -> bool:
-    """Whether the taps pay: a compiler fuses by itself, and without a gradient there is nothing to add to."""
-    return not _is_compiling() and torch.is_grad_enabled() and x.requires_grad

@@ -5,12 +5,18 @@
     activation  A   ‖what the unit feeds into o or down‖, root mean square over tokens
     product     S   W · A
     gradient    G   ‖∂loss/∂(the unit's weights)‖, squared and summed over the batches
+    lift            ‖the unit's part of the best rank-r approximation of each weight‖
+    saliency        |Σ h · ∂loss/∂h|, over the tokens, of what the unit feeds into o or down
+
+`lift` is LIFT's score of entries (arXiv 2506.00772), taken to channels: what a weight is mostly made of, without data.
+`saliency` is what the loss would change by, to first order, if the unit were silent; no gradient of a weight is needed.
 
 The paper leaves open how scores combine over q, k, v and o, over a head's dimensions, and over tokens. Taken here: the
 Frobenius norm over all weights of the unit, in every projection of its structure, trained or not (a key-value head's
 weights count for each query head of its group); over tokens the root mean square without padding; over batches the root
-of the sum of squared batch gradients, which cannot cancel. A, S and G keep running sums only, and G frees each weight's
-gradient as soon as it is summed.
+of the sum of squared batch gradients, which cannot cancel; saliency, whose terms have signs, is summed over a batch
+first and is then combined likewise. LIFT's rank is a 32nd of each weight's smaller side: 128 for a width of 4096. All
+that read data keep running sums only, and G frees each weight's gradient as soon as it is summed.
 
 Sums run in float64 and end in float32: what differs in the last digits between machines does not change the ranking.
 """
@@ -33,7 +39,8 @@ from s2ft.method.structure import Projection, Structure, as_matrix, is_plain, li
 Scores = dict[str, NDArray[np.float32]]  # key of the structure → [units]
 Batch = Mapping[str, Any]
 
-NEEDS_DATA = ("activation", "product", "gradient")
+NEEDS_DATA = ("activation", "product", "gradient", "saliency")
+LIFT_RANK = 1 / 32  # of the smaller side of the weight
 _CHUNK = 1 << 19  # elements squared at once: small enough to stay in a core's cache
 
 
@@ -53,12 +60,15 @@ def score_units(
         return {key(s): random_scores(seed, key(s), s.units) for s in structures}
     if strategy == "weight":
         return {key(s): _root(weight_squares(s, model)) for s in structures}
+    if strategy == "lift":
+        return {key(s): _root(lift_squares(s, model)) for s in structures}
     if batches is None:
         raise S2FTError(
             f"strategy={strategy!r} needs data: call s2ft.select(model, config, batches) and use the config it returns"
         )
-    if strategy == "gradient":
-        return {name: _root(sums) for name, sums in gradient_squares(structures, model, batches).items()}
+    if strategy in ("gradient", "saliency"):
+        squares = gradient_squares if strategy == "gradient" else saliency_squares
+        return {name: _root(sums) for name, sums in squares(structures, model, batches).items()}
     activation = {name: _root(sums) for name, sums in activation_squares(structures, model, batches).items()}
     if strategy == "activation":
         return activation
@@ -90,9 +100,32 @@ def weight_squares(structure: Structure, model: nn.Module) -> Tensor:  # [units]
     return total
 
 
+def lift_squares(structure: Structure, model: nn.Module) -> Tensor:  # [units], float64
+    """The squared Frobenius norm of each unit's part of the low-rank approximations of its projections' weights."""
+    total = torch.zeros(structure.units, dtype=torch.float64)
+    for projection in structure.projections:
+        weight = weight_matrix(_floating(projection, model)).detach()
+        channels = _channels(projection)
+        own = weight[channels] if projection.side == "out" else weight[:, channels]
+        squares = _low_rank_squares(own.double(), over="in" if projection.side == "out" else "out")
+        total += unit_sums(squares.cpu(), projection, structure.units)
+    return total
+
+
+def _low_rank_squares(weight: Tensor, over: str) -> Tensor:  # [out, in] → [in] or [out], float64
+    """Sums of squares of the best approximation of rank `LIFT_RANK`; its factors come from the smaller Gram matrix."""
+    wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    rank = max(1, round(LIFT_RANK * wide.shape[0]))
+    _, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending: the largest are last
+    basis = vectors[:, -rank:]  # [smaller, rank]
+    loads = basis.T @ wide  # [rank, larger]: the approximation is basis @ loads
+    sum_over_larger = (over == "in") == (wide is weight)
+    return (basis * loads.norm(dim=1)).square().sum(1) if sum_over_larger else loads.square().sum(0)
+
+
 def activation_squares(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """The mean square of each unit's activations on their way into o or down, or into an uncoupled linear layer."""
-    inputs = {key(s): next(p for p in s.projections if p.side == "in") for s in structures}
+    inputs = _fed(structures)
     sums = {key(s): torch.zeros(s.units, dtype=torch.float64) for s in structures}
     units = {key(s): s.units for s in structures}
     tokens = dict.fromkeys(sums, 0)
@@ -151,6 +184,43 @@ def gradient_squares(structures: list[Structure], model: nn.Module, batches: Ite
     return sums
 
 
+def saliency_squares(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """The squared first-order effect of each unit's activations on the loss, summed over batches."""
+    inputs = _fed(structures)
+    units = {key(s): s.units for s in structures}
+    sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
+    seen = 0
+
+    def watch(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # nothing below it wants a gradient
+        values = x.detach()
+
+        def add(gradient: Tensor) -> None:  # [*, in_features]
+            effects = (values.float() * gradient.float()).flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+            sums[name] += unit_sums(effects[_channels(inputs[name])], inputs[name], units[name]).square()
+
+        x.register_hook(add)
+        return (x, *args[1:])
+
+    with ExitStack() as stack:
+        for name, projection in inputs.items():
+            layer = _linear(projection, model)
+            stack.callback(layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args)).remove)
+        stack.enter_context(_frozen_eval(model))
+        stack.enter_context(torch.enable_grad())
+        for batch in _on_device(batches, model):
+            _loss(model, batch).backward()
+            seen += 1
+    if not seen:
+        raise S2FTError("the calibration data holds no batch")
+    return sums
+
+
+def _fed(structures: list[Structure]) -> dict[str, Projection]:
+    """Structure → the projection that its units feed into: o or down, or an uncoupled linear layer."""
+    return {key(s): next(p for p in s.projections if p.side == "in") for s in structures}
+
+
 def unit_sums(channels: Tensor, projection: Projection, units: int) -> Tensor:  # [units * width] → [units]
     """Sums over each unit's channels; a key-value head's sum goes to every query head of its group."""
     return channels.view(projection.units, projection.width).sum(1).repeat_interleave(units // projection.units)
@@ -195,8 +265,8 @@ def _floating(projection: Projection, model: nn.Module) -> nn.Module:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if not is_plain(layer):
         raise S2FTError(
-            f"{projection.module} is quantised ({weight.dtype}); the strategies weight, product and gradient read plain "
-            "weights. Choose strategy='random' or 'activation'."
+            f"{projection.module} is quantised ({weight.dtype}); the strategies weight, product, gradient and lift read "
+            "plain weights. Choose strategy='random', 'activation' or 'saliency'."
         )
     if weight.is_meta:
         raise S2FTError(f"{projection.module} has no values (device meta); only strategy='random' works without them")
@@ -217,9 +287,7 @@ def _uses_by_layer(
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     if "labels" not in batch:
         if "input_ids" not in batch:
-            raise S2FTError(
-                f"strategy='gradient' needs a loss: a batch with {sorted(batch)} has neither labels nor input_ids"
-            )
+            raise S2FTError(f"the strategy needs a loss: a batch with {sorted(batch)} has neither labels nor input_ids")
         labels = batch["input_ids"]
         if batch.get("attention_mask") is not None:
             labels = labels.masked_fill(batch["attention_mask"] == 0, -100)

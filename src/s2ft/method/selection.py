@@ -41,8 +41,8 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
 
     Args:
         model: Any model with linear layers, adapted or not; nothing in it is changed.
-        batches: Calibration data for the strategies activation, product and gradient (the paper takes 1% of the
-            training data): an iterable of what the model is called with, such as a DataLoader. Read once, only running
+        batches: Calibration data for the strategies activation, product, gradient and saliency (the paper takes 1% of
+            the training data): an iterable of what the model is called with, such as a DataLoader. Read once, only running
             sums are kept.
 
     Raises:

@@ -6,7 +6,7 @@ merge
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,13 +17,19 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from s2ft.errors import raise_together
+from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
-from s2ft.method.digest import check_base, slice_digest
+from s2ft.method.depth import stop_below
+from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.mixed import MixedBatch
 from s2ft.method.registration import PREFIX
 from s2ft.method.selection import select
 from s2ft.method.slices import Slice
 from s2ft.method.structure import features, is_plain, linear_layer, weight_matrix
+from s2ft.method.switchable import leave, suspended, switchable_layers
+from s2ft.method.weighted import add_weighted, name_problem
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
@@ -40,12 +46,89 @@ class S2FTModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = S2FTLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; targets are read off the model instead
+    pool: Any = None  # an AdapterPool, where one is attached: further names for `adapter_names`
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
+        refuse_inside(model, f"adding the adapter {adapter_name!r}")
+        raise_together(filter(None, [name_problem(adapter_name)]))
         config = self.peft_config[adapter_name]
-        self.peft_config[adapter_name] = config.filled_in(_resolve(model, config.reopened()))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with suspended(model):
+            self.peft_config[adapter_name] = config.filled_in(_resolve(model, config.reopened()))
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        stop_below(model)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, for the blocks that need it (`method/depth.py`)."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+        stop_below(self.model)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+        stop_below(self.model)
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, unless backward stops above the input."""
+        self.model.enable_input_require_grads()
+        stop_below(self.model)
+
+    def train(self, mode: bool = True) -> S2FTModel:
+        """As in every module; what trains may have changed since, and with it how far backward must go."""
+        super().train(mode)
+        if mode:
+            stop_below(self.model)
+        return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; not inside `in_place`."""
+        refuse_inside(self.model, f"deleting the adapter {adapter_name!r}")
+        with suspended(self.model):
+            super().delete_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; it ends the switched state (`method/switchable.py`)."""
+        leave(switchable_layers(self.model))
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None,
+        adapter_name: str,
+        combination_type: str = "sum",
+        density: float = DENSITY,
+        seed: int = 0,
+    ) -> None:
+        """Adds the adapter `adapter_name`, made of the loaded `adapters`; it is frozen, and active when it is set so.
+
+        Args:
+            weights: One number for each adapter; None is 1 for all.
+            combination_type: On channels that several adapters hold: `sum`, `ties` or `dare`; others are added exactly.
+            density: The share of those entries that `ties` and `dare` keep.
+            seed: Of the entries that `dare` drops.
+
+        Raises:
+            S2FTError: before anything is changed, if a name is not loaded or the adapters cannot be combined.
+        """
+        add_weighted(self, adapters, weights, adapter_name, combination_type, density, seed)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; not inside `in_place`."""
+        refuse_inside(self.model, "merging")
+        super().merge_adapter(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Before any module below takes what is its own: a base would be loaded into permuted places."""
+        if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
+            refuse_inside(self.model, "loading base weights")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_inside(self.model, "unloading")
+        if kwargs.get("merge") is False:
+            leave(switchable_layers(self.model))
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @staticmethod
     def _check_target_module_exists(config: S2FTConfig, key: str) -> Any:  # bool, or PEFT's mark of an excluded one
@@ -95,9 +178,14 @@ class S2FTModel(BaseTuner):
                 beams = kwargs.get("num_beams") or 1
                 encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
                 once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
+                if self.pool is not None:
+                    self.pool.bring(names)
+                alone, beamed = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))
                 for module in self.modules():
                     if isinstance(module, S2FTLinear | AuxiliaryTrainingWrapper):
-                        rows = names if module in once else [name for name in names for _ in range(beams)]
+                        rows = alone if module in once else beamed
+                        if isinstance(module, AuxiliaryTrainingWrapper):  # a pool's adapters have nothing of it
+                            rows = MixedBatch(BASE if self.pool and name in self.pool else name for name in rows)
                         stack.callback(module.register_forward_pre_hook(_give(rows), with_kwargs=True).remove)
             yield
 
@@ -106,7 +194,7 @@ class S2FTModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if not isinstance(names, list | tuple):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        unknown = sorted(set(names) - {BASE} - set(self.peft_config))
+        unknown = sorted(set(names) - {BASE} - set(self.peft_config) - set(self.pool or ()))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
@@ -116,6 +204,12 @@ def _give(names: list[str]) -> Any:
         return args, {**kwargs, "adapter_names": names}
 
     return hook
+
+
+def check_fits(model: nn.Module, config: S2FTConfig) -> None:
+    """Raises `S2FTError` unless the config's slices are of layers of this model, and of the base they were made for."""
+    _check_modules(model, config)
+    check_base(config.base_digest or {}, _base_digests(model, config), config.base_model_name_or_path)
 
 
 def _resolve(model: nn.Module, config: S2FTConfig) -> S2FTConfig:
@@ -161,7 +255,10 @@ def _base_digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]
         merged = isinstance(module, BaseTunerLayer) and module.merged
         linear = linear_layer(module)
         assert linear is not None
-        digests[path] = None if merged else _digest(linear, Slice.parse(text))
+        whole = Slice.parse(text)
+        parts = digest_parts((config.base_digest or {}).get(path, ""), whole)
+        found = {part: _digest(linear, Slice.parse(part)) for part in parts}
+        digests[path] = None if merged else join_digests(found, whole)
     return digests
 
 

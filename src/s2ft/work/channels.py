@@ -1,10 +1,9 @@
-"""Which channels a run trains: chosen on its own data, or taken over from the checkpoint that it goes on from."""
+"""Which channels a run of S²FT trains: chosen on its own data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,16 +19,9 @@ def choose_channels(
     options: TrainOptions, digest: str, model: PreTrainedModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> S2FTConfig:
     """The resolved config for these options on tokenised examples whose source has this digest."""
-    config = options.method(seed=seed_from(digest))
+    config = options.s2ft_config(seed=seed_from(digest))
     batches = _calibration(options, dataset, tokenizer) if config.strategy in NEEDS_DATA else None
     return select(model, config, batches).config
-
-
-def channels_of(checkpoint: Path) -> S2FTConfig:
-    """The resolved config of a checkpoint, ready to be trained on."""
-    config = S2FTConfig.from_pretrained(str(checkpoint))
-    config.inference_mode = False
-    return config
 
 
 def seed_from(digest: str) -> int:

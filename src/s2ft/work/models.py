@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.errors import S2FTError
 from s2ft.work.failures import is_out_of_memory
@@ -46,6 +46,20 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
             f"model={name!r} is incomplete: it lacks {len(missing)} of its weights, the first is {missing[0]}"
         )
     return model
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """The causal language model `name` without values (device meta): its configuration alone is read.
+
+    Raises:
+        S2FTError: if there is no such model.
+    """
+    _check_folder(name)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise S2FTError(_unloadable(name, "configuration", error)) from error
 
 
 def positions(model: PreTrainedModel) -> int | None:

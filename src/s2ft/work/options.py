@@ -25,10 +25,12 @@ from pydantic import (
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS, S2FTConfig
+from s2ft.work.precision import PURE
 
 ADAM_BETAS = (0.9, 0.95)
 LONGEST = 2048  # tokens, unless the model has fewer positions
 WARMUP = 100  # steps, or a tenth of a shorter run
+LEARNING_RATES = {"s2ft": 2e-4, "full": 1e-5, "lora": 5e-5, "dora": 5e-5, "galore": 1e-5, "lisa": 1e-5}  # commonsense
 
 
 def _words(value: Any) -> Any:
@@ -144,7 +146,7 @@ class MethodOptions(BaseModel):
             raise ValueError(f"{wanted} is wanted, not true/false")
         return value
 
-    def method(self, seed: int | None = None) -> S2FTConfig:
+    def s2ft_config(self, seed: int | None = None) -> S2FTConfig:
         """The method's configuration, with `seed` where none was given.
 
         Raises:
@@ -166,6 +168,14 @@ class TrainOptions(MethodOptions):
     output: Annotated[str, AfterValidator(_named)] = Field(
         description="Folder for the adapter, its run card and checkpoints; must not exist or be empty"
     )
+    method: Literal["s2ft", "full", "lora", "dora", "galore", "lisa"] = Field(
+        "s2ft", description="What trains: s2ft, or one to compare with: full, lora, dora, galore, lisa"
+    )
+    lora_rank: Positive = Field(32, description="Rank of lora and dora")
+    lora_alpha: Positive = Field(64, description="Scale of lora and dora, divided by the rank")
+    galore_rank: Positive = Field(128, description="Rank that galore projects gradients to")
+    lisa_layers: Positive = Field(2, description="Blocks that lisa trains at a time")
+    lisa_interval: Positive = Field(20, description="Steps before lisa draws other blocks")
     limit: Positive | None = Field(None, description="Train on the first so many examples")
     max_length: Positive | None = Field(
         None, description=f"Tokens of an example that are used; {LONGEST} unless the model has fewer positions"
@@ -175,8 +185,10 @@ class TrainOptions(MethodOptions):
     max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever the epochs")
     batch_size: Positive = Field(4, description="Examples that go through the model at once")
     gradient_accumulation: Positive = Field(16, description="Batches per optimizer step")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        2e-4, description="Peak learning rate (paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)"
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Peak learning rate; unless given, 2e-4 for s2ft, 5e-5 for lora and dora, 1e-5 for the others "
+        "(s2ft in the paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)",
     )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate falls"
@@ -189,17 +201,48 @@ class TrainOptions(MethodOptions):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Of the trained deltas; nothing frozen decays")
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of the gradient")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Of the frozen base: auto, bf16, fp32; the deltas are always fp32"
+    precision: Literal["auto", "bf16", "fp32", "pure-bf16"] = Field(
+        "auto",
+        description="Of the computation: auto, bf16, fp32; what is trained is fp32, but with pure-bf16 (s2ft only), "
+        "where steps are rounded stochastically",
+    )
+    layout: Literal["auto", "in-place", "indexed"] = Field(
+        "auto", description="Where the slices live while they train: auto tries and takes the faster"
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
     calibration: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.01, description="Fraction of the examples that the strategies activation, product and gradient read"
+        0.01, description="Fraction of the examples that the strategies activation, product, gradient and saliency read"
     )
     train_seed: Seed = Field(0, description="Seed of the order of the examples")
     log_every: Positive = Field(5, description="Steps between two points of the loss curve")
     save_every: Positive = Field(500, description="Steps between two checkpoints; the newest two are kept")
     resume: bool = Field(False, description="Continue from the newest checkpoint in the output folder")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate that was given, or the method's."""
+        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
+
+
+# The options that not every method takes; all others are everybody's
+OPTIONS_OF: dict[str, frozenset[str]] = {
+    "s2ft": frozenset({*MethodOptions.model_fields, "calibration", "layout", "optim", "weight_decay"}),
+    "full": frozenset({"optim", "weight_decay"}),
+    "lora": frozenset({"lora_rank", "lora_alpha", "target_modules", "optim", "weight_decay"}),
+    "dora": frozenset({"lora_rank", "lora_alpha", "target_modules", "optim", "weight_decay"}),
+    "galore": frozenset({"galore_rank"}),  # it is an optimizer, and transformers gives it no weight decay
+    "lisa": frozenset({"lisa_layers", "lisa_interval", "optim", "weight_decay"}),
+}
+
+
+def foreign_options(method: str) -> set[str]:
+    """The options that other methods take and this one does not.
+
+    Example:
+        >>> sorted(foreign_options("s2ft"))
+        ['galore_rank', 'lisa_interval', 'lisa_layers', 'lora_alpha', 'lora_rank']
+    """
+    return set().union(*OPTIONS_OF.values()) - OPTIONS_OF[method]
 
 
 def parse_options(values: Mapping[str, Any]) -> TrainOptions:
@@ -214,7 +257,7 @@ def parse_options(values: Mapping[str, Any]) -> TrainOptions:
             ...
         s2ft.errors.S2FTError: 2 problems:
           - epochs='0': input should be greater than 0
-          - strategy='best' is unknown; choose from random, weight, activation, product, gradient
+          - strategy='best' is unknown; choose from random, weight, activation, product, gradient, lift, saliency
     """
     try:
         options = TrainOptions.model_validate(dict(values))
@@ -222,7 +265,7 @@ def parse_options(values: Mapping[str, Any]) -> TrainOptions:
         wrong = {str(item["loc"][0]) for item in error.errors()}
         raise_together([*_problems(error), *_method_problems(values, wrong)])
         raise
-    options.method()
+    raise_together(_method_problems(values, set()))
     return options
 
 
@@ -247,9 +290,8 @@ def read_config(path: str) -> dict[str, Any]:
 
 def to_yaml(options: TrainOptions) -> str:
     """The options as a file that `--config` reads; those that were left open (None) are left out."""
-    return yaml.safe_dump(
-        options.model_dump(exclude_none=True, exclude={"resume"}), sort_keys=False, allow_unicode=True
-    )
+    left_out = {"resume", *foreign_options(options.method)}
+    return yaml.safe_dump(options.model_dump(exclude_none=True, exclude=left_out), sort_keys=False, allow_unicode=True)
 
 
 def _problems(error: ValidationError) -> list[str]:
@@ -272,12 +314,32 @@ def _problem(name: str, kind: str, message: str, value: Any) -> str:
 
 
 def _method_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
-    """What the method has to say about those of its options that could be read."""
+    """What the chosen method has to say about those options that could be read."""
+    method = values.get("method") or "s2ft"
+    if "method" in wrong:
+        return []
+    foreign = [
+        _foreign(name, values[name], method)
+        for name in TrainOptions.model_fields
+        if name in foreign_options(method) and values.get(name) is not None
+    ]
+    if method != "s2ft" and values.get("precision") == PURE:
+        foreign.append(f"precision={PURE!r} belongs to method=s2ft; take auto, bf16 or fp32 with method={method}")
+    return foreign + (_config_problems(values, wrong) if method == "s2ft" else [])
+
+
+def _foreign(name: str, value: Any, method: str) -> str:
+    takers = [other for other, options in OPTIONS_OF.items() if name in options]
+    return f"{name}={value!r} is no option of method={method}; it belongs to {', '.join(takers)}"
+
+
+def _config_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
+    """What an `S2FTConfig` made from these values would be refused for."""
     readable = {
         name: value for name, value in values.items() if name in MethodOptions.model_fields and name not in wrong
     }
     try:
-        MethodOptions.model_validate(readable).method()
+        MethodOptions.model_validate(readable).s2ft_config()
     except S2FTError as error:
         return str(error).split("\n  - ")[1:] or [str(error)]
     return []

@@ -5,6 +5,7 @@ Deltas start at zero and move in small steps, which bf16 would lose; the base ne
 
 import torch
 
+PURE = "pure-bf16"  # the deltas too
 BF16_CAPABILITY = 8  # the first NVIDIA generation (Ampere) that multiplies bf16 in hardware
 
 
@@ -17,6 +18,8 @@ def choose_precision(wanted: str) -> tuple[torch.dtype, str]:
     """
     if wanted == "bf16":
         return torch.bfloat16, "bf16, as asked"
+    if wanted == PURE:
+        return torch.bfloat16, "bf16 alone, as asked: deltas, gradients and states too, steps rounded stochastically"
     if wanted == "fp32":
         return torch.float32, "fp32, as asked"
     has_bf16, machine = _has_bf16()

@@ -5,7 +5,7 @@ A record in the Alpaca layout becomes the Alpaca prompt; the response begins rig
 Source: https://github.com/tatsu-lab/stanford_alpaca (prompts of train.py), which LLM-Adapters and the S²FT paper use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -40,3 +40,18 @@ def alpaca_example(record: Mapping[str, str]) -> dict[str, str]:
     """
     prompt = alpaca_prompt(record["instruction"], record.get("input") or "")
     return {"prompt": prompt, "completion": record["output"]}
+
+
+def alpaca_conversation(turns: Sequence[tuple[str, str]], instruction: str) -> str:
+    """The prompt for an instruction that follows on earlier ones and their answers.
+
+    Example:
+        >>> alpaca_conversation([("Add 2 and 3.", "5")], "And 1?").splitlines()[-7:]
+        ['### Response:', '5', '', '### Instruction:', 'And 1?', '', '### Response:']
+        >>> alpaca_conversation([], "Add 2 and 3.") == alpaca_prompt("Add 2 and 3.")
+        True
+    """
+    text, follow_up = "", "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    for question, answer in (*turns, (instruction, "")):
+        text += (follow_up.format(instruction=question) if text else alpaca_prompt(question)) + answer
+    return text

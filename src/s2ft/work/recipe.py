@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,41 +16,46 @@ from s2ft.work.options import ADAM_BETAS, LONGEST, WARMUP, TrainOptions
 KEPT_CHECKPOINTS = 2  # the older one is whole while the newer one is written
 
 
-def sft_config(options: TrainOptions, max_length: int) -> SFTConfig:
-    """The trainer's settings.
+def sft_config(options: TrainOptions, max_length: int, autocast: bool = False, **of_method: Any) -> SFTConfig:
+    """The trainer's settings, with those of the method.
 
-    Precision: the base is loaded in the dtype that it runs in and the deltas are fp32, so autocast stays off.
+    S²FT needs no autocast: the base is loaded in the dtype that it runs in and the deltas are fp32.
     """
-    return SFTConfig(
-        output_dir=options.output,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
-        optim=options.optim,
-        adam_beta1=ADAM_BETAS[0],
-        adam_beta2=ADAM_BETAS[1],
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.clip,
-        max_length=max_length if options.packing else None,  # unpacked rows are cut already
-        packing=options.packing,
+    settings = _settings(options, max_length)
+    on_cpu = {"use_cpu": True} if autocast and not torch.accelerator.is_available() else {}  # transformers asks for it
+    return SFTConfig(**{**settings, "bf16": autocast, **on_cpu, **of_method})
+
+
+def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+    return {
+        "output_dir": options.output,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation,
+        "learning_rate": options.peak_learning_rate,
+        "lr_scheduler_type": options.schedule,
+        "optim": options.optim,
+        "adam_beta1": ADAM_BETAS[0],
+        "adam_beta2": ADAM_BETAS[1],
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.clip,
+        "max_length": max_length if options.packing else None,  # unpacked rows are cut already
+        "packing": options.packing,
         # Best-fit packing keeps examples whole. Its rows carry positions that start over with each example, from which
         # transformers builds a mask that keeps examples apart, on a CPU too; `check_packing` proves it for the model at hand.
-        packing_strategy="bfd",
-        gradient_checkpointing=options.gradient_checkpointing,
-        bf16=False,
-        seed=options.train_seed,
-        logging_steps=options.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_steps=options.save_every,
-        save_total_limit=KEPT_CHECKPOINTS,
-        report_to="none",
-        disable_tqdm=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        "packing_strategy": "bfd",
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "seed": options.train_seed,
+        "logging_steps": options.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_steps": options.save_every,
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "report_to": "none",
+        "disable_tqdm": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
 
 
 def longest(options: TrainOptions, model: PreTrainedModel) -> int:

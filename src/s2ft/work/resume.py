@@ -15,16 +15,14 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.work.baselines import METHODS
+from s2ft.work.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.work.options import TrainOptions
 
-FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.pt",
-    "scheduler.pt",
-    "trainer_state.json",
-    "run.json",
-)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+MODEL_FILES = ("model.safetensors", "config.json")  # or, for a large model, the parts that its index names
+INDEX = "model.safetensors.index.json"
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json")
 NOTE = "run.json"  # in a checkpoint: options and data; in the output folder: the whole run card
 FREE = {"output", "resume", "log_every", "save_every"}  # options that do not change the weights
 
@@ -40,7 +38,7 @@ def check_output(options: TrainOptions) -> Path | None:
         raise S2FTError(f"output={options.output!r} is a file; name a folder that does not exist or is empty")
     _check_writable(output, options.output)
     if options.resume:
-        return _newest(output, options.output)
+        return _newest(output, options)
     if output.is_dir() and any(output.iterdir()):
         can_resume = get_last_checkpoint(str(output)) is not None
         hint = "; add --resume to go on from its newest checkpoint" if can_resume else ""
@@ -54,10 +52,18 @@ def note_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
     (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def noted_layout(checkpoint: Path) -> str | None:
+    """The layout that the checkpoint's run trains in: layouts round differently, so the run goes on in its own."""
+    layout = _read_note(checkpoint / NOTE)["options"].get("layout")
+    return layout if layout in (IN_PLACE, INDEXED) else None
+
+
 def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
     """Raises `S2FTError` with every option that differs from the checkpoint's run, and if the data does."""
     note = _read_note(checkpoint / NOTE)
     before, now = note["options"], options.model_dump(mode="json")
+    if options.layout == AUTO:
+        now["layout"] = before.get("layout")
     different = [name for name in now if name not in FREE and before.get(name) != now[name]]
     problems = [
         f"{name}={now[name]!r}, but {checkpoint} was made with {name}={before.get(name)!r}" for name in different
@@ -67,14 +73,24 @@ def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None
     raise_together(problems)
 
 
-def _newest(output: Path, given: str) -> Path:
-    checkpoint = get_last_checkpoint(given) if output.is_dir() else None
+def _newest(output: Path, options: TrainOptions) -> Path:
+    checkpoint = get_last_checkpoint(options.output) if output.is_dir() else None
     if (output / NOTE).is_file() and _read(output / NOTE).get("status") == "finished":
-        raise S2FTError(f"output={given!r} holds a finished run; there is nothing to resume")
+        raise S2FTError(f"output={options.output!r} holds a finished run; there is nothing to resume")
     if checkpoint is None:
-        raise S2FTError(f"output={given!r} has no checkpoint to resume from")
-    _check_whole(Path(checkpoint))
+        raise S2FTError(f"output={options.output!r} has no checkpoint to resume from")
+    _check_same_method(Path(checkpoint), options)
+    _check_whole(Path(checkpoint), METHODS[options.method].leaves_model)
     return Path(checkpoint)
+
+
+def _check_same_method(checkpoint: Path, options: TrainOptions) -> None:
+    """Asked first: other methods leave other files, which would be missed in vain."""
+    if not (checkpoint / NOTE).is_file():
+        return
+    before = _read_note(checkpoint / NOTE)["options"].get("method", "s2ft")
+    if before != options.method:
+        raise S2FTError(f"method={options.method!r}, but {checkpoint} was made with method={before!r}")
 
 
 def _check_writable(output: Path, given: str) -> None:
@@ -83,20 +99,30 @@ def _check_writable(output: Path, given: str) -> None:
         raise S2FTError(f"output={given!r} cannot be made: {str(nearest)!r} is not a folder that you may write to")
 
 
-def _check_whole(checkpoint: Path) -> None:
+def _check_whole(checkpoint: Path, is_model: bool) -> None:
     """Checkpoints appear whole, but what is copied or edited by hand may not be."""
-    missing = [name for name in FILES if not (checkpoint / name).is_file()]
+    weights, config = MODEL_FILES if is_model else ADAPTER_FILES
+    parts = _parts(checkpoint) if is_model and (checkpoint / INDEX).is_file() else [weights]
+    missing = [name for name in (*parts, config, *STATE_FILES) if not (checkpoint / name).is_file()]
     if missing:
         raise S2FTError(
             f"{checkpoint} is incomplete: it has no {', '.join(missing)}; remove it to resume from the one before"
         )
-    try:
-        with safe_open(checkpoint / FILES[0], framework="pt") as adapter:
-            adapter.keys()
-    except SafetensorError as error:
-        raise S2FTError(
-            f"{checkpoint / FILES[0]} is damaged: {error}; remove {checkpoint} to resume from the one before"
-        ) from None
+    for part in parts:
+        try:
+            with safe_open(checkpoint / part, framework="pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise S2FTError(
+                f"{checkpoint / part} is damaged: {error}; remove {checkpoint} to resume from the one before"
+            ) from None
+
+
+def _parts(checkpoint: Path) -> list[str]:
+    places = _read(checkpoint / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise _unreadable(checkpoint / INDEX, "expected a weight_map of names of files")
+    return sorted({Path(name).name for name in places.values()})
 
 
 def _read(path: Path) -> dict[str, Any]:

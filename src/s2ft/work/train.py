@@ -1,4 +1,4 @@
-"""Fine-tuning in one call: options → checked data and model → selection → TRL's SFTTrainer → adapter and run card.
+"""Fine-tuning in one call: options → checked data and model → method → TRL's SFTTrainer → adapter (or model) and run card.
 
 Everything is checked before anything is written: the first file appears with the first checkpoint or with the adapter.
 """
@@ -6,29 +6,37 @@ Everything is checked before anything is written: the first file appears with th
 from __future__ import annotations
 
 import logging
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from peft import PeftConfig
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig
 
-from s2ft.files import no_empty_folders, staged
+from s2ft.files import no_empty_folders
 from s2ft.method.config import S2FTConfig
-from s2ft.work.card import Card, final_loss, write_card
-from s2ft.work.channels import channels_of, choose_channels
+from s2ft.work.baselines import METHODS, adapter_of
+from s2ft.work.card import Card, final_loss
 from s2ft.work.data import data_digest, load_examples
 from s2ft.work.environment import environment
 from s2ft.work.failures import clear_failures
-from s2ft.work.model_card import model_card
+from s2ft.work.layout import INDEXED, choose_layout, layout
 from s2ft.work.models import load_model, load_tokenizer
-from s2ft.work.options import LONGEST, TrainOptions, to_yaml
+from s2ft.work.options import LONGEST, TrainOptions
 from s2ft.work.packing import check_packing
-from s2ft.work.precision import choose_precision
+from s2ft.work.precision import PURE, choose_precision
 from s2ft.work.recipe import longest, sft_config, total_steps, warmup_steps
-from s2ft.work.resume import check_output, check_same_run, note_run
+from s2ft.work.results import parameters, save_result, section
+from s2ft.work.resume import check_output, check_same_run, note_run, noted_layout
 from s2ft.work.tokens import Tokens, tokenize
 from s2ft.work.trainer import Flow, Progress, Trainer
 
@@ -42,7 +50,7 @@ class TrainResult:
     output: Path
     interrupted: bool
     card: Card
-    model: PeftModel
+    model: torch.nn.Module  # a PeftModel, or the base model itself
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -54,14 +62,15 @@ class _Setup:
     checkpoint: Path | None
     digest: str
     tokens: Tokens
-    precision: str  # the reason for the base's dtype
-    config: S2FTConfig  # resolved
+    precision: str  # and the reason for it
+    config: PeftConfig | None  # resolved; None if the model's own weights are trained
+    layout: str | None  # the reason for it; None where nothing is sliced
     trainer: Trainer
     flow: Flow
 
 
 def train(options: TrainOptions) -> TrainResult:
-    """Trains an adapter and writes it to `options.output`, with its run card.
+    """Trains an adapter (or, by some methods, the model itself) and writes it to `options.output`, with its run card.
 
     The selection's seed comes from the data's digest unless given: the same data chooses the same channels again, and two
     tasks do not choose the same ones by default.
@@ -77,30 +86,47 @@ def train(options: TrainOptions) -> TrainResult:
 
 
 def _prepare(options: TrainOptions) -> _Setup:
+    method = METHODS[options.method]
+    method.check()
     checkpoint = check_output(options)
     examples = load_examples(options.data, options.limit)
     digest = data_digest(examples)
     if checkpoint is not None:
         check_same_run(checkpoint, options, digest)
     tokenizer = load_tokenizer(options.model)
-    dtype, reason = choose_precision(options.precision)
+    dtype, autocast, reason = method.precision(*choose_precision(options.precision))
     log.info("precision: %s", reason)
     model = load_model(options.model, dtype)
     max_length = longest(options, model)
     tokens = tokenize(examples, tokenizer, max_length)
     _tell_dropped(tokens, len(examples))
-    args = sft_config(options, max_length)
+    args = sft_config(options, max_length, autocast, **method.arguments(options, model))
     model.to(args.device)
     if options.packing:
         check_packing(model)
-    if checkpoint is None:
-        config = choose_channels(options, digest, model, tokens.dataset, tokenizer)
+    if checkpoint is None or method.leaves_model:
+        config = method.peft_config(options, digest, model, tokens.dataset, tokenizer)
     else:
-        config = channels_of(checkpoint)
+        config = adapter_of(checkpoint)
     flow = Flow()
-    trainer = _build_trainer(args, model, tokens, tokenizer, config, flow)
-    trainer.annotate = lambda folder: note_run(folder, options, digest)
-    return _Setup(options, checkpoint, digest, tokens, reason, config, trainer, flow)
+    callbacks = [flow, *method.callbacks(options, model)]
+    trainer = _build_trainer(args, model, tokens, tokenizer, config, callbacks)
+    trainer.pure_bf16 = options.precision == PURE
+    taken, why = _choose_layout(options, checkpoint, trainer) if isinstance(config, S2FTConfig) else (INDEXED, None)
+    settled = options.model_copy(update={"layout": taken})  # whoever runs or resumes it again takes the same
+    trainer.annotate = lambda folder: note_run(folder, settled, digest)
+    return _Setup(settled, checkpoint, digest, tokens, reason, config, why, trainer, flow)
+
+
+def _choose_layout(options: TrainOptions, checkpoint: Path | None, trainer: Trainer) -> tuple[str, str]:
+    noted = None if checkpoint is None else noted_layout(checkpoint)
+    if noted is not None:
+        return noted, f"{noted}, as the checkpoint's run"
+    with torch.random.fork_rng():  # looking at a batch must not move the order of the run's
+        batch = next(iter(trainer.get_train_dataloader()))
+    chosen = choose_layout(trainer.model, batch, options.layout)
+    log.info("layout: %s", chosen[1])
+    return chosen
 
 
 def _build_trainer(
@@ -108,16 +134,17 @@ def _build_trainer(
     model: PreTrainedModel,
     tokens: Tokens,
     tokenizer: PreTrainedTokenizerBase,
-    config: S2FTConfig,
-    flow: Flow,
+    config: PeftConfig | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
+    set_seed(args.seed)  # an adapter may start from random values
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=tokens.dataset,
         processing_class=tokenizer,
         peft_config=config,
-        callbacks=[flow],
+        callbacks=list(callbacks),
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -129,40 +156,29 @@ def _run(setup: _Setup) -> TrainResult:
     options, trainer = setup.options, setup.trainer
     steps = total_steps(options, len(trainer.get_train_dataloader()))
     trainer.args.warmup_steps = warmup_steps(options, steps)
-    log.info("training: %d examples, %d steps, selection seed %s", len(setup.tokens.dataset), steps, setup.config.seed)
+    log.info("training by %s: %d examples, %d steps", _method_in_words(setup), len(setup.tokens.dataset), steps)
     with setup.flow.listening():
-        metrics = trainer.train(
-            resume_from_checkpoint=None if setup.checkpoint is None else str(setup.checkpoint)
-        ).metrics
-        interrupted = setup.flow.interrupted  # from here on, Ctrl-C must not keep the adapter from being saved
+        with METHODS[options.method].resuming(), layout(trainer.model, options.layout):
+            metrics = trainer.train(
+                resume_from_checkpoint=None if setup.checkpoint is None else str(setup.checkpoint)
+            ).metrics
+        interrupted = setup.flow.interrupted  # from here on, Ctrl-C must not keep the result from being saved
         card = {"status": "interrupted" if interrupted else "finished", **_card(setup, steps, metrics)}
-        _save(setup, card)
-    return TrainResult(Path(options.output), interrupted, card, trainer.model, trainer.processing_class)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        save_result(options, model, trainer.processing_class, card)
+    return TrainResult(Path(options.output), interrupted, card, model, trainer.processing_class)
 
 
-def _save(setup: _Setup, card: Card) -> None:
-    """The adapter, its README and the options, then the card."""
-    options, model = setup.options, setup.trainer.model
-    output = Path(options.output)
-    with staged(output) as aside:
-        model.save_pretrained(str(aside))
-        (aside / "README.md").write_text(model_card(options.model, *_parameters(model)), encoding="utf-8")
-        (aside / "run.yaml").write_text(f"# {command(options)}\n{to_yaml(options)}", encoding="utf-8")
-        card["adapter"]["bytes"] = (aside / "adapter_model.safetensors").stat().st_size
-    write_card(output, card)
-
-
-def command(options: TrainOptions, resume: bool = False) -> str:
-    """The command line that runs these options again, from the file beside the adapter."""
-    words = ["s2ft", "train", "--config", str(Path(options.output) / "run.yaml"), *(["--resume"] if resume else [])]
-    return shlex.join(words)
+def _method_in_words(setup: _Setup) -> str:
+    title = METHODS[setup.options.method].title
+    return f"{title}, selection seed {setup.config.seed}" if isinstance(setup.config, S2FTConfig) else title
 
 
 def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
     trainer, tokens = setup.trainer, setup.tokens
     history = trainer.state.log_history
     curve = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    trainable, total = _parameters(trainer.model)
+    trainable, total = parameters(trainer.model, setup.options)
     seconds = metrics["train_runtime"]
     first = 0 if setup.checkpoint is None else int(setup.checkpoint.name.partition("-")[2])
     seen = max((entry.get("num_tokens", 0) for entry in history if entry["step"] > first), default=0)
@@ -176,14 +192,17 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
             "response_beyond_max_length": tokens.too_long,
             "shortened": tokens.shortened,
         },
-        "selection": {
-            "strategy": setup.config.strategy,
-            "seed": setup.config.seed,
-            "modules": len(setup.config.slices or {}),
+        **_selection(setup.config),
+        section(setup.options): {
+            "trainable_parameters": trainable,
+            "model_parameters": total,
+            "share": trainable / total,
         },
-        "adapter": {"trainable_parameters": trainable, "model_parameters": total, "share": trainable / total},
         "training": {
+            "method": setup.options.method,
+            "learning_rate": setup.options.peak_learning_rate,
             "precision": setup.precision,
+            **({"layout": setup.layout} if setup.layout is not None else {}),
             "max_length": tokens.max_length,
             "warmup_steps": int(trainer.args.warmup_steps),
             "steps": trainer.state.global_step,
@@ -198,10 +217,10 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
     }
 
 
-def _parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Trainable parameters, and those of the model without them."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable, sum(parameter.numel() for parameter in model.parameters()) - trainable
+def _selection(config: PeftConfig | None) -> Card:
+    if not isinstance(config, S2FTConfig):
+        return {}
+    return {"selection": {"strategy": config.strategy, "seed": config.seed, "modules": len(config.slices or {})}}
 
 
 def _tell_dropped(tokens: Tokens, count: int) -> None:

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from s2ft.errors import S2FTError
 from s2ft.files import STAGING, staged
+from s2ft.method.rounding import round_steps
 
 Logs = dict[str, Any] | None
 
@@ -26,8 +27,20 @@ Logs = dict[str, Any] | None
 class Trainer(SFTTrainer):
     """SFTTrainer whose checkpoints appear by one rename: a checkpoint folder that is there is whole."""
 
+    pure_bf16 = False
     annotate: Callable[[Path], None] | None = None  # adds files of ours to a checkpoint
     _aside: Path | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with `pure_bf16`, over bf16 deltas, in steps that are rounded stochastically."""
+        if self.pure_bf16:  # here, since PEFT brings what it loads from a checkpoint to fp32
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.pure_bf16:
+            round_steps(optimizer)
+        return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output = Path(self.args.output_dir)

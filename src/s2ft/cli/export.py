@@ -1,0 +1,44 @@
+"""`s2ft export`: an adapter in the form that another engine takes."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s2ft.cli.outputs import check_writable
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
+    to: Annotated[str, typer.Option(help="lora, vllm, sglang, gguf or patch", show_default=False)],
+    output: Annotated[Path, typer.Option(help="A new folder; for gguf and patch, a new file", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model [default: the one that the adapter names]", show_default=False),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary here", show_default=False)] = None,
+) -> None:
+    """Write an adapter for vLLM, SGLang, llama.cpp, as PEFT's LoRA, or as a patch of the checkpoint. Lossless.
+
+    Example: s2ft export runs/quickstart --to vllm --output runs/for-vllm
+    """
+    check_writable(json_file)
+    from rich.console import Console
+    from rich.progress import track
+
+    from s2ft.adapter.export import export as write
+
+    console = Console()
+    done = write(adapter, to, output, base, lambda modules: track(modules, "writing", transient=True, console=console))
+    console.print(
+        f"written: {done.output}\n{done.modules} modules, at most {done.most_channels} channels in one; "
+        f"{done.exported_bytes / 1e6:.2f} MB, native {done.native_bytes / 1e6:.2f} MB",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if done.max_lora_rank is not None:
+        console.print(f"vLLM serves it with --enable-lora --max-lora-rank {done.max_lora_rank}", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(done.facts(), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,67 @@
+"""`s2ft fuse`: one adapter out of several, after a look at where they meet."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s2ft.cli.outputs import check_writable
+from s2ft.errors import S2FTError
+
+
+def fuse(
+    adapters: Annotated[list[Path], typer.Argument(help="Folders of the adapters", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the fused adapter; without it, only the report is made", show_default=False),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One number for each adapter [default: 1 for each]", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(help="On channels that several adapters hold: sum, ties or dare")] = "sum",
+    density: Annotated[float, typer.Option(help="Share of those entries that ties and dare keep")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the entries that dare drops")] = 0,
+    png: Annotated[Path | None, typer.Option(help="Draw the overlap, layer by layer", show_default=False)] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here", show_default=False)] = None,
+) -> None:
+    """Fuse adapters of one base model, on their files alone. Prints where they overlap before anything is written.
+
+    Example: s2ft fuse math-adapter code-adapter --weights 0.5,0.5 --output both --png overlap.png
+    """
+    check_writable(png, "png", suffix=".png")
+    check_writable(json_file)
+    numbers = None if weights is None else _numbers(weights)
+    from rich.console import Console
+
+    from s2ft.adapter.fusion import check_free
+    from s2ft.adapter.fusion import fuse as plan
+    from s2ft.adapter.overlap import draw, summary, table
+
+    if output is not None:
+        check_free(output)
+    console = Console()
+    with console.status("reading ..."):
+        fusion = plan(adapters, numbers, method, density, seed)
+        facts = summary(fusion.combination, fusion.overlaps)
+    for number, adapter in enumerate(adapters):
+        console.print(f"adapter {number}: {adapter}", highlight=False, markup=False)
+    if fusion.overlaps:
+        console.print(table(fusion.overlaps))
+    console.print(f"\n{facts['shared']:,} of {facts['channels']:,} channels in {facts['modules']} modules are shared")
+    if png is not None:
+        draw(fusion.overlaps, png)
+        console.print(f"drawn: {png}", markup=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if output is not None:
+        with console.status("fusing ..."):
+            fusion.save(output)
+        console.print(f"fused: {output}", markup=False)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise S2FTError(f"weights={text!r} is not a list of numbers such as 0.5,0.5") from error

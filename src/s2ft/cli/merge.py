@@ -1,0 +1,37 @@
+"""`s2ft merge`: a checkpoint of its own out of a base and an adapter."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from s2ft.cli.outputs import check_writable
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
+    output: Annotated[Path, typer.Option(help="A new folder for the merged model", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model [default: the one that the adapter names]", show_default=False),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary here", show_default=False)] = None,
+) -> None:
+    """Merge an adapter into its base, on files: same shards and dtypes, tokenizer and chat template along.
+
+    Example: s2ft merge runs/quickstart --base src/s2ft/demo/base --output runs/merged
+    """
+    check_writable(json_file)
+    from rich.console import Console
+    from rich.progress import track
+
+    from s2ft.adapter.export_output import bytes_of
+    from s2ft.adapter.merge import merge as write
+
+    console = Console()
+    merged = write(adapter, output, base, lambda steps: track(steps, "merging", transient=True, console=console))
+    size = bytes_of(merged)
+    console.print(f"merged: {merged} ({size / 1e6:.2f} MB)", highlight=False, markup=False, soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"output": str(merged), "bytes": size}, indent=2) + "\n", encoding="utf-8")

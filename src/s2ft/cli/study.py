@@ -1,0 +1,94 @@
+"""`s2ft study`: the paper's claims, asked of the embedded model. Runs are kept, so that an interrupted study goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from s2ft.cli.bench import show
+from s2ft.cli.outputs import check_writable
+from s2ft.errors import S2FTError
+
+app = typer.Typer(help="Ask the paper's claims of the embedded model, with several seeds.", no_args_is_help=True)
+
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each setting; an interval needs two")]
+Kept = Annotated[Path | None, typer.Option("--runs", help="Folder that keeps the runs", show_default="runs/study-NAME")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write rows and summary here", show_default=False)]
+Png = Annotated[Path | None, typer.Option("--png", help="Draw the means and intervals here", show_default=False)]
+
+
+@app.command()
+def selection(seeds: Seeds = 5, runs: Kept = None, json_file: Json = None, png: Png = None) -> None:
+    """Compare the ways to choose channels, and no fine-tuning, at one budget.
+
+    Example: s2ft study selection --seeds 5 --json selection.json --png selection.png
+    """
+
+    def study(folder: Path, tell: Callable[[float], None]) -> Any:
+        from s2ft.demo.study.selection import SelectionSettings, study_selection
+
+        return study_selection(folder, SelectionSettings(seeds=seeds), tell)
+
+    _run("selection", study, runs, json_file, png)
+
+
+@app.command()
+def generalization(seeds: Seeds = 5, runs: Kept = None, json_file: Json = None, png: Png = None) -> None:
+    """Compare full tuning, LoRA, DoRA, SHiRA and S²FT: what is learned, what carries over, what is forgotten.
+
+    Example: s2ft study generalization --seeds 5 --json generalization.json --png generalization.png
+    """
+
+    def study(folder: Path, tell: Callable[[float], None]) -> Any:
+        from s2ft.demo.study.generalization import GeneralizationSettings, study_generalization
+
+        return study_generalization(folder, GeneralizationSettings(seeds=seeds), tell)
+
+    _run("generalization", study, runs, json_file, png)
+
+
+@app.command()
+def fusion(seeds: Seeds = 5, runs: Kept = None, json_file: Json = None, png: Png = None) -> None:
+    """Add up adapters of two skills: LoRA, and S²FT on the same and on disjoint channels.
+
+    Example: s2ft study fusion --seeds 5 --json fusion.json --png fusion.png
+    """
+
+    def study(folder: Path, tell: Callable[[float], None]) -> Any:
+        from s2ft.demo.study.fusion import FusionSettings, study_fusion
+
+        return study_fusion(folder, FusionSettings(seeds=seeds), tell)
+
+    _run("fusion", study, runs, json_file, png)
+
+
+def _run(name: str, study: Callable[..., Any], folder: Path | None, json_file: Path | None, png: Path | None) -> None:
+    folder = folder or Path("runs", f"study-{name}")
+    check_writable(json_file)
+    check_writable(png, "png", ".png")
+    if folder.exists() and not folder.is_dir():
+        raise S2FTError(f"runs={str(folder)!r} is a file; name a folder")
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from s2ft.cli.quiet import quiet
+    from s2ft.demo.study.report import draw
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with quiet(), Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
+        task = bar.add_task(f"runs, kept in {folder}", total=1.0)
+        report = study(folder, lambda done: bar.update(task, completed=done))
+    show(report.table(), Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if png is not None:
+        draw(report, png)

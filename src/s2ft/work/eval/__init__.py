@@ -1,0 +1,1 @@
+"""Evaluation: tasks, answers, scores (docs/evaluation.md)."""

@@ -1,0 +1,185 @@
+"""A judge: any server that speaks OpenAI's chat completions, asked for a rating from 1 to 10.
+
+    POST {url}/chat/completions   {"model", "temperature": 0, "messages"}   →   "... Rating: [[7]]"   →   7
+
+What may pass is tried again, after a pause that doubles each time or that the server asks for: a server that is down, slow or
+rate-limiting, an answer that is no JSON or holds no rating. What will not pass is said at once: a refused key, a wrong address.
+The key comes from the environment, goes into one header, and is written nowhere.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from s2ft.errors import S2FTError, raise_together
+
+URL, MODEL, KEY = "S2FT_JUDGE_URL", "S2FT_JUDGE_MODEL", "S2FT_JUDGE_KEY"
+LOWEST, HIGHEST = 1, 10
+
+_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_PASSING = (408, 409, 425, 429)  # and all from 500 on
+_UNUSABLE = (401, 403, 404, 405)  # wrong for every question
+_LONGEST_PAUSE = 60.0  # seconds
+_LARGEST = 4 * 2**20  # bytes of an answer
+
+
+class NoRating(Exception):
+    """The judge gave no rating for this answer, however often it was asked."""
+
+
+class JudgeDown(NoRating):
+    """It did not answer at all: likely the next question will fare the same."""
+
+
+class _Passing(Exception):
+    """A failure that may pass; `pause` is what the server asks to wait, in seconds."""
+
+    def __init__(self, reason: str, pause: float | None = None, down: bool = True) -> None:
+        super().__init__(reason)
+        self.pause, self.down = pause, down
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Where a judge is, and how patient we are with it."""
+
+    url: str  # up to and with /v1
+    model: str
+    key: str | None = field(default=None, repr=False)
+    timeout: float = 120.0  # seconds, for one answer
+    attempts: int = 5
+    pause: float = 2.0  # seconds before the second attempt
+
+    def rate(self, messages: list[dict[str, str]]) -> tuple[float, str]:
+        """The rating, and the text that it stands in.
+
+        Raises:
+            NoRating: if there is none after all attempts; `JudgeDown` if that is for want of an answer.
+            S2FTError: if the judge cannot be used at all.
+        """
+        body = json.dumps({"model": self.model, "temperature": 0, "messages": messages}).encode()
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return self._once(body)
+            except _Passing as failure:
+                last = failure
+            if attempt < self.attempts:
+                time.sleep(min(_LONGEST_PAUSE, last.pause or self.pause * 2 ** (attempt - 1)))
+        kind = JudgeDown if last.down else NoRating
+        raise kind(f"{last} (tried {self.attempts} times)")
+
+    def _once(self, body: bytes) -> tuple[float, str]:
+        try:
+            text = self._text(json.loads(self._post(body)))
+        except urllib.error.HTTPError as error:
+            raise self._sorted(error) from None
+        except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, an answer cut short
+            raise _Passing(
+                self._clean(f"no answer from the judge: {getattr(error, 'reason', None) or error!r}")
+            ) from None
+        except ValueError:
+            raise _Passing("the judge's answer is not JSON") from None
+        rating = read_rating(text)
+        if rating is None:
+            raise _Passing(f"no rating [[{LOWEST}]] to [[{HIGHEST}]] in the judge's answer: {text[-80:]!r}", down=False)
+        return rating, text
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", data=body, headers=headers)
+        end = time.monotonic() + self.timeout
+        answer = b""
+        with _OPENER.open(request, timeout=self.timeout) as response:
+            while part := response.read1(2**16):
+                answer += part
+                if (
+                    time.monotonic() > end or len(answer) > _LARGEST
+                ):  # each read has its time-out; all of them have this one
+                    raise TimeoutError("the answer took too long, or has no end")
+        return answer
+
+    def _text(self, value: Any) -> str:
+        try:
+            text = value["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise _Passing("the judge's answer is JSON, but no chat completion", down=False)
+        return text
+
+    def _sorted(self, error: urllib.error.HTTPError) -> Exception:
+        """What an HTTP status means for us."""
+        with error:
+            said = self._clean(error.read(400).decode(errors="replace").strip())
+        reason = f"the judge answered with HTTP {error.code}{': ' if said else ''}{said}"
+        if error.code in _PASSING or error.code >= 500:
+            return _Passing(reason, _seconds(error.headers.get("Retry-After")))
+        if error.code in _UNUSABLE or error.code < 400:
+            return S2FTError(f"judge_url={self.url!r}, judge_model={self.model!r} cannot be used: {reason}")
+        return NoRating(reason)
+
+    def _clean(self, text: str) -> str:
+        """Servers may repeat a key that they refuse."""
+        return text.replace(self.key, "***") if self.key else text
+
+
+def read_rating(text: str) -> float | None:
+    """The last [[n]] with n from 1 to 10.
+
+    Example:
+        >>> read_rating("Not [[5]], since it errs. Rating: [[3]]"), read_rating("Rating: 7"), read_rating("[[11]]")
+        (3.0, None, None)
+    """
+    found = [float(number) for number in _RATING.findall(text)]
+    return found[-1] if found and LOWEST <= found[-1] <= HIGHEST else None
+
+
+def find_judge(url: str | None = None, model: str | None = None) -> Judge | None:
+    """The judge of these options, or else of the environment; None if neither names one.
+
+    Raises:
+        S2FTError: if only one of address and model is known, or either cannot be used.
+    """
+    url, model, key = url or os.environ.get(URL), model or os.environ.get(MODEL), os.environ.get(KEY) or None
+    if not url and not model:
+        return None
+    if not url or not model:
+        given, lacking = (f"judge_url={url!r}", "judge-model") if url else (f"judge_model={model!r}", "judge-url")
+        raise S2FTError(f"{given} alone is not enough: give --{lacking} too, or {URL} and {MODEL} in the environment")
+    parts = urlsplit(url)
+    wrong = parts.scheme not in ("http", "https") or not parts.hostname or "\n" in url or " " in url
+    raise_together(
+        [
+            *([f"judge_url={url!r} must be like https://host/v1"] if wrong else []),
+            *([f"{KEY} holds characters that no key has (its value is not shown)"] if key and not _is_key(key) else []),
+        ]
+    )
+    return Judge(url, model, key)
+
+
+def _is_key(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def _seconds(text: str | None) -> float | None:
+    """Of the header Retry-After; its other form, a date, is left to our own pauses."""
+    return float(text) if text and text.strip().isdigit() else None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another server."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)

@@ -1,0 +1,112 @@
+"""Scores for the run card: what fine-tuning gained on the tasks that it was for, and what it lost on others.
+
+    "scores": {"gsm8k": {"base": 0.11, "tuned": 0.49, "base_interval": [0.09, 0.13], "tuned_interval": [0.46, 0.52],
+                         "questions": 1319, "errors": 0}, ...}
+
+An adapter is compared with its own base by switching it off. Where training changes the base itself, it is scored before:
+
+    checked = check_scores(["arithmetic"], "llm-adapters")      # before training: all that could be wrong is said now
+    base = score(model, tokenizer, checked, folder / "base")    # before training, if its weights will be gone afterwards
+    card["scores"] = section(base, score(model, tokenizer, checked, folder / "tuned"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from s2ft.errors import S2FTError
+from s2ft.work.eval.answers import Answers
+from s2ft.work.eval.generation import TransformersEngine
+from s2ft.work.eval.tally import tally
+from s2ft.work.eval.tasks import DECODING, Question, Task, find_tasks, load_questions
+from s2ft.work.eval.writing import answer_questions
+
+Scores = dict[str, dict[str, Any]]  # task → a row of `tally`
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Tasks whose data is there and sound."""
+
+    questions: list[tuple[Task, list[Question]]]
+
+
+def check_scores(tasks: Sequence[str], data: str, limit: int | None = None) -> Checked:
+    """Loads the questions of tasks and suites (names), at most `limit` of each, so that nothing is wrong with them later.
+
+    Raises:
+        S2FTError: for an unknown task, one that needs a judge, or data that is missing or malformed.
+    """
+    found = find_tasks(tasks)
+    judged = [task.name for task in found if task.rule is None]
+    if judged:
+        raise S2FTError(f"evaluate={', '.join(judged)!r} needs a judge, so a run card cannot hold it; use `s2ft eval`")
+    return Checked([(task, load_questions(task, data, limit)) for task in found])
+
+
+def score(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    checked: Checked,
+    folder: Path,
+    batch_size: int = 8,
+    tell: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """Asks a live model, as it is, all questions anew; keeps its answers in `folder`, a JSONL file for each task.
+
+    Args:
+        model: Any causal language model; left in the mode (training or not) that it is in.
+        tokenizer: Its tokenizer.
+        checked: From `check_scores`.
+        folder: For the answers; those of an earlier call are replaced.
+        batch_size: Prompts that go through the model at once.
+        tell: Called with how many more questions are done.
+    """
+    engine = TransformersEngine(model, tokenizer, batch_size)
+    scores: Scores = {}
+    for task, questions in checked.questions:
+        path = folder / f"{task.name}.jsonl"
+        path.unlink(missing_ok=True)
+        decoding = DECODING[task.suite]
+        answers = Answers(path, {"task": task.name, **vars(decoding)})
+        answer_questions(engine, task, questions, tokenizer, answers, decoding, tell)
+        scores |= {row["task"]: row for row in tally(task, answers.rows.values(), len(questions))}
+    return scores
+
+
+def section(base: Scores, tuned: Scores) -> dict[str, dict[str, Any]]:
+    """The section for the run card: base against tuned, task by task."""
+    return {
+        name: {
+            "base": base[name]["accuracy"],
+            "tuned": tuned[name]["accuracy"],
+            "base_interval": [base[name]["low"], base[name]["high"]],
+            "tuned_interval": [tuned[name]["low"], tuned[name]["high"]],
+            "questions": base[name]["asked"],
+            "errors": base[name]["errors"] + tuned[name]["errors"],
+        }
+        for name in base
+    }
+
+
+def base_against_tuned(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    checked: Checked,
+    folder: Path,
+    batch_size: int = 8,
+    tell: Callable[[int], None] = lambda count: None,
+) -> dict[str, dict[str, Any]]:
+    """The section for a model with an adapter, which is switched off for the base's answers.
+
+    Args: as of `score`; answers are kept in `folder`/base and `folder`/tuned.
+    """
+    with model.disable_adapter():
+        base = score(model, tokenizer, checked, folder / "base", batch_size, tell)
+    return section(base, score(model, tokenizer, checked, folder / "tuned", batch_size, tell))

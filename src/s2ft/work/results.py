@@ -1,0 +1,61 @@
+"""What a run leaves in its folder: an adapter or a model, its README, its options, and the run card."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from s2ft.files import staged
+from s2ft.work.baselines import METHODS
+from s2ft.work.card import Card, write_card
+from s2ft.work.model_card import model_card
+from s2ft.work.options import TrainOptions, to_yaml
+
+
+def section(options: TrainOptions) -> str:
+    """Where the run card tells of what was trained: "adapter" or "model"."""
+    return "model" if METHODS[options.method].leaves_model else "adapter"
+
+
+def parameters(model: nn.Module, options: TrainOptions) -> tuple[int, int]:
+    """Those that the method trains (at a time), and those of the model without an adapter."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return trainable, every if METHODS[options.method].leaves_model else every - trainable
+
+
+def save_result(
+    options: TrainOptions, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card
+) -> None:
+    """Writes everything to `options.output`, each file whole or not at all.
+
+    A model is brought to the dtype that its base was stored in, and gets the tokenizer along.
+    """
+    method, output, counts = METHODS[options.method], Path(options.output), parameters(model, options)
+    if method.leaves_model:
+        model.to(_stored_dtype(options.model))
+    with staged(output) as aside:
+        model.save_pretrained(str(aside))
+        if method.leaves_model:
+            tokenizer.save_pretrained(str(aside))
+        text = model_card(options.model, *counts, method=options.method)
+        (aside / "README.md").write_text(text, encoding="utf-8")
+        (aside / "run.yaml").write_text(f"# {command(options)}\n{to_yaml(options)}", encoding="utf-8")
+        card[section(options)]["bytes"] = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
+    write_card(output, card)
+
+
+def command(options: TrainOptions, resume: bool = False) -> str:
+    """The command line that runs these options again, from the file beside the result."""
+    words = ["s2ft", "train", "--config", str(Path(options.output) / "run.yaml"), *(["--resume"] if resume else [])]
+    return shlex.join(words)
+
+
+def _stored_dtype(base: str) -> torch.dtype:
+    dtype = getattr(AutoConfig.from_pretrained(base), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
