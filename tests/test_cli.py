@@ -27,6 +27,7 @@ COMMANDS = (
     "merge",
     "bench selection",
     "bench switch",
+    "bench fusion",
     "bench training",
     "study selection",
     "study generalization",

@@ -15,11 +15,13 @@ from s2ft.work.eval import run as work
 from s2ft.work.eval.engines import Answer
 from s2ft.work.eval.generation import TransformersEngine
 from s2ft.work.eval.run import EvalOptions, evaluate
-from s2ft.work.eval.scores import base_against_tuned, check_scores, score, section
+from s2ft.work.eval.scores import Scorer, check_scores, score, section
 from s2ft.work.eval.subjects import Models, fingerprint
 from s2ft.work.eval.tally import wilson
 from s2ft.work.eval.tasks import DECODING, TASKS, Decoding
 from s2ft.work.models import load_model, load_tokenizer
+from s2ft.work.options import parse_options
+from s2ft.work.train import train
 from tiny_base import save_tiny_base
 
 RUN = {"model": "m"}
@@ -226,7 +228,7 @@ class TestScores:
         model.train()
         checked = check_scores(["gsm8k", "boolq"], data, limit=4)
         told: list[int] = []
-        found = base_against_tuned(model, load_tokenizer(base), checked, tmp_path / "scores", 2, told.append)
+        found = Scorer(load_tokenizer(base), checked, tmp_path / "scores", 2, told.append).compare(model)
         assert (list(found), sum(told), model.training) == (["boolq", "gsm8k"], 16, True)
         assert found["gsm8k"]["questions"] == 4
         plain = score(load_model(base, torch.float32), load_tokenizer(base), checked, tmp_path / "plain", 2)
@@ -237,6 +239,27 @@ class TestScores:
         assert kept["scores/base"] == kept["plain"]
         assert kept["scores/tuned"] != kept["plain"]
         assert "| gsm8k | base=" in to_markdown({"status": "finished", "scores": found})
+
+    @pytest.mark.parametrize("method", ["s2ft", "full"])
+    def test_a_run_card_holds_them(self, base, data, tmp_path, short, method) -> None:
+        (tmp_path / "sums.json").write_text(json.dumps([{"prompt": f"{n}+1=", "completion": "so"} for n in range(8)]))
+        chosen = {"ratios": 0.25} if method == "s2ft" else {}
+        options = {"model": base, "data": str(tmp_path / "sums.json"), "output": str(tmp_path / "out"), "max_steps": 2}
+        options |= {"method": method, "precision": "fp32", "gradient_accumulation": 1, "eval_limit": 3, **chosen}
+        card = train(parse_options({**options, "evaluate": "gsm8k", "eval_data": data})).card
+        assert card["scores"]["gsm8k"]["questions"] == 3
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["scores"] == card["scores"]
+        assert "| gsm8k | base=" in (tmp_path / "out" / "run.md").read_text()
+        checked = check_scores(["gsm8k"], data, limit=3)
+        plain = score(load_model(base, torch.float32), load_tokenizer(base), checked, tmp_path / "plain", 2)
+        assert card["scores"]["gsm8k"]["base"] == plain["gsm8k"]["accuracy"]
+
+    def test_questions_without_data_are_refused_before_anything_is_written(self, base, data, tmp_path) -> None:
+        options = {"model": base, "data": "d", "output": str(tmp_path / "out")}
+        with pytest.raises(S2FTError, match=r"evaluate=\['gsm8k'\] needs eval_data"):
+            parse_options({**options, "evaluate": "gsm8k"})
+        with pytest.raises(S2FTError, match="eval_limit=3 is of no use without evaluate"):
+            parse_options({**options, "eval_limit": 3})
 
     def test_shares_are_those_of_the_answers(self, base, data, tmp_path, monkeypatch) -> None:
         checked = check_scores(["gsm8k"], data, limit=4)

@@ -103,6 +103,18 @@ def parallel(json_file: JsonFile = None, png: PngFile = None) -> None:
     _measure(lambda tell: bench_parallel(tell=tell), parallel_line, json_file, draw_parallel, png)
 
 
+@app.command()
+def fusion(json_file: JsonFile = None) -> None:
+    """Time the fusion of two adapters at LLaMA3-8B's shape, on files, beside writing as many bytes.
+
+    Example: s2ft bench fusion --json fusion.json
+    """
+    check_writable(json_file)
+    from s2ft.work.bench.fusion import bench_fusion
+
+    _measure(lambda tell: bench_fusion(tell=tell), dict, json_file)
+
+
 def _check(json_file: Path | None, png: Path | None) -> None:
     check_writable(json_file)
     check_writable(png, "png", ".png")

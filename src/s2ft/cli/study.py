@@ -72,12 +72,14 @@ def _run(name: str, study: Callable[..., Any], folder: Path | None, json_file: P
     check_writable(png, "png", ".png")
     if folder.exists() and not folder.is_dir():
         raise S2FTError(f"runs={str(folder)!r} is a file; name a folder")
+    import transformers
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from s2ft.cli.quiet import quiet
     from s2ft.demo.study.report import draw
 
+    transformers.logging.disable_progress_bar()  # a bar for each base that is loaded would tear ours
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

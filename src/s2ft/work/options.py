@@ -216,6 +216,13 @@ class TrainOptions(MethodOptions):
     train_seed: Seed = Field(0, description="Seed of the order of the examples")
     log_every: Positive = Field(5, description="Steps between two points of the loss curve")
     save_every: Positive = Field(500, description="Steps between two checkpoints; the newest two are kept")
+    evaluate: Annotated[list[str] | None, BeforeValidator(_words), AfterValidator(_named)] = Field(
+        None, description="Tasks or suites (as in s2ft eval) that base and result are scored on, for the run card"
+    )
+    eval_data: Annotated[str | None, AfterValidator(_named)] = Field(
+        None, description="Where the questions of evaluate lie: a folder or a name on the Hub"
+    )
+    eval_limit: Positive | None = Field(None, description="Ask the first so many questions of each task")
     resume: bool = Field(False, description="Continue from the newest checkpoint in the output folder")
 
     @property
@@ -265,7 +272,7 @@ def parse_options(values: Mapping[str, Any]) -> TrainOptions:
         wrong = {str(item["loc"][0]) for item in error.errors()}
         raise_together([*_problems(error), *_method_problems(values, wrong)])
         raise
-    raise_together(_method_problems(values, set()))
+    raise_together([*_method_problems(values, set()), *_evaluation_problems(options)])
     return options
 
 
@@ -326,6 +333,15 @@ def _method_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
     if method != "s2ft" and values.get("precision") == PURE:
         foreign.append(f"precision={PURE!r} belongs to method=s2ft; take auto, bf16 or fp32 with method={method}")
     return foreign + (_config_problems(values, wrong) if method == "s2ft" else [])
+
+
+def _evaluation_problems(options: TrainOptions) -> list[str]:
+    if options.evaluate is not None and options.eval_data is None:
+        return [f"evaluate={options.evaluate!r} needs eval_data: {TrainOptions.model_fields['eval_data'].description}"]
+    alone = [
+        name for name in ("eval_data", "eval_limit") if options.evaluate is None and getattr(options, name) is not None
+    ]
+    return [f"{name}={getattr(options, name)!r} is of no use without evaluate" for name in alone]
 
 
 def _foreign(name: str, value: Any, method: str) -> str:

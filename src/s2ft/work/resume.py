@@ -24,7 +24,15 @@ MODEL_FILES = ("model.safetensors", "config.json")  # or, for a large model, the
 INDEX = "model.safetensors.index.json"
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json")
 NOTE = "run.json"  # in a checkpoint: options and data; in the output folder: the whole run card
-FREE = {"output", "resume", "log_every", "save_every"}  # options that do not change the weights
+FREE = {
+    "output",
+    "resume",
+    "log_every",
+    "save_every",
+    "evaluate",
+    "eval_data",
+    "eval_limit",
+}  # options that do not change the weights
 
 
 def check_output(options: TrainOptions) -> Path | None:

@@ -25,9 +25,10 @@ from trl import SFTConfig
 from s2ft.files import no_empty_folders
 from s2ft.method.config import S2FTConfig
 from s2ft.work.baselines import METHODS, adapter_of
-from s2ft.work.card import Card, final_loss
+from s2ft.work.card import Card, final_loss, write_card
 from s2ft.work.data import data_digest, load_examples
 from s2ft.work.environment import environment
+from s2ft.work.eval.scores import Checked, Scorer, check_scores
 from s2ft.work.failures import clear_failures
 from s2ft.work.layout import INDEXED, choose_layout, layout
 from s2ft.work.models import load_model, load_tokenizer
@@ -67,6 +68,7 @@ class _Setup:
     layout: str | None  # the reason for it; None where nothing is sliced
     trainer: Trainer
     flow: Flow
+    checked: Checked | None  # questions for the run card
 
 
 def train(options: TrainOptions) -> TrainResult:
@@ -93,6 +95,7 @@ def _prepare(options: TrainOptions) -> _Setup:
     digest = data_digest(examples)
     if checkpoint is not None:
         check_same_run(checkpoint, options, digest)
+    checked = check_scores(options.evaluate, str(options.eval_data), options.eval_limit) if options.evaluate else None
     tokenizer = load_tokenizer(options.model)
     dtype, autocast, reason = method.precision(*choose_precision(options.precision))
     log.info("precision: %s", reason)
@@ -115,7 +118,7 @@ def _prepare(options: TrainOptions) -> _Setup:
     taken, why = _choose_layout(options, checkpoint, trainer) if isinstance(config, S2FTConfig) else (INDEXED, None)
     settled = options.model_copy(update={"layout": taken})  # whoever runs or resumes it again takes the same
     trainer.annotate = lambda folder: note_run(folder, settled, digest)
-    return _Setup(settled, checkpoint, digest, tokens, reason, config, why, trainer, flow)
+    return _Setup(settled, checkpoint, digest, tokens, reason, config, why, trainer, flow, checked)
 
 
 def _choose_layout(options: TrainOptions, checkpoint: Path | None, trainer: Trainer) -> tuple[str, str]:
@@ -157,6 +160,9 @@ def _run(setup: _Setup) -> TrainResult:
     steps = total_steps(options, len(trainer.get_train_dataloader()))
     trainer.args.warmup_steps = warmup_steps(options, steps)
     log.info("training by %s: %d examples, %d steps", _method_in_words(setup), len(setup.tokens.dataset), steps)
+    scorer = Scorer(trainer.processing_class, setup.checked, Path(options.output) / "answers")
+    if METHODS[options.method].leaves_model:
+        scorer.score_base(trainer.model)  # its weights will be gone
     with setup.flow.listening():
         with METHODS[options.method].resuming(), layout(trainer.model, options.layout):
             metrics = trainer.train(
@@ -166,6 +172,9 @@ def _run(setup: _Setup) -> TrainResult:
         card = {"status": "interrupted" if interrupted else "finished", **_card(setup, steps, metrics)}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         save_result(options, model, trainer.processing_class, card)
+    if setup.checked is not None and not interrupted:
+        card["scores"] = scorer.compare(model)
+        write_card(Path(options.output), card)
     return TrainResult(Path(options.output), interrupted, card, model, trainer.processing_class)
 
 

@@ -6,18 +6,19 @@
 An adapter is compared with its own base by switching it off. Where training changes the base itself, it is scored before:
 
     checked = check_scores(["arithmetic"], "llm-adapters")      # before training: all that could be wrong is said now
-    base = score(model, tokenizer, checked, folder / "base")    # before training, if its weights will be gone afterwards
-    card["scores"] = section(base, score(model, tokenizer, checked, folder / "tuned"))
+    scorer = Scorer(tokenizer, checked, folder)
+    scorer.score_base(model)                                    # before training, if its weights will be gone afterwards
+    card["scores"] = scorer.compare(model)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from s2ft.errors import S2FTError
@@ -95,18 +96,31 @@ def section(base: Scores, tuned: Scores) -> dict[str, dict[str, Any]]:
     }
 
 
-def base_against_tuned(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    checked: Checked,
-    folder: Path,
-    batch_size: int = 8,
-    tell: Callable[[int], None] = lambda count: None,
-) -> dict[str, dict[str, Any]]:
-    """The section for a model with an adapter, which is switched off for the base's answers.
+class Scorer:
+    """Base against tuned for one run of training; its answers are kept in `folder`/base and `folder`/tuned."""
 
-    Args: as of `score`; answers are kept in `folder`/base and `folder`/tuned.
-    """
-    with model.disable_adapter():
-        base = score(model, tokenizer, checked, folder / "base", batch_size, tell)
-    return section(base, score(model, tokenizer, checked, folder / "tuned", batch_size, tell))
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        checked: Checked | None,  # None: nothing is scored
+        folder: Path,
+        batch_size: int = 8,
+        tell: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.checked, self.folder = checked, folder
+        self._score = partial(score, tokenizer=tokenizer, batch_size=batch_size, tell=tell)
+        self._base: Scores | None = None
+
+    def score_base(self, model: Any) -> None:
+        """Asks a model that training is about to change."""
+        if self.checked is not None:
+            self._base = self._score(model, checked=self.checked, folder=self.folder / "base")
+
+    def compare(self, model: Any) -> dict[str, dict[str, Any]]:
+        """The section for the run card. A model with an adapter is its own base, with the adapter switched off."""
+        if self._base is None:
+            with model.disable_adapter():
+                self.score_base(model)
+        if self.checked is None or self._base is None:
+            return {}
+        return section(self._base, self._score(model, checked=self.checked, folder=self.folder / "tuned"))
