@@ -62,6 +62,14 @@ def test_generalization_asks_every_kind_of_skill(tmp_path):
     assert by_method == {"vanilla": tasks, "lora": {*tasks, LOSS}}
     assert set(report.settings["learning_rate"]) == {"lora", "s2ft 4%"}
     assert report.settings["trainable"]["vanilla"] == 0 < report.settings["trainable"]["lora"]
+    assert list(report.table()[0]) == [
+        "method",
+        "new: back",
+        "near",
+        "far",
+        "old",
+        LOSS,
+    ]  # what a terminal has room for
     kept = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert len(kept) == GENERALIZATION.runs == 3 + 2 * 3
 

@@ -8,14 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from s2ft.errors import S2FTError
+
 STAGING = ".unfinished"
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, name: str = STAGING) -> Iterator[Path]:
     """A new folder inside `folder` to write into; afterwards its entries are moved into `folder`, one rename each.
 
-    Nothing is moved if the block raises. An entry that is there already is replaced.
+    Nothing is moved if the block raises. An entry that is there already is replaced. `name` is the new folder's: those who
+    write into one folder at the same time need different ones.
+
+    Raises:
+        S2FTError: if the folder cannot be made.
 
     Example:
         >>> import tempfile
@@ -25,10 +31,13 @@ def staged(folder: Path) -> Iterator[Path]:
         >>> sorted(path.name for path in target.iterdir())
         ['a.txt']
     """
-    aside = folder / STAGING
+    aside = folder / name
     with no_empty_folders(folder):
         shutil.rmtree(aside, ignore_errors=True)  # what a killed run may have left
-        aside.mkdir(parents=True)
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise S2FTError(f"{str(folder)!r} cannot be written to: {error.strerror}") from error
         try:
             yield aside
             _flush(aside)

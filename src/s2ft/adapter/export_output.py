@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from s2ft.errors import S2FTError
-from s2ft.files import staged
+from s2ft.files import STAGING, staged
 
 Progress = Callable[[list[str]], Iterable[str]]
 """Goes through the steps of a long work: `iter`, or a progress bar."""
@@ -32,12 +33,14 @@ def check_free(output: Path, suffix: str | None = None) -> None:
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir():
         raise S2FTError(f"{given}: {str(above)!r} is a file, not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise S2FTError(f"{given}: {str(above)!r} is not a folder that you may write to")
 
 
 @contextmanager
 def staged_file(output: Path) -> Iterator[Path]:
     """A path beside `output` to write to; afterwards the file is moved there, in one rename."""
-    with staged(output.parent) as aside:
+    with staged(output.parent, f"{STAGING}-{output.name}") as aside:
         yield aside / output.name
 
 

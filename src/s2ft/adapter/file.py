@@ -154,6 +154,7 @@ def _read_config(folder: Path) -> tuple[S2FTConfig, dict[str, Slice]]:
         config = S2FTConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise S2FTError(f"{folder}: {error}") from error
+    raise_together(f"{path}: {problem}" for problem in _field_problems(config))
     if not isinstance(config.slices, dict) or not config.slices:
         raise S2FTError(f"{path} names no slices; was it saved before the adapter was made?")
     slices = {module: Slice.parse(text) for module, text in config.slices.items()}
@@ -162,6 +163,27 @@ def _read_config(folder: Path) -> tuple[S2FTConfig, dict[str, Slice]]:
             raise S2FTError(f"{path}: base_digest names {module}, which is not in the config's slices")
         digest_parts(text, slices[module])
     return config, slices
+
+
+_TEXT, _NAMES = (str, type(None)), (list, set, str, type(None))
+_KINDS: dict[str, tuple[type, ...]] = {  # of fields that PEFT takes as they come
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "task_type": _TEXT,
+    "auto_mapping": (dict, type(None)),
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "modules_to_save": (list, type(None)),
+    "trainable_token_indices": (list, dict, type(None)),
+}
+
+
+def _field_problems(config: S2FTConfig) -> Iterator[str]:
+    for name, kinds in _KINDS.items():
+        value = getattr(config, name)
+        if not isinstance(value, kinds):
+            allowed = ", ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            yield f"{name}={str(value)[:60]!r} is not one of: {allowed}"
 
 
 def _weights(folder: Path) -> Path:

@@ -14,10 +14,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from s2ft.adapter.export_output import check_free
 from s2ft.adapter.file import delta_name, indices_name, open_adapter
 from s2ft.adapter.overlap import Overlap, overlaps
 from s2ft.errors import S2FTError
@@ -94,12 +95,3 @@ def fuse(
     if output is not None:
         fusion.save(output)
     return fusion
-
-
-def check_free(output: Path) -> None:
-    """Raises `S2FTError` if `output` cannot be a new adapter's folder."""
-    if output.exists() and not output.is_dir():
-        raise S2FTError(f"output={str(output)!r} is a file; name a folder")
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if (output / name).exists():
-            raise S2FTError(f"output={str(output)!r} already holds {name}; name another folder")

@@ -125,7 +125,9 @@ class AdapterPool:
     def _detach(self, name: str) -> Slices:
         slices = self._device.pop(name)
         for module in slices:
-            del self._layer(module, slices[module]).pooled[name]
+            layer = self._tuner.model.get_submodule(module)
+            if isinstance(layer, S2FTLinear):  # not after unload()
+                layer.pooled.pop(name, None)
         return slices
 
     def _load(self, name: str) -> Slices:

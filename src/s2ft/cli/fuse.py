@@ -34,7 +34,7 @@ def fuse(
     numbers = None if weights is None else _numbers(weights)
     from rich.console import Console
 
-    from s2ft.adapter.fusion import check_free
+    from s2ft.adapter.export_output import check_free
     from s2ft.adapter.fusion import fuse as plan
     from s2ft.adapter.overlap import draw, summary, table
 

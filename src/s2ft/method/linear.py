@@ -205,6 +205,18 @@ class S2FTLinear(nn.Module, Switchable):
         """The adapter's slice of this layer, such as "in 3,17,40-41"."""
         return self._block(adapter_name).chosen
 
+    def refuse_base(self) -> None:
+        """Raises `S2FTError` where the base weight does not hold its own values, and new ones would be lost or mixed up."""
+        self._refuse_in_place("loading base weights")
+        self.refuse_switched("loading base weights")
+        if self.merged:
+            raise S2FTError(f"loading base weights is not possible while {', '.join(self.merged_adapters)} is merged")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            self.refuse_base()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; not inside `in_place`."""
         self._refuse_in_place("deleting an adapter")

@@ -39,7 +39,7 @@ class Slice:
     @staticmethod
     def parse(text: str) -> Slice:
         """Raises `S2FTError` unless `text` is a side and ascending channels."""
-        if not isinstance(text, str) or not re.fullmatch(r"(in|out) \d+(-\d+)?(,\d+(-\d+)?)*", text):
+        if not isinstance(text, str) or not re.fullmatch(r"(in|out) \d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", text):
             raise S2FTError(f"{text!r} is no slice; expected a side and channels, such as 'in 3,17,40-41'")
         side, _, runs = text.partition(" ")
         bounds = [[int(bound) for bound in run.split("-")] for run in runs.split(",")]

@@ -72,10 +72,12 @@ class Switchable(BaseTunerLayer):
                 block.is_parked = False
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As in PEFT; in a switched layer, the adapter goes out of the base weight and comes back into it."""
+        """As in PEFT; in a switched layer, what stands in the base weight goes out of it, and a switched adapter comes back."""
         if not self.is_switched:
             super().enable_adapters(enabled)
             return
+        if not enabled and self.merged:
+            self.unmerge()  # as a forward pass without adapters does
         self.restore()
         self._disable_adapters = not enabled
         self.write(self.switched_to)

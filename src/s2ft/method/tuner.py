@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import raise_together
+from s2ft.errors import S2FTError, raise_together
 from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
 from s2ft.method.depth import stop_below
@@ -52,6 +52,8 @@ class S2FTModel(BaseTuner):
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
         refuse_inside(model, f"adding the adapter {adapter_name!r}")
         raise_together(filter(None, [name_problem(adapter_name)]))
+        if self.pool is not None and adapter_name in self.pool:
+            raise S2FTError(f"adapter_name={adapter_name!r} is a name of the model's AdapterPool; take another")
         config = self.peft_config[adapter_name]
         with suspended(model):
             self.peft_config[adapter_name] = config.filled_in(_resolve(model, config.reopened()))
@@ -119,9 +121,10 @@ class S2FTModel(BaseTuner):
         super().merge_adapter(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Before any module below takes what is its own: a base would be loaded into permuted places."""
+        """Before any module below takes what is its own: base weights that hold something else must not be loaded into."""
         if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
-            refuse_inside(self.model, "loading base weights")
+            for layer in switchable_layers(self.model):
+                cast(S2FTLinear, layer).refuse_base()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,6 +182,8 @@ class S2FTModel(BaseTuner):
                 encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
                 once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
                 if self.pool is not None:
+                    for layer in switchable_layers(self.model):
+                        layer.refuse_switched("`adapter_names`")
                     self.pool.bring(names)
                 alone, beamed = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))
                 for module in self.modules():

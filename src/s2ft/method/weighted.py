@@ -107,8 +107,13 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]
     return ((path, module) for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
 
 
+RESERVED = ("__base__",)  # a row without an adapter, in `adapter_names`
+
+
 def name_problem(adapter_name: str) -> str | None:
     """What is wrong with the name of a new adapter: it becomes a key of a module, and a folder when it is saved."""
+    if adapter_name in RESERVED or (isinstance(adapter_name, str) and hasattr(nn.ModuleDict, adapter_name)):
+        return f"adapter_name={adapter_name!r} has another meaning in PEFT or torch; take another name"
     if isinstance(adapter_name, str) and adapter_name and not set(adapter_name) & set("./\\"):
         return None
     return (

@@ -40,7 +40,7 @@ class FusionSettings:
     tasks: tuple[str, str] = ("river", "back")
     budget: float = 0.04
     rates: Mapping[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "s2ft": (2e-3, 4e-3, 8e-3, 1.6e-2)}
+        default_factory=lambda: {"lora": (2e-3, 4e-3, 8e-3, 1.6e-2), "s2ft": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}
     )
     recipe: Recipe = field(default_factory=Recipe)
 

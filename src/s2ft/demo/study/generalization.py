@@ -80,7 +80,8 @@ def study_generalization(
         rows += _rows(who.name, seed, result, settings.task)
         trainable[who.name] = result["trainable"]
     found: dict[str, Any] = {"learning_rate": rates, "trainable": trainable, "seconds": round(runs.seconds)}
-    return StudyReport({**asdict(settings), **found}, rows, ("method",))
+    shown = (f"new: {settings.task}", "near", "far", "old", LOSS)
+    return StudyReport({**asdict(settings), **found}, rows, ("method",), shown)
 
 
 def _run(runs: Runs, who: Contender, settings: GeneralizationSettings, rate: float, seed: int) -> Result:

@@ -26,6 +26,7 @@ class StudyReport:
     settings: dict[str, Any]
     rows: list[Row]
     by: tuple[str, ...]  # the columns that name what is compared, such as ("strategy",)
+    shown: tuple[str, ...] = ()  # the tasks in table and picture; all unless given
     environment: dict[str, Any] = field(default_factory=environment)
 
     @property
@@ -43,10 +44,15 @@ class StudyReport:
         cells: dict[str, dict[str, str]] = {}
         for row in self.summary:
             cells.setdefault(self.label(row), {})[row["task"]] = cell(row)
-        tasks = dict.fromkeys(row["task"] for row in self.rows)
+        tasks = self.tasks
         return [
             {" / ".join(self.by): name, **{task: own.get(task, "–") for task in tasks}} for name, own in cells.items()
         ]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks in table and picture."""
+        return self.shown or tuple(dict.fromkeys(row["task"] for row in self.rows))
 
     def label(self, row: Row) -> str:
         """What is compared, in words."""
@@ -69,8 +75,8 @@ def draw(report: StudyReport, png: Path) -> None:
     """Grouped bars with their intervals: a group for each task, a bar for each contender."""
     from matplotlib.figure import Figure  # deferred: slow to import, and only pictures need it
 
-    summary = [row for row in report.summary if row["task"] != LOSS]
-    tasks = list(dict.fromkeys(row["task"] for row in summary))
+    tasks = [task for task in report.tasks if task != LOSS]
+    summary = [row for row in report.summary if row["task"] in tasks]
     labels = list(dict.fromkeys(map(report.label, summary)))
     figure = Figure(figsize=(max(7.0, 0.17 * len(labels) * len(tasks) + 2), 4.2), layout="constrained")
     axes = figure.subplots()

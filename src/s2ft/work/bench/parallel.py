@@ -207,25 +207,20 @@ def draw_parallel(rows: Sequence[Row], png: Path) -> None:
 
 
 def parallel_line(row: Row) -> dict[str, str]:
-    """A row of the table, in units for people."""
-
-    def shown(name: str) -> str:
-        if row[f"{name}_ms"] is None:
-            return "–"
-        return f"{row[f'{name}_ms']:.3g} ({row[f'{name}_ms_p20']:.3g}–{row[f'{name}_ms_p80']:.3g})"
-
-    def ratio(own: str, over: str) -> str:
-        return "–" if row[f"{over}_ms"] is None else f"{row[f'{own}_ms'] / row[f'{over}_ms']:.2f}"
-
+    """A row of the table: medians in ms, and ratios. The spread is in the rows themselves."""
+    names = (*TIMED, "floor")
+    ratios = {"s2ft / lora": ("s2ft", "lora"), "layer / peft": ("layer", "peft"), "s2ft / floor": ("s2ft", "floor")}
+    place = f"{row['device']} {row['dtype']} × {row['adapters']}"
+    if row["skipped"]:
+        return {"adapters": f"{place}: {row['skipped']}", **dict.fromkeys((*names, *ratios), "–")}
+    times = {name: "–" if row[f"{name}_ms"] is None else f"{row[f'{name}_ms']:.3g}" for name in names}
     return {
-        **{key: str(row[key]) for key in ("device", "dtype", "dim", "adapters")},
-        **{f"{name} ms": shown(name) for name in TIMED},
-        "floor ms": "–" if row["floor_ms"] is None else f"{row['floor_ms']:.3g}",
+        "adapters": place,
+        **times,
         **{
-            f"{own} / {over}": ratio(own, over)
-            for own, over in (("s2ft", "lora"), ("layer", "peft"), ("s2ft", "floor"))
+            name: "–" if row[f"{b}_ms"] is None else f"{row[f'{a}_ms'] / row[f'{b}_ms']:.2f}"
+            for name, (a, b) in ratios.items()
         },
-        "skipped": row["skipped"] or "",
     }
 
 

@@ -145,23 +145,22 @@ def draw_switch(rows: Sequence[Row], png: Path) -> None:
 
 
 def switch_line(row: Row) -> dict[str, str]:
-    """A row of the table, in units for people."""
-    shown = {"device": row["device"], "dim": str(row["dim"])}
-    if row["skipped"]:
-        return {
-            **shown,
-            **dict.fromkeys((*TIMED, "bandwidth", "lora / s2ft", "fused / s2ft", "s2ft / floor"), "–"),
-            "skipped": row["skipped"],
-        }
-    times = {
-        name: f"{row[f'{name}_ms']:.3g} ({row[f'{name}_ms_p20']:.3g}–{row[f'{name}_ms_p80']:.3g})" for name in TIMED
-    }
+    """A row of the table: medians in ms, and ratios. The spread is in the rows themselves."""
+    names = ("s2ft", "s2ft_back", "lora", "lora_fused", "peft", "floor")
     ratios = {
-        "lora / s2ft": f"{row['lora_ms'] / row['s2ft_ms']:.1f}",
-        "fused / s2ft": f"{row['lora_fused_ms'] / row['s2ft_ms']:.1f}",
-        "s2ft / floor": f"{row['s2ft_ms'] / row['floor_ms']:.2f}",
+        "lora / s2ft": ("lora", "s2ft"),
+        "fused / s2ft": ("lora_fused", "s2ft"),
+        "s2ft / floor": ("s2ft", "floor"),
     }
-    return {**shown, **times, "bandwidth": f"{row['bandwidth_ms']:.2g}", **ratios, "skipped": ""}
+    place = f"{row['device']} {row['dim']}"
+    if row["skipped"]:
+        return {"weight": f"{place}: {row['skipped']}", **dict.fromkeys((*names, *ratios), "–")}
+    times = {name: f"{row[f'{name}_ms']:.3g}" for name in names}
+    return {
+        "weight": place,
+        **times,
+        **{name: f"{row[f'{a}_ms'] / row[f'{b}_ms']:.3g}" for name, (a, b) in ratios.items()},
+    }
 
 
 def _take_turns(turns: dict[str, Turn], rounds: int, seconds: float, device: str) -> dict[str, list[float]]:
