@@ -248,7 +248,7 @@ def _hold(layout: Layout, layer: S2FTLinear, chosen: Slice, order: Indices | Non
     linear = layer.get_base_layer()
     dim = 1 if chosen.side == "in" else 0
     slot = Slot(linear, dim, torch.from_numpy(positions).to(weight_matrix(linear).device))
-    layer.enter_slot(slot, layout.adapter, layout)
+    layer.enter_slot(slot, layout)
     layout._layers.append(layer)
 
 

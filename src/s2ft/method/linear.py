@@ -26,7 +26,7 @@ from s2ft.method.mixed import LooseSlice, add_mixed, forget
 from s2ft.method.slices import Slice
 from s2ft.method.slot import Slot
 from s2ft.method.structure import as_matrix, features, is_plain, linear_layer, weight_matrix
-from s2ft.method.switchable import Switchable
+from s2ft.method.switchable import Switchable, put_slice, take_slice
 
 
 class S2FTBlock(nn.Module):
@@ -122,8 +122,7 @@ class S2FTLinear(nn.Module, Switchable):
         self.merged_adapters: list[str] = []
         self.pooled: dict[str, LooseSlice] = {}  # adapters that an `AdapterPool` holds beside the model's own
         self._stash: list[Tensor] = []  # of each merged adapter, in order: the base slice before it
-        self._slot: Slot | None = None  # inside `in_place`: where the slice of `_slot_adapter` lies in the base weight
-        self._slot_adapter: str | None = None
+        self._slot: Slot | None = None  # inside `in_place`: where the slice of the layout's adapter lies in the base weight
         self.layout: Any = None  # inside `in_place`: the model's Layout
         self.update_layer(adapter_name, chosen, **options)
 
@@ -131,8 +130,7 @@ class S2FTLinear(nn.Module, Switchable):
         self, adapter_name: str, chosen: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
     ) -> None:
         """Adds an adapter with the slice `chosen`."""
-        if getattr(self, "_slot", None) is not None:
-            self._refuse_in_place("adding an adapter")
+        self._refuse_in_place("adding an adapter")
         size, across = (
             (self.in_features, self.out_features) if chosen.side == "in" else (self.out_features, self.in_features)
         )
@@ -170,28 +168,28 @@ class S2FTLinear(nn.Module, Switchable):
     def _forward_in_place(
         self, slot: Slot, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any
     ) -> Tensor:
-        active = [name for name in self.active_adapters if name in self.s2ft_block]
-        if adapter_names is not None or not (self.disable_adapters or active == [self._slot_adapter]):
+        active, held = [name for name in self.active_adapters if name in self.s2ft_block], self.layout.adapter
+        if adapter_names is not None or not (self.disable_adapters or active == [held]):
             raise S2FTError(
-                f"inside `s2ft.in_place(model)` the model runs the adapter {self._slot_adapter!r} or none (disable_adapter); "
+                f"inside `s2ft.in_place(model)` the model runs the adapter {held!r} or none (disable_adapter); "
                 f"asked for: {', '.join(map(str, adapter_names or active)) or 'none of them active'}. Leave it first"
             )
-        delta = None if self.disable_adapters else self._block(str(self._slot_adapter)).weight
+        delta = None if self.disable_adapters else self._block(held).weight
 
         def base(x: Tensor) -> Tensor:
             return self.base_layer(x, *args, **kwargs)
 
         return slot.forward(base, self.get_base_layer(), x, delta, self.training)
 
-    def enter_slot(self, slot: Slot, adapter_name: str, layout: Any) -> None:
-        """From here on the adapter's slice is held in the base weight."""
-        self._slot, self._slot_adapter, self.layout = slot, adapter_name, layout
+    def enter_slot(self, slot: Slot, layout: Any) -> None:
+        """From here on the slice of the layout's adapter is held in the base weight."""
+        self._slot, self.layout = slot, layout
 
     def leave_slot(self) -> None:
         """The base weight holds its own values again."""
         if self._slot is not None:
             self._slot.close(self.get_base_layer())
-        self._slot = self._slot_adapter = self.layout = None
+        self._slot = self.layout = None
 
     def train(self, mode: bool = True) -> S2FTLinear:
         """As in every module; the slot is written anew after each change of mode, and so is the table of a mixed batch."""
@@ -291,7 +289,7 @@ class S2FTLinear(nn.Module, Switchable):
 
     def base_slice(self, block: S2FTBlock) -> Tensor:  # a copy, shaped like block.weight
         """The base weight's own values where `block` has its delta."""
-        return self._plain_weight().index_select(block.dim, block.indices)
+        return take_slice(self._plain_weight(), block.dim, block.indices)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion, never on a hot path."""
@@ -324,7 +322,7 @@ class S2FTLinear(nn.Module, Switchable):
 
     def _write(self, block: S2FTBlock, values: Tensor) -> None:
         weight = self._plain_weight()
-        weight.index_copy_(block.dim, block.indices.to(weight.device), values.to(weight.device, weight.dtype))
+        put_slice(weight, block.dim, block.indices.to(weight.device), values.to(weight.device, weight.dtype))
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()

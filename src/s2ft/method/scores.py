@@ -157,7 +157,6 @@ def activation_squares(structures: list[Structure], model: nn.Module, batches: I
 def gradient_squares(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """The squared norm of the loss's gradient to each unit's weights, summed over batches. No weight is changed."""
     sums = {key(s): torch.zeros(s.units, dtype=torch.float64) for s in structures}
-    seen = 0
 
     def collect(layer: nn.Module, uses: list[tuple[Structure, Projection]]) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
@@ -175,12 +174,7 @@ def gradient_squares(structures: list[Structure], model: nn.Module, batches: Ite
             weight: Tensor = layer.weight  # type: ignore[assignment]
             weight.requires_grad_(True)
             stack.callback(weight.register_post_accumulate_grad_hook(collect(layer, uses)).remove)
-        stack.enter_context(torch.enable_grad())
-        for batch in _on_device(batches, model):
-            _loss(model, batch).backward()
-            seen += 1
-    if not seen:
-        raise S2FTError("the calibration data holds no batch")
+        _backward(model, batches)
     return sums
 
 
@@ -189,7 +183,6 @@ def saliency_squares(structures: list[Structure], model: nn.Module, batches: Ite
     inputs = _fed(structures)
     units = {key(s): s.units for s in structures}
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
-    seen = 0
 
     def watch(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # nothing below it wants a gradient
@@ -207,13 +200,19 @@ def saliency_squares(structures: list[Structure], model: nn.Module, batches: Ite
             layer = _linear(projection, model)
             stack.callback(layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args)).remove)
         stack.enter_context(_frozen_eval(model))
-        stack.enter_context(torch.enable_grad())
+        _backward(model, batches)
+    return sums
+
+
+def _backward(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """The loss of every batch, backwards; what it leaves is taken by hooks."""
+    seen = 0
+    with torch.enable_grad():
         for batch in _on_device(batches, model):
             _loss(model, batch).backward()
             seen += 1
     if not seen:
         raise S2FTError("the calibration data holds no batch")
-    return sums
 
 
 def _fed(structures: list[Structure]) -> dict[str, Projection]:
