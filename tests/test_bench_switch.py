@@ -73,7 +73,7 @@ def test_contestants_do_what_is_timed_under_their_names() -> None:
 
 
 def test_a_dimension_that_does_not_fit_has_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_free_bytes", lambda device: 16 * 50 * 50)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 16 * 50 * 50)
     rows = bench_switch(dims=(48, 4096), rounds=3, seconds=0).rows
     fits, skipped = rows[:2]
     assert skipped["s2ft_ms"] is None

@@ -40,10 +40,14 @@ def test_selection_has_a_row_for_each_strategy_task_and_seed(tmp_path):
     tasks = ("river", "old skills after river")
     assert sorted(names) == sorted((s, t, n) for s in ("none", *SELECTION.strategies) for t in tasks for n in (0, 1))
     assert all(0 <= row["score"] <= 1 for row in report.rows)
-    assert report.settings["learning_rate"] == {"river": 1e-3}
+    assert set(report.settings["learning_rate"]["river"]) == set(SELECTION.strategies)  # one for each
     assert {row["seeds"] for row in report.summary} == {2}
-    assert len(told) == SELECTION.runs
+    kept = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(told) == len(kept) >= SELECTION.runs
     assert told[-1] == 1
+    reported = [entry["settings"] for entry in kept if "seed" in entry["settings"]]
+    rates = report.settings["learning_rate"]["river"]
+    assert all(own["rate"] == rates.get(own["contender"]["name"], 0) for own in reported)
     again = selection.study_selection(tmp_path, SELECTION)
     assert again.as_dict() == report.as_dict()
 
@@ -71,7 +75,8 @@ def test_generalization_asks_every_kind_of_skill(tmp_path):
         LOSS,
     ]  # what a terminal has room for
     kept = (tmp_path / "runs.jsonl").read_text().splitlines()
-    assert len(kept) == GENERALIZATION.runs == 3 + 2 * 3
+    assert GENERALIZATION.runs == 3 + 2 * 3
+    assert len(kept) >= GENERALIZATION.runs
 
 
 def test_near_and_far_are_the_means_of_their_skills(tmp_path):
@@ -89,7 +94,7 @@ def test_fusion_compares_alone_with_fused(tmp_path):
         (v, f, t) for v in variants for f in ("alone", "sum", "mean") for t in ("river", "back", "old skills")
     }
     assert len(report.rows) == 2 * len(names)
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == FUSION.runs
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) >= FUSION.runs
 
 
 @pytest.mark.parametrize("method", ["lora", "s2ft"])

@@ -12,12 +12,13 @@ from peft.tuners.lora import LoraLayer
 from s2ft import S2FTError
 from s2ft.demo.skills import FAR_SKILLS, NEAR_SKILLS, SKILLS, STUDY_SKILLS, belongs, split_of
 from s2ft.demo.study import contenders, runs
-from s2ft.demo.study.contenders import TUNING_SEED, Contender, fit, train_and_score, tuned_rate
+from s2ft.demo.study.contenders import Contender, fit, train_and_score, tuned_rate
 from s2ft.demo.study.report import LOSS, StudyReport, cell, draw
 from s2ft.demo.study.runs import FILE, Runs
 from s2ft.demo.study.selection import STRATEGIES, contender
 from s2ft.demo.study.summary import interval, student, summarize, within
 from s2ft.demo.study.training import Recipe, calibration, fresh_base, tokens_of
+from s2ft.demo.study.tuning import best_rate
 from s2ft.method.config import S2FTConfig
 from s2ft.method.selection import select
 
@@ -145,24 +146,40 @@ def test_tuning_never_sees_the_tests(task, tmp_path, monkeypatch):
     monkeypatch.setattr(contenders, "accuracy", lambda _, examples: asked.extend(examples) or 0.5)
     monkeypatch.setattr(contenders, "tokens_of", lambda examples: trained.extend(examples) or tokens_of(examples))
     who = Contender("lora", "lora", 0.04)
-    tuned_rate(Runs(tmp_path, 2), who, task, (1e-3, 2e-3), TINY)
-    assert len(asked) == 2 * TINY.test_examples
+    kept = Runs(tmp_path, 2)
+    tuned_rate(kept, who, task, (1e-3, 2e-3), TINY)
+    assert len(asked) == kept.total * TINY.test_examples
     assert all(belongs(example["prompt"], "validation") for example in asked)
-    assert len(trained) == 2 * TINY.train_examples
+    assert len(trained) == kept.total * TINY.train_examples
     assert all(belongs(example["prompt"], "fit") for example in trained)
 
 
-def test_tuning_takes_the_best_rate_and_of_equals_the_lowest(tmp_path, monkeypatch):
-    scores = {0.8: 0.7, 0.1: 0.2, 0.4: 0.9, 0.2: 0.9}
-    seeds = []
+@pytest.mark.parametrize(
+    ("peak", "tried", "best"),
+    [
+        (2, [1, 2, 4], 2),  # inside: done
+        (16, [1, 2, 4, 8, 16, 32], 16),  # beyond the upper edge
+        (0.25, [1, 2, 4, 0.5, 0.25, 0.125], 0.25),
+        (1e6, [1, 2, 4, 8, 16, 32, 64], 64),  # no end of it
+    ],
+)
+def test_the_grid_grows_until_the_best_rate_is_inside(peak, tried, best, tmp_path):
+    asked = []
 
-    def run(who, task, recipe, rate, seed, tests):
-        seeds.append(seed)
-        return {"scores": {task: scores[rate]}}
+    def run(rate):
+        asked.append(rate)
+        return {"score": -abs(math.log(rate / peak))}
 
-    monkeypatch.setattr(contenders, "train_and_score", run)
-    assert tuned_rate(Runs(tmp_path, 4), Contender("R", "s2ft", 0.04), "ends", tuple(scores), TINY) == 0.2
-    assert set(seeds) == {TUNING_SEED}
+    runs = Runs(tmp_path, 3)
+    assert best_rate(runs, [1, 2, 4], {"task": "a"}, run, lambda result: result["score"]) == best
+    assert asked == tried
+    assert runs.total == len(tried)
+
+
+def test_of_equally_good_rates_the_lowest_is_taken(tmp_path):
+    scores = {0.05: 0.2, 0.1: 0.2, 0.2: 0.9, 0.4: 0.9, 0.8: 0.7}
+    best = best_rate(Runs(tmp_path, 3), [0.1, 0.2, 0.4], {}, lambda rate: {"a": scores[rate]}, lambda r: r["a"])
+    assert best == 0.2
 
 
 @pytest.mark.parametrize("skills", [NEAR_SKILLS, FAR_SKILLS])
@@ -171,7 +188,7 @@ def test_shifted_skills_are_asked_in_their_own_words_and_right(skills):
         example = skill.examples(1, seed=3, split="test")[0]
         word = example["prompt"].partition(": ")[2].strip()
         assert name.startswith(skill.name)
-        answers = {"back": word[::-1][:3], "reverse": word[::-1], "sort": "".join(sorted(word))}
+        answers = {"back": word[::-1][:3], "reverse": word[::-1], "sort": "".join(sorted(word)), "upper": word.upper()}
         assert example["completion"] == answers[skill.name]
 
 

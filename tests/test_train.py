@@ -15,10 +15,10 @@ from families import FAMILIES, build
 from s2ft import S2FTError
 from s2ft.adapter.file import read_adapter
 from s2ft.work import packing
+from s2ft.work.arguments import sft_config
 from s2ft.work.data import load_examples
 from s2ft.work.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.work.precision import choose_precision
-from s2ft.work.recipe import sft_config
 from s2ft.work.resume import check_same_run
 from s2ft.work.train import train
 from s2ft.work.trainer import Flow, Trainer

@@ -16,6 +16,7 @@ from s2ft.cli.fuse import fuse
 from s2ft.cli.inspect import inspect
 from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
+from s2ft.cli.reproduce import reproduce
 from s2ft.errors import S2FTError
 
 BAD_INPUT = 2
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command("quickstart")(quickstart)
 app.command("train", help=train.HELP)(train.command)
 app.command("eval")(evaluate)
+app.command("reproduce")(reproduce)
 app.command("inspect")(inspect)
 app.command("fuse")(fuse)
 app.command("export")(export)

@@ -115,6 +115,25 @@ def fusion(json_file: JsonFile = None) -> None:
     _measure(lambda tell: bench_fusion(tell=tell), dict, json_file)
 
 
+@app.command()
+def evaluation(
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder with dataset/gsm8k/test.json [default: made from a seed]", show_default=False),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the answers to 200 GSM8K questions by `s2ft eval`'s engine, beside transformers' `generate`, with the embedded base.
+
+    Example: s2ft bench evaluation --data llm-adapters --json evaluation.json
+    """
+    check_writable(json_file)
+    from s2ft.demo import base_path
+    from s2ft.work.bench.evaluation import bench_evaluation, evaluation_line
+
+    _measure(lambda tell: bench_evaluation(str(base_path()), data, tell=tell), evaluation_line, json_file)
+
+
 def _check(json_file: Path | None, png: Path | None) -> None:
     check_writable(json_file)
     check_writable(png, "png", ".png")

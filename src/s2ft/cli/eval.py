@@ -109,7 +109,7 @@ def evaluate(
         judge,
     )
     try:
-        with quiet(), _progress() as tell:
+        with quiet(), progress() as tell:
             found = work.evaluate(options, tell)
     except KeyboardInterrupt:
         typer.echo("interrupted; what was answered is kept, and the same command goes on from there")
@@ -143,7 +143,7 @@ def _by_harness(
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def progress() -> Iterator[Any]:
     """A bar for each task of each model, with the time that is left."""
     from rich.console import Console
     from rich.progress import (
@@ -157,12 +157,12 @@ def _progress() -> Iterator[Any]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     bars: dict[str, Any] = {}
-    with Progress(*columns, "left", TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, "left", TimeRemainingColumn(), console=Console(stderr=True), transient=True) as display:
 
         def tell(title: str, done: int, total: int) -> None:
             if title not in bars:
-                bars[title] = progress.add_task(title, total=total)
-            progress.update(bars[title], completed=done, total=total)
+                bars[title] = display.add_task(title, total=total)
+            display.update(bars[title], completed=done, total=total)
 
         yield tell
 

@@ -66,6 +66,27 @@ def fusion(seeds: Seeds = 5, runs: Kept = None, json_file: Json = None, png: Png
     _run("fusion", study, runs, json_file, png)
 
 
+@app.command()
+def commonsense(
+    data: Annotated[str, typer.Option(help="Folder with dataset/NAME/train.json and test.json", show_default=False)],
+    seeds: Seeds = 5,
+    runs: Kept = None,
+    json_file: Json = None,
+    png: Png = None,
+) -> None:
+    """Train on real text, four commonsense tasks of LLM-Adapters, and ask these and two others.
+
+    Example: s2ft study commonsense --data llm-adapters --json commonsense.json --png commonsense.png
+    """
+
+    def study(folder: Path, tell: Callable[[float], None]) -> Any:
+        from s2ft.demo.study.commonsense import CommonsenseSettings, study_commonsense
+
+        return study_commonsense(folder, data, CommonsenseSettings(seeds=seeds), tell)
+
+    _run("commonsense", study, runs, json_file, png)
+
+
 def _run(name: str, study: Callable[..., Any], folder: Path | None, json_file: Path | None, png: Path | None) -> None:
     folder = folder or Path("runs", f"study-{name}")
     check_writable(json_file)

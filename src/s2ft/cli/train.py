@@ -37,25 +37,26 @@ def command(**values: Any) -> int:
 
 def _run(options: TrainOptions, json_file: str | None) -> int:
     from s2ft.cli.quiet import quiet
+    from s2ft.work.processes import leads
     from s2ft.work.results import command as command_line
     from s2ft.work.train import train
 
     with quiet():
         result = train(options)
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(result.card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _report(result.card, result.output)
-    if result.interrupted:
+    if leads():
+        _report(result.card, result.output, json_file)
+    if result.interrupted and leads():
         steps = result.card["training"]["steps"]
         typer.echo(f"interrupted at step {steps}; go on with:\n  {command_line(options, resume=True)}")
-        return INTERRUPTED
-    return 0
+    return INTERRUPTED if result.interrupted else 0
 
 
-def _report(card: dict[str, Any], output: Path) -> None:
+def _report(card: dict[str, Any], output: Path, json_file: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     training = card["training"]
     kind = "adapter" if "adapter" in card else "model"
     loss = training["final_loss"]

@@ -136,12 +136,11 @@ ENDS = Skill("ends", draw_word, lambda text: text[0] + text[-1])
 BACK = Skill("back", draw_word, lambda text: text[::-1][:3])
 STUDY_SKILLS: dict[str, Skill] = {**_by_name(ENDS, BACK), "river": SKILLS["river"]}
 
-# Out of distribution. Near: `back` on lengths that it was not trained on. Far: an old skill, on words that neither the base
-# model nor a fine-tuned one was trained on, and of which the base model gets some right.
+# Out of distribution. Near: `back` on lengths that it was not trained on. Far: old skills on words that neither the base
+# model nor a fine-tuned one was trained on, and that the base model mostly gets right; knowing `back` is no help with them.
 NEAR_SKILLS: dict[str, Skill] = {
     f"back, {length} letters": replace(BACK, draw=draw_letters(length)) for length in (3, 9)
 }
 FAR_SKILLS: dict[str, Skill] = {
-    "reverse, 3 letters": replace(SKILLS["reverse"], draw=draw_letters(3)),
-    "sort, two letters": replace(SKILLS["sort"], draw=draw_pair_word),
+    f"{name}, two letters": replace(SKILLS[name], draw=draw_pair_word) for name in ("reverse", "sort", "upper")
 }

@@ -122,8 +122,9 @@ class S2FTLinear(nn.Module, Switchable):
         self.merged_adapters: list[str] = []
         self.pooled: dict[str, LooseSlice] = {}  # adapters that an `AdapterPool` holds beside the model's own
         self._stash: list[Tensor] = []  # of each merged adapter, in order: the base slice before it
-        self._slot: Slot | None = None  # inside `in_place`: where the slice of the layout's adapter lies in the base weight
-        self.layout: Any = None  # inside `in_place`: the model's Layout
+        # Inside `in_place`: the model's Layout, and where the slice of its adapter lies in the base weight
+        self.layout: Any = None
+        self._slot: Slot | None = None
         self.update_layer(adapter_name, chosen, **options)
 
     def update_layer(

@@ -9,8 +9,7 @@ not lose.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from statistics import median
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from s2ft.errors import S2FTError
 from s2ft.method.in_place import in_place
 from s2ft.method.linear import S2FTLinear
+from s2ft.work.timing import milliseconds
 
 ROUNDS = 3  # after one to warm up
 TIE = 1.02  # in place may take so much longer: what is gained is memory
@@ -39,11 +39,12 @@ def choose_layout(model: nn.Module, batch: Batch, wanted: str) -> tuple[str, str
     if obstacle := _obstacle(model):
         return INDEXED, f"indexed: {obstacle}"
     times: dict[str, list[float]] = {IN_PLACE: [], INDEXED: []}
+    device = next(model.parameters()).device
     for _ in range(1 + ROUNDS):
         for name, taken in times.items():
             with in_place(model) if name == IN_PLACE else nullcontext():
-                taken.append(_time(lambda: _forward_and_backward(model, batch)))
-    ours, other = (1e3 * median(times[name][1:]) for name in (IN_PLACE, INDEXED))
+                taken.append(milliseconds(lambda: _forward_and_backward(model, batch), device))
+    ours, other = (median(times[name][1:]) for name in (IN_PLACE, INDEXED))
     tried = f"{ours:.1f} ms forward and backward in place, {other:.1f} ms indexed"
     return (IN_PLACE, f"in place: {tried}") if ours <= TIE * other else (INDEXED, f"indexed: {tried}")
 
@@ -65,19 +66,6 @@ def _obstacle(model: nn.Module) -> str | None:
     except S2FTError as error:
         return str(error)
     return None if held else "; ".join(reasons)
-
-
-def _time(run: Callable[[], None]) -> float:
-    _wait()
-    start = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _forward_and_backward(model: nn.Module, batch: Batch) -> None:

@@ -215,7 +215,15 @@ class TrainOptions(MethodOptions):
     )
     train_seed: Seed = Field(0, description="Seed of the order of the examples")
     log_every: Positive = Field(5, description="Steps between two points of the loss curve")
-    save_every: Positive = Field(500, description="Steps between two checkpoints; the newest two are kept")
+    save_every: Positive = Field(
+        500, description="Steps between two checkpoints, validate_every where holdout is given; the newest two are kept"
+    )
+    holdout: Positive | None = Field(
+        None, description="Examples held out of training; the result is the weights with the lowest loss on them"
+    )
+    validate_every: Positive = Field(
+        80, description="Steps between two measurements of the held-out loss, in the second half of the run"
+    )
     evaluate: Annotated[list[str] | None, BeforeValidator(_words), AfterValidator(_named)] = Field(
         None, description="Tasks or suites (as in s2ft eval) that base and result are scored on, for the run card"
     )

@@ -18,6 +18,7 @@ from s2ft.errors import S2FTError, raise_together
 from s2ft.work.baselines import METHODS
 from s2ft.work.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.work.options import TrainOptions
+from s2ft.work.processes import process_count
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 MODEL_FILES = ("model.safetensors", "config.json")  # or, for a large model, the parts that its index names
@@ -56,7 +57,7 @@ def check_output(options: TrainOptions) -> Path | None:
 
 def note_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
     """Writes down which run a checkpoint is of."""
-    note = {"options": options.model_dump(mode="json"), "data": {"digest": digest}}
+    note = {"options": options.model_dump(mode="json"), "data": {"digest": digest}, "processes": process_count()}
     (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -69,13 +70,16 @@ def noted_layout(checkpoint: Path) -> str | None:
 def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
     """Raises `S2FTError` with every option that differs from the checkpoint's run, and if the data does."""
     note = _read_note(checkpoint / NOTE)
-    before, now = note["options"], options.model_dump(mode="json")
+    defaults = {name: field.default for name, field in TrainOptions.model_fields.items() if not field.is_required()}
+    before, now = {**defaults, **note["options"]}, options.model_dump(mode="json")  # a note may be older than an option
     if options.layout == AUTO:
         now["layout"] = before.get("layout")
     different = [name for name in now if name not in FREE and before.get(name) != now[name]]
     problems = [
         f"{name}={now[name]!r}, but {checkpoint} was made with {name}={before.get(name)!r}" for name in different
     ]
+    if not problems and note.get("processes", 1) != process_count():
+        problems = [f"processes: {process_count()} here, but {checkpoint} was made with {note.get('processes', 1)}"]
     if not problems and note["data"]["digest"] != digest:
         problems = [f"data={options.data!r} has changed since {checkpoint} was made"]
     raise_together(problems)
@@ -89,7 +93,17 @@ def _newest(output: Path, options: TrainOptions) -> Path:
         raise S2FTError(f"output={options.output!r} has no checkpoint to resume from")
     _check_same_method(Path(checkpoint), options)
     _check_whole(Path(checkpoint), METHODS[options.method].leaves_model)
+    _check_best(Path(checkpoint))
     return Path(checkpoint)
+
+
+def _check_best(checkpoint: Path) -> None:
+    """The result may be the weights of an earlier checkpoint, where examples are held out."""
+    step = _read(checkpoint / "trainer_state.json").get("best_global_step")
+    if step and not (checkpoint.parent / f"checkpoint-{step}").is_dir():
+        raise S2FTError(
+            f"{checkpoint.parent} has no checkpoint-{step} any more, whose held-out loss is the lowest so far"
+        )
 
 
 def _check_same_method(checkpoint: Path, options: TrainOptions) -> None:

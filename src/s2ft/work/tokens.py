@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -57,6 +57,21 @@ def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
             f"it begins after max_length={max_length} tokens; raise max_length"
         )
     return Tokens(kept, max_length, count["empty"], count["too long"], count["shortened"])
+
+
+def hold_out(tokens: Tokens, count: int | None, seed: int) -> tuple[Tokens, Dataset | None]:
+    """Takes `count` examples out of the others: always the same for the same tokens and seed; None takes none.
+
+    Raises:
+        S2FTError: if no example would be left to train on.
+    """
+    if count is None:
+        return tokens, None
+    usable = len(tokens.dataset)
+    if count >= usable:
+        raise S2FTError(f"holdout={count} leaves nothing to train on: {usable} examples are usable; hold out fewer")
+    parts = tokens.dataset.train_test_split(test_size=count, seed=seed, keep_in_memory=True)
+    return replace(tokens, dataset=parts["train"]), parts["test"]
 
 
 def _cut(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig
 from transformers import (
     PreTrainedModel,
@@ -24,6 +25,7 @@ from trl import SFTConfig
 
 from s2ft.files import no_empty_folders
 from s2ft.method.config import S2FTConfig
+from s2ft.work.arguments import longest, sft_config, total_steps, warmup_steps
 from s2ft.work.baselines import METHODS, adapter_of
 from s2ft.work.card import Card, final_loss, write_card
 from s2ft.work.data import data_digest, load_examples
@@ -35,10 +37,10 @@ from s2ft.work.models import load_model, load_tokenizer
 from s2ft.work.options import LONGEST, TrainOptions
 from s2ft.work.packing import check_packing
 from s2ft.work.precision import PURE, choose_precision
-from s2ft.work.recipe import longest, sft_config, total_steps, warmup_steps
+from s2ft.work.processes import as_leader, check_processes, leads, process_count
 from s2ft.work.results import parameters, save_result, section
 from s2ft.work.resume import check_output, check_same_run, note_run, noted_layout
-from s2ft.work.tokens import Tokens, tokenize
+from s2ft.work.tokens import Tokens, hold_out, tokenize
 from s2ft.work.trainer import Flow, Progress, Trainer
 
 log = logging.getLogger("s2ft")
@@ -63,6 +65,7 @@ class _Setup:
     checkpoint: Path | None
     digest: str
     tokens: Tokens
+    held_out: Dataset | None
     precision: str  # and the reason for it
     config: PeftConfig | None  # resolved; None if the model's own weights are trained
     layout: str | None  # the reason for it; None where nothing is sliced
@@ -90,6 +93,7 @@ def train(options: TrainOptions) -> TrainResult:
 def _prepare(options: TrainOptions) -> _Setup:
     method = METHODS[options.method]
     method.check()
+    check_processes(options)
     checkpoint = check_output(options)
     examples = load_examples(options.data, options.limit)
     digest = data_digest(examples)
@@ -103,31 +107,32 @@ def _prepare(options: TrainOptions) -> _Setup:
     max_length = longest(options, model)
     tokens = tokenize(examples, tokenizer, max_length)
     _tell_dropped(tokens, len(examples))
+    tokens, held_out = hold_out(tokens, options.holdout, options.train_seed)
     args = sft_config(options, max_length, autocast, **method.arguments(options, model))
     model.to(args.device)
     if options.packing:
         check_packing(model)
     if checkpoint is None or method.leaves_model:
-        config = method.peft_config(options, digest, model, tokens.dataset, tokenizer)
+        config = as_leader(method.peft_config(options, digest, model, tokens.dataset, tokenizer))
     else:
         config = adapter_of(checkpoint)
     flow = Flow()
     callbacks = [flow, *method.callbacks(options, model)]
-    trainer = _build_trainer(args, model, tokens, tokenizer, config, callbacks)
+    trainer = _build_trainer(args, model, (tokens.dataset, held_out), tokenizer, config, callbacks)
     trainer.pure_bf16 = options.precision == PURE
     taken, why = _choose_layout(options, checkpoint, trainer) if isinstance(config, S2FTConfig) else (INDEXED, None)
     settled = options.model_copy(update={"layout": taken})  # whoever runs or resumes it again takes the same
     trainer.annotate = lambda folder: note_run(folder, settled, digest)
-    return _Setup(settled, checkpoint, digest, tokens, reason, config, why, trainer, flow, checked)
+    return _Setup(settled, checkpoint, digest, tokens, held_out, reason, config, why, trainer, flow, checked)
 
 
 def _choose_layout(options: TrainOptions, checkpoint: Path | None, trainer: Trainer) -> tuple[str, str]:
     noted = None if checkpoint is None else noted_layout(checkpoint)
     if noted is not None:
         return noted, f"{noted}, as the checkpoint's run"
-    with torch.random.fork_rng():  # looking at a batch must not move the order of the run's
+    with torch.random.fork_rng(devices=[]):  # looking at a batch must not move the order of the run's
         batch = next(iter(trainer.get_train_dataloader()))
-    chosen = choose_layout(trainer.model, batch, options.layout)
+    chosen = as_leader(choose_layout(trainer.model, batch, options.layout))  # measured: each might choose another
     log.info("layout: %s", chosen[1])
     return chosen
 
@@ -135,7 +140,7 @@ def _choose_layout(options: TrainOptions, checkpoint: Path | None, trainer: Trai
 def _build_trainer(
     args: SFTConfig,
     model: PreTrainedModel,
-    tokens: Tokens,
+    data: tuple[Dataset, Dataset | None],  # to train on, held out
     tokenizer: PreTrainedTokenizerBase,
     config: PeftConfig | None,
     callbacks: Sequence[TrainerCallback],
@@ -144,7 +149,8 @@ def _build_trainer(
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=tokens.dataset,
+        train_dataset=data[0],
+        eval_dataset=data[1],
         processing_class=tokenizer,
         peft_config=config,
         callbacks=list(callbacks),
@@ -159,6 +165,7 @@ def _run(setup: _Setup) -> TrainResult:
     options, trainer = setup.options, setup.trainer
     steps = total_steps(options, len(trainer.get_train_dataloader()))
     trainer.args.warmup_steps = warmup_steps(options, steps)
+    trainer.args.eval_delay = steps / 2  # early weights are not the best
     log.info("training by %s: %d examples, %d steps", _method_in_words(setup), len(setup.tokens.dataset), steps)
     scorer = Scorer(trainer.processing_class, setup.checked, Path(options.output) / "answers")
     if METHODS[options.method].leaves_model:
@@ -168,10 +175,13 @@ def _run(setup: _Setup) -> TrainResult:
             metrics = trainer.train(
                 resume_from_checkpoint=None if setup.checkpoint is None else str(setup.checkpoint)
             ).metrics
-        interrupted = setup.flow.interrupted  # from here on, Ctrl-C must not keep the result from being saved
+        # From here on, Ctrl-C must not keep the result from being saved; while the best weights were loaded, it came too late
+        interrupted = setup.flow.interrupted and trainer.state.global_step < trainer.state.max_steps
         card = {"status": "interrupted" if interrupted else "finished", **_card(setup, steps, metrics)}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        save_result(options, model, trainer.processing_class, card)
+        if leads():
+            save_result(options, model, trainer.processing_class, card)
+        trainer.accelerator.wait_for_everyone()  # who leaves first takes an empty output folder along
     if setup.checked is not None and not interrupted:
         card["scores"] = scorer.compare(model)
         write_card(Path(options.output), card)
@@ -186,7 +196,7 @@ def _method_in_words(setup: _Setup) -> str:
 def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
     trainer, tokens = setup.trainer, setup.tokens
     history = trainer.state.log_history
-    curve = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    curve = _points(history, "loss")
     trainable, total = parameters(trainer.model, setup.options)
     seconds = metrics["train_runtime"]
     first = 0 if setup.checkpoint is None else int(setup.checkpoint.name.partition("-")[2])
@@ -211,6 +221,7 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
             "method": setup.options.method,
             "learning_rate": setup.options.peak_learning_rate,
             "precision": setup.precision,
+            **({"processes": process_count()} if process_count() > 1 else {}),
             **({"layout": setup.layout} if setup.layout is not None else {}),
             "max_length": tokens.max_length,
             "warmup_steps": int(trainer.args.warmup_steps),
@@ -221,9 +232,22 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
             "tokens": int(seen),
             "tokens_per_second": round(seen / seconds, 1),
             "final_loss": final_loss(curve),
+            **_held_out(setup),
         },
         "loss_curve": curve,
+        **({"held_out_curve": _points(history, "eval_loss")} if setup.held_out is not None else {}),
     }
+
+
+def _points(history: Sequence[dict[str, float]], name: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), entry[name]) for entry in history if name in entry]
+
+
+def _held_out(setup: _Setup) -> Card:
+    if setup.held_out is None:
+        return {}
+    state = setup.trainer.state
+    return {"held_out": len(setup.held_out), "best_step": state.best_global_step, "best_loss": state.best_metric}
 
 
 def _selection(config: PeftConfig | None) -> Card:

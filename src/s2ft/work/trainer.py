@@ -12,14 +12,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
 from s2ft.errors import S2FTError
 from s2ft.files import STAGING, staged
 from s2ft.method.rounding import round_steps
+from s2ft.work.processes import anywhere
 
 Logs = dict[str, Any] | None
 
@@ -33,14 +36,45 @@ class Trainer(SFTTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; with `pure_bf16`, over bf16 deltas, in steps that are rounded stochastically."""
-        if self.pure_bf16:  # here, since PEFT brings what it loads from a checkpoint to fp32
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.bfloat16()
+        self._purify()
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.pure_bf16:
             round_steps(optimizer)
         return optimizer
+
+    def _purify(self) -> None:
+        """With `pure_bf16`, bf16 deltas: PEFT brings what it loads from a checkpoint to fp32."""
+        for parameter in self.model.parameters() if self.pure_bf16 else ():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; training goes on with the random numbers that it would have had without."""
+        with torch.random.fork_rng(devices=[]):  # a loader draws from the CPU's; in evaluation nothing else is drawn
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        self._place_best()  # a folder may have moved since its checkpoints were written
+        return trained
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which would take a step more after a run that was killed at its last checkpoint."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """An interrupted run leaves the weights that it has come to; the best are for its end."""
+        if self.state.global_step >= self.state.max_steps:
+            super()._load_best_model()
+            self._purify()
+
+    def _place_best(self) -> None:
+        """transformers takes the best checkpoint to lie where it was written: aside."""
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output = Path(self.args.output_dir)
@@ -53,13 +87,22 @@ class Trainer(SFTTrainer):
             finally:
                 self._aside = None
             self.accelerator.wait_for_everyone()  # every process has written its part
+            self._place_best()
             if leads:
                 self._finish(aside)
         if leads:
-            rotate_checkpoints(str(output), self.args.save_total_limit)
+            self._rotate(str(output))
+        self.accelerator.wait_for_everyone()  # the checkpoint is in its place
+
+    def _rotate(self, output: str) -> None:
+        """Keeps the newest checkpoints, and the best one besides."""
+        best = self.state.best_model_checkpoint
+        kept = {*sort_checkpoints(output)[-self.args.save_total_limit :], *([best] if best else [])}
+        rotate_checkpoints(output, len(kept), best)
 
     def _finish(self, aside: Path) -> None:
         for checkpoint in aside.iterdir():
+            self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))  # once more, with the place of the best
             (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
             if self.annotate is not None:
                 self.annotate(checkpoint)
@@ -94,10 +137,11 @@ class Flow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         finished = state.global_step >= state.max_steps
+        self.interrupted = anywhere(self.interrupted)  # all stop at the same step
         if self.interrupted and not finished:
             control.should_save = control.should_training_stop = True
         if finished:
-            control.should_save = False  # the adapter itself is written next
+            control.should_save = args.load_best_model_at_end  # else the adapter itself is written next
             self.interrupted = False
         if control.should_training_stop:
             control.should_log = True
@@ -106,7 +150,8 @@ class Flow(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any
     ) -> None:
-        loss = (logs or {}).get("loss")
+        logs = logs or {}
+        loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and not math.isfinite(loss):
             raise S2FTError(
                 f"the loss is {loss} at step {state.global_step}, so training was stopped; "

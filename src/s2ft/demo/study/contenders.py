@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from s2ft.demo.skills import OLD_SKILLS, SKILLS, STUDY_SKILLS, Example, Skill
 from s2ft.demo.study.runs import Runs
 from s2ft.demo.study.training import Recipe, Tuned, accuracy, calibration, fine_tune, fresh_base, tokens_of
+from s2ft.demo.study.tuning import best_rate
 from s2ft.method.config import S2FTConfig
 from s2ft.method.selection import select
 from s2ft.work.baselines import LORA_DROPOUT, equal_rank, lora_config
@@ -74,8 +75,20 @@ class Contender:
 
 def fit(contender: Contender, task: str, recipe: Recipe, rate: float, seed: int, avoid: Sequence[str] = ()) -> Tuned:
     """A fresh base, tuned by `contender` on the `fit` split of a study's skill."""
-    tokens = tokens_of(STUDY_SKILLS[task].examples(recipe.train_examples, seed, split="fit"))
-    model = fresh_base()
+    examples = STUDY_SKILLS[task].examples(recipe.train_examples, seed, split="fit")
+    return fit_examples(contender, examples, recipe, rate, seed, avoid)
+
+
+def fit_examples(
+    contender: Contender,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    rate: float,
+    seed: int,
+    avoid: Sequence[str] = (),
+) -> Tuned:
+    """A fresh base, tuned by `contender` on `examples`."""
+    tokens, model = tokens_of(examples), fresh_base()
     return fine_tune(model, tokens, contender.config(model, tokens, recipe, seed, avoid), recipe, rate, seed)
 
 
@@ -105,14 +118,11 @@ def old_skills() -> dict[str, Skill]:
 
 
 def tuned_rate(runs: Runs, contender: Contender, task: str, rates: Sequence[float], recipe: Recipe) -> float:
-    """The rate whose run is best on the validation split; of equally good ones the lowest, which forgets the least."""
+    """The rate whose run is best on the validation split, looked for from `rates` on."""
     validation = STUDY_SKILLS[task].examples(recipe.test_examples, TUNING_SEED, split="validation")
-    scores = {}
-    for rate in rates:
-        settings = {"tuning": asdict(contender), "task": task, "rate": rate, "recipe": asdict(recipe)}
+    settings = {"tuning": asdict(contender), "task": task, "recipe": asdict(recipe)}
 
-        def run(rate: float = rate) -> dict[str, Any]:
-            return train_and_score(contender, task, recipe, rate, TUNING_SEED, {task: validation})
+    def run(rate: float) -> dict[str, Any]:
+        return train_and_score(contender, task, recipe, rate, TUNING_SEED, {task: validation})
 
-        scores[rate] = runs.result(settings, run)["scores"][task]
-    return max(sorted(scores), key=lambda rate: scores[rate])
+    return best_rate(runs, rates, settings, run, lambda result: float(result["scores"][task]))

@@ -39,14 +39,14 @@ class FusionSettings:
     seeds: int = 5
     tasks: tuple[str, str] = ("river", "back")
     budget: float = 0.04
-    rates: Mapping[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"lora": (2e-3, 4e-3, 8e-3, 1.6e-2), "s2ft": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}
+    rates: Mapping[str, tuple[float, ...]] = field(  # tried first
+        default_factory=lambda: {"lora": (4e-3, 8e-3, 1.6e-2), "s2ft": (8e-3, 1.6e-2, 3.2e-2)}
     )
     recipe: Recipe = field(default_factory=Recipe)
 
     @property
     def runs(self) -> int:
-        """How many runs the study has."""
+        """How many runs the study has at least."""
         return sum(2 * len(rates) + self.seeds for rates in self.rates.values())
 
 

@@ -1,7 +1,7 @@
 """Does it matter which channels are trained? The paper's strategies and two more, at one budget (S²FT paper, appendix D).
 
-Each strategy trains the same number of heads and channels on the same examples in the same order; only the choice differs. The
-learning rate is chosen once for each task, with random channels.
+Each strategy trains the same number of heads and channels on the same examples in the same order; the choice differs, and with
+it the learning rate, which is tuned for each strategy and task.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ STRATEGIES: dict[str, tuple[str, str]] = {  # as the paper names them → strate
     "saliency+": ("saliency", "largest"),
 }
 
+UNTUNED = Contender("none", "vanilla")
+
 
 @dataclass(frozen=True)
 class SelectionSettings:
@@ -37,13 +39,13 @@ class SelectionSettings:
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     tasks: tuple[str, ...] = ("river", "ends")
     budget: float = 0.04
-    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (8e-3, 1.6e-2, 3.2e-2)  # tried first
     recipe: Recipe = field(default_factory=Recipe)
 
     @property
     def runs(self) -> int:
-        """How many runs the study has."""
-        return len(self.tasks) * (len(self.rates) + self.seeds * (1 + len(self.strategies)))
+        """How many runs the study has at least."""
+        return len(self.tasks) * (len(self.rates) * len(self.strategies) + self.seeds * (1 + len(self.strategies)))
 
 
 def study_selection(folder: Path, settings: SelectionSettings | None = None, tell: Tell | None = None) -> StudyReport:
@@ -54,12 +56,14 @@ def study_selection(folder: Path, settings: SelectionSettings | None = None, tel
     """
     settings = settings or SelectionSettings()
     runs = Runs(folder, settings.runs, tell)
-    contenders = [Contender("none", "vanilla"), *(contender(name, settings.budget) for name in settings.strategies)]
-    by_chance = contender("R", settings.budget)
-    rates = {task: tuned_rate(runs, by_chance, task, settings.rates, settings.recipe) for task in settings.tasks}
+    tuned = [contender(name, settings.budget) for name in settings.strategies]
+    rates = {
+        task: {who.name: tuned_rate(runs, who, task, settings.rates, settings.recipe) for who in tuned}
+        for task in settings.tasks
+    }
     rows: list[Row] = []
-    for seed, task, who in product(range(settings.seeds), settings.tasks, contenders):
-        result = _run(runs, who, task, rates[task], seed, settings.recipe)
+    for seed, task, who in product(range(settings.seeds), settings.tasks, [UNTUNED, *tuned]):
+        result = _run(runs, who, task, rates[task].get(who.name, 0.0), seed, settings.recipe)
         rows += _rows(who.name, task, seed, result["scores"])
     return StudyReport(
         {**asdict(settings), "learning_rate": rates, "seconds": round(runs.seconds)}, rows, ("strategy",)

@@ -22,10 +22,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from s2ft.demo import base_path
 from s2ft.demo.evaluate import exact_match
 from s2ft.demo.skills import Example
+from s2ft.work.arguments import longest, sft_config, warmup_steps
 from s2ft.work.models import load_model, load_tokenizer
 from s2ft.work.options import TrainOptions, parse_options
-from s2ft.work.recipe import longest, sft_config, warmup_steps
-from s2ft.work.tokens import token_example
+from s2ft.work.tokens import IGNORED, token_example
 from s2ft.work.trainer import Flow, Trainer
 
 LAST = 0.1  # the share of the steps whose mean loss is the final one
@@ -123,6 +123,19 @@ def calibration(tokens: Dataset, rows: int) -> dict[str, Any]:
     collate = DataCollatorForLanguageModeling(pad_token_id=base_tokenizer().pad_token_id)
     batch: dict[str, Any] = collate([tokens[row] for row in range(min(rows, len(tokens)))])
     return batch
+
+
+@torch.no_grad()
+def response_loss(model: Any, tokens: Dataset, batch_size: int) -> float:
+    """The mean loss over all response tokens of the examples."""
+    collate = DataCollatorForLanguageModeling(pad_token_id=base_tokenizer().pad_token_id)
+    model.eval()
+    total = count = 0.0
+    for start in range(0, len(tokens), batch_size):
+        batch = collate([tokens[row] for row in range(start, min(start + batch_size, len(tokens)))])
+        targets = float((batch["labels"][:, 1:] != IGNORED).sum())
+        total, count = total + targets * float(model(**batch).loss), count + targets
+    return total / count
 
 
 def accuracy(model: Any, examples: Sequence[Example]) -> float:

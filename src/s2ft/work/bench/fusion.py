@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from s2ft.method.config import S2FTConfig
 from s2ft.method.slices import Slice
 from s2ft.work.bench.report import Report
+from s2ft.work.timing import spread
 
 LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 RATIO = 0.03  # of the channels of down_proj, as in the paper
@@ -56,8 +57,7 @@ def bench_fusion(
             tell((number + 1) / repeats)
     row: dict[str, Any] = {"adapters": 2, "bytes": size, "memory": max(run["memory"] for run in runs)}
     for name in ("fuse_ms", "floor_ms"):
-        median, low, high = np.percentile([run[name] for run in runs], [50, 20, 80])
-        row |= {name: float(median), f"{name}_p20": float(low), f"{name}_p80": float(high)}
+        row |= spread([run[name] for run in runs], name)
     return Report(settings={"shape": shape, "ratio": RATIO, "dtype": "float32", "repeats": repeats}, rows=[row])
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
@@ -34,6 +33,7 @@ from s2ft.method.linear import S2FTLinear
 from s2ft.method.mixed import LooseSlice, MixedBatch, add_mixed
 from s2ft.method.slices import Slice
 from s2ft.work.bench.report import Report
+from s2ft.work.timing import bytes_per_ms, free_bytes, milliseconds, no_spread, spread
 
 COUNTS = (1, 8, 64, 256, 1000, 10_000, 100_000)
 SHAPES = {"o_proj": (4096, 4096), "down_proj": (14336, 4096)}  # in, out: LLaMA3-8B and Mistral-7B
@@ -96,17 +96,16 @@ def _row(device: str, dtype: torch.dtype, count: int, shapes: Shapes, rounds: in
         "batch": count,
     }
     times: dict[str, list[float]] = {}
-    needed, free = _bytes_needed(count, shapes, dtype, large), 0.8 * _free_bytes(device)
+    needed, free = _bytes_needed(count, shapes, dtype, large), 0.8 * free_bytes(device)
     skipped = None if needed <= free else f"needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
     if skipped is None:
         times = _take_turns(contestants(device, dtype, count, shapes), rounds, seconds, device, large)
     for name in TIMED:
-        found = np.percentile(times[name], [50, 20, 80]).tolist() if name in times else [None] * 3
-        row |= dict(zip((f"{name}_ms", f"{name}_ms_p20", f"{name}_ms_p80"), found, strict=True))
+        row |= spread(times[name], f"{name}_ms") if name in times else no_spread(f"{name}_ms")
     moved = count * sum(shape[1] * channels(*shape) for shape in shapes.values()) * dtype.itemsize
     return {
         **row,
-        "floor_ms": None if skipped else moved / _bytes_per_ms(device, large),
+        "floor_ms": None if skipped else moved / bytes_per_ms(device, large),
         "rounds": len(times.get("s2ft", [])),
         "skipped": skipped,
     }
@@ -234,27 +233,12 @@ def _take_turns(
     for number in range(rounds + 2):
         for name in random.sample(list(turns), len(turns)):
             flush.sum()
-            taken = _milliseconds(turns[name], device)
+            taken = milliseconds(turns[name], device)
             if number >= 2:
                 times[name].append(taken)
         if number >= 4 and time.perf_counter() > end:
             break
     return times
-
-
-def _milliseconds(run: Callable[[], Any], device: str) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    run()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _bytes_per_ms(device: str, large: int) -> float:
-    """Of a large copy, read and written bytes together; the best of several."""
-    source = torch.ones(large, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * large / min(_milliseconds(lambda: target.copy_(source), device) for _ in range(6))
 
 
 def _bytes_needed(count: int, shapes: Shapes, dtype: torch.dtype, large: int) -> float:
@@ -263,12 +247,3 @@ def _bytes_needed(count: int, shapes: Shapes, dtype: torch.dtype, large: int) ->
     batch = sum(shape[0] + 3 * shape[1] for shape in shapes.values())
     weights = sum(inputs * outputs for inputs, outputs in shapes.values())
     return (count * (adapters + batch) + weights) * dtype.itemsize + 2 * large
-
-
-def _free_bytes(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from s2ft.method.config import S2FTConfig
 from s2ft.method.selection import select
 from s2ft.method.structure import find_structures, weight_matrix
-from s2ft.work.bench.report import Report, milliseconds
+from s2ft.work.bench.report import Report
+from s2ft.work.timing import milliseconds, spread
 
 LLAMA2_7B = {
     "vocab_size": 32000,
@@ -37,7 +38,7 @@ def bench_selection(repeats: int = 5, shape: dict[str, int] | None = None) -> Re
         "random": lambda: select(model, S2FTConfig(ratios=RATIOS, strategy="random", seed=0)),
         "weight": lambda: select(model, S2FTConfig(ratios=RATIOS, strategy="weight")),
     }
-    rows = [{"strategy": name, **milliseconds(run, repeats)} for name, run in runs.items()]
+    rows = [{"strategy": name, **spread(_times(run, repeats), "ms")} for name, run in runs.items()]
     return Report(settings={"shape": shape, "dtype": "bfloat16", "ratios": RATIOS, "repeats": repeats}, rows=rows)
 
 
@@ -61,3 +62,8 @@ def read_once(model: nn.Module) -> None:
     for structure in find_structures(model):
         for projection in structure.projections:
             weight_matrix(model.get_submodule(projection.module)).detach().view(torch.int64).max()
+
+
+def _times(run: Callable[[], Any], repeats: int) -> list[float]:
+    """In ms; a first call warms up."""
+    return [milliseconds(run) for _ in range(1 + repeats)][1:]

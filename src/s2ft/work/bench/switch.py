@@ -22,9 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import get_max_memory
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
@@ -33,6 +31,7 @@ from s2ft.adapter.switching import switch
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.slices import Slice
 from s2ft.work.bench.report import Report
+from s2ft.work.timing import bytes_per_ms, free_bytes, milliseconds, no_spread, spread
 
 DIMS = (1024, 2048, 4096, 8192, 16384, 32768)
 CHANNELS, RANK = 32, 16
@@ -55,7 +54,7 @@ def bench_switch(
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for device in devices:
-        speed = _bytes_per_ms(device)
+        speed = bytes_per_ms(device, LARGE)
         for dim in dims:
             rows.append(_row(device, dim, rounds, seconds, speed))
             tell(len(rows) / (len(devices) * len(dims)))
@@ -71,23 +70,26 @@ def bench_switch(
     return Report(settings=settings, rows=rows)
 
 
-def _row(device: str, dim: int, rounds: int, seconds: float, bytes_per_ms: float) -> Row:
+def _row(
+    device: str,
+    dim: int,
+    rounds: int,
+    seconds: float,
+    speed: float,  # bytes per ms
+) -> Row:
     size = DTYPES[device].itemsize
-    needed, free = (
-        4 * dim * dim * size,
-        _free_bytes(device),
-    )  # the weight; PEFT's product, its scaled copy and their sum
+    needed = 4 * dim * dim * size  # the weight; PEFT's product, its scaled copy and their sum
+    free = free_bytes(device)
     row: Row = {"device": device, "dim": dim}
     if needed > free:
-        names = [f"{name}_ms{end}" for name in TIMED for end in ("", "_p20", "_p80")]
+        nothing = {key: None for name in TIMED for key in no_spread(f"{name}_ms")}
         skipped = f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-        return {**row, **dict.fromkeys([*names, "bandwidth_ms"]), "rounds": 0, "skipped": skipped}
+        return {**row, **nothing, "bandwidth_ms": None, "rounds": 0, "skipped": skipped}
     times = _take_turns(contestants(device, dim), rounds, seconds, device)
     for name, own in times.items():
-        median, low, high = (float(value) for value in np.percentile(own, [50, 20, 80]))
-        row |= {f"{name}_ms": median, f"{name}_ms_p20": low, f"{name}_ms_p80": high}
+        row |= spread(own, f"{name}_ms")
     moved = dim * min(CHANNELS, dim) * (2 * size + torch.float32.itemsize)
-    return {**row, "bandwidth_ms": moved / bytes_per_ms, "rounds": len(times["floor"]), "skipped": None}
+    return {**row, "bandwidth_ms": moved / speed, "rounds": len(times["floor"]), "skipped": None}
 
 
 def contestants(device: str, dim: int) -> dict[str, Turn]:
@@ -172,7 +174,7 @@ def _take_turns(turns: dict[str, Turn], rounds: int, seconds: float, device: str
             prepare, run, undo = turns[name]
             for _ in range(2):
                 prepare()
-                taken = _milliseconds(run, device)
+                taken = milliseconds(run, device)
                 undo()
             if number:
                 times[name].append(taken)
@@ -181,28 +183,4 @@ def _take_turns(turns: dict[str, Turn], rounds: int, seconds: float, device: str
     return times
 
 
-def _milliseconds(run: Callable[[], Any], device: str) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    run()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _bytes_per_ms(device: str) -> float:
-    """Of a large copy, read and written bytes together; the best of several."""
-    source = torch.ones(LARGE, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * LARGE / min(_milliseconds(lambda: target.copy_(source), device) for _ in range(6))
-
-
-def _free_bytes(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else int(get_max_memory()["cpu"])
-
-
 def _nothing() -> None: ...
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -11,14 +11,12 @@ from __future__ import annotations
 import copy
 import gc
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -38,6 +36,7 @@ from s2ft.work.bench.contestants import (
 from s2ft.work.bench.report import Report
 from s2ft.work.bench.saved import own_tensors, saved_bytes
 from s2ft.work.failures import is_out_of_memory
+from s2ft.work.timing import milliseconds, no_spread, spread
 
 Row = dict[str, Any]
 Tell = Callable[[float], None]  # how much of the work is done, from 0 to 1
@@ -209,11 +208,7 @@ def _take_turns(
 def _timed_step(contestant: Contestant, ids: Tensor) -> float | None:
     """Milliseconds; None if memory does not suffice, of which nothing is then held."""
     try:
-        _wait(ids)
-        start = time.perf_counter()
-        contestant.step(ids)
-        _wait(ids)
-        return 1e3 * (time.perf_counter() - start)
+        return milliseconds(lambda: contestant.step(ids), ids.device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -226,10 +221,9 @@ def _row(cell: Cell, contestant: Contestant | None, times: list[float] | None, i
     trainable = None if contestant is None else contestant.trainable
     row: Row = {"batch_size": cell.batch_size, "seq_len": cell.seq_len, "trainable": trainable}
     if contestant is None or times is None:
-        nothing = dict.fromkeys(("step_ms", "step_ms_p20", "step_ms_p80", "floor_ratio", "saved_bytes", "peak_bytes"))
-        return {**row, **nothing, "out_of_memory": True}
-    median, low, high = (float(value) for value in np.percentile(times, [50, 20, 80]))
-    row |= {"step_ms": median, "step_ms_p20": low, "step_ms_p80": high, "floor_ratio": None}
+        nothing = dict.fromkeys(("floor_ratio", "saved_bytes", "peak_bytes"))
+        return {**row, **no_spread("step_ms"), **nothing, "out_of_memory": True}
+    row |= {**spread(times, "step_ms"), "floor_ratio": None}
     saved = saved_bytes(lambda: contestant.body(ids), own_tensors(contestant.model))
     return {**row, "saved_bytes": saved, "peak_bytes": peak}
 
@@ -286,11 +280,6 @@ def _settings(preset: Preset, liger: bool, left_out: dict[str, str]) -> Row:
 
 def _tokens(cell: Cell) -> int:
     return cell.batch_size * cell.seq_len
-
-
-def _wait(ids: Tensor) -> None:
-    if ids.is_cuda:
-        torch.cuda.synchronize()
 
 
 def _free() -> None:

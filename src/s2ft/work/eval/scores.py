@@ -14,7 +14,7 @@ An adapter is compared with its own base by switching it off. Where training cha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def score(
     folder: Path,
     batch_size: int = 8,
     tell: Callable[[int], None] = lambda count: None,
+    beams: int | None = None,
 ) -> Scores:
     """Asks a live model, as it is, all questions anew; keeps its answers in `folder`, a JSONL file for each task.
 
@@ -68,13 +69,15 @@ def score(
         folder: For the answers; those of an earlier call are replaced.
         batch_size: Prompts that go through the model at once.
         tell: Called with how many more questions are done.
+        beams: 1 is greedy; the suite's unless given.
     """
     engine = TransformersEngine(model, tokenizer, batch_size)
     scores: Scores = {}
     for task, questions in checked.questions:
         path = folder / f"{task.name}.jsonl"
         path.unlink(missing_ok=True)
-        decoding = DECODING[task.suite]
+        usual = DECODING[task.suite]
+        decoding = replace(usual, beams=beams or usual.beams)
         answers = Answers(path, {"task": task.name, **vars(decoding)})
         answer_questions(engine, task, questions, tokenizer, answers, decoding, tell)
         scores |= {row["task"]: row for row in tally(task, answers.rows.values(), len(questions))}

@@ -55,6 +55,22 @@ def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **(_holdout_settings(options) if options.holdout is not None else {}),
+    }
+
+
+def _holdout_settings(options: TrainOptions) -> dict[str, Any]:
+    """The held-out loss is measured one example at a time: a mean over examples, however they would fall into batches.
+
+    transformers keeps the best weights among its checkpoints, so there is one at each measurement.
+    """
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": options.validate_every,
+        "save_steps": options.validate_every,
+        "load_best_model_at_end": True,  # by the lowest loss
+        "per_device_eval_batch_size": 1,
+        "eval_packing": False,
     }
 
 

@@ -1,0 +1,59 @@
+"""Several processes that train one model, as `accelerate launch` or `torchrun` start them: who leads, and how they agree.
+
+The leading process writes and talks; what a process measures or draws for itself, all take from the leading one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather
+
+from s2ft.errors import S2FTError
+from s2ft.work.options import TrainOptions
+from s2ft.work.precision import PURE
+
+T = TypeVar("T")
+
+
+def process_count() -> int:
+    """How many there are; known before they can talk to each other."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leads() -> bool:
+    """Whether this is the process that writes and talks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def as_leader(value: T) -> T:
+    """The leading process's value, in every process: all call this."""
+    if process_count() > 1:
+        value = broadcast_object_list([value])[0]
+    return value
+
+
+def anywhere(said: bool) -> bool:
+    """Whether any process says so: all call this."""
+    if process_count() > 1:
+        said = bool(gather(torch.tensor([int(said)], device=PartialState().device)).any())
+    return said
+
+
+def check_processes(options: TrainOptions) -> None:
+    """Raises `S2FTError` for what is not possible here, or in one process alone."""
+    count = process_count()
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise S2FTError(f"{name} splits a model over processes; here each holds it whole: launch with --multi_gpu")
+    if count > 1 and options.evaluate is not None:
+        raise S2FTError(
+            f"evaluate={options.evaluate!r} needs one process, here are {count}; use `s2ft eval` afterwards"
+        )
+    if count > 1 and options.precision == PURE:
+        raise S2FTError(
+            f"precision={PURE!r} rounds by chance, so the weights of {count} processes would part; take auto, bf16 or fp32"
+        )

@@ -1,0 +1,59 @@
+"""The recipes as a table: the paper's figure, and what a run needs.
+
+    recipe | paper | learning rate | GPU memory, GB | hours on one A100
+
+Memory is computed (`memory.py`), hours are estimated (`duration.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from s2ft.work.options import LEARNING_RATES
+from s2ft.work.reproduce.duration import hours
+from s2ft.work.reproduce.memory import BATCH, LENGTH, Memory, parameters, training_memory
+from s2ft.work.reproduce.recipes import MODELS, Recipe, recipes
+
+MEMORY = f"GB for {BATCH} × {LENGTH} tokens"
+
+
+def recipe_rows(tell: Callable[[float], Any] = lambda done: None) -> list[dict[str, Any]]:
+    """A row for each recipe; `tell` hears the share that is done."""
+    rows: list[dict[str, Any]] = []
+    memory: dict[tuple[str, str], Memory] = {}  # a method has one size on a model, whatever it learns
+    for recipe in recipes().values():
+        kind = recipe.model, recipe.method
+        if recipe.is_trained and kind not in memory:
+            memory[kind] = training_memory(recipe)
+        rows.append(_row(recipe, memory.get(kind)))
+        tell(len(rows) / len(recipes()))
+    return rows
+
+
+def recipe_line(row: dict[str, Any]) -> dict[str, str]:
+    """A row for people."""
+    if row["memory"] is None:
+        return {
+            "recipe": row["recipe"],
+            "paper": f"{row['paper']:g}",
+            "learning rate": "–",
+            MEMORY: "–",
+            "A100 hours": "–",
+        }
+    return {
+        "recipe": row["recipe"],
+        "paper": f"{row['paper']:g}",
+        "learning rate": f"{row['learning_rate']:g}",
+        MEMORY: f"{sum(row['memory'].values()) / 1e9:.0f}",
+        "A100 hours": f"{row['hours']:.1f}",
+    }
+
+
+def _row(recipe: Recipe, memory: Memory | None) -> dict[str, Any]:
+    row = {"recipe": recipe.name, "paper": recipe.paper}
+    if memory is None:
+        return {**row, "learning_rate": None, "memory": None, "hours": None}
+    size = parameters(MODELS[recipe.model].shape)
+    rate = recipe.options.get("learning_rate", LEARNING_RATES[recipe.method])
+    return {**row, "learning_rate": rate, "memory": vars(memory), "hours": hours(recipe, size)}
