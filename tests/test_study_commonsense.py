@@ -1,6 +1,7 @@
 """The study on real text, tiny: on files made here, and on the real ones where they are."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from s2ft.demo.study.training import Recipe, base_tokenizer, fresh_base, respons
 from s2ft.work.eval.tasks import TASKS
 from s2ft.work.tokens import IGNORED
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "llm-adapters"
+REAL = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "llm-adapters"
 GOLD = {"boolq": ("true", "false"), "winogrande": ("option1", "option2")}
 TINY = CommonsenseSettings(
     seeds=2,
