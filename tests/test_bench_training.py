@@ -70,6 +70,12 @@ def test_saved_bytes_of_known_graphs():
     assert saved_bytes(lambda: (x.detach() @ weight.detach().T).sum(), []) == 0
 
 
+def test_what_a_part_saved_that_is_gone_does_not_count():
+    x = torch.randn(50, requires_grad=True)
+    wide = torch.randn(1000, requires_grad=True)
+    assert saved_bytes(lambda: (x.sin() * wide.exp().sum().detach()).sum(), [x, wide]) == 4  # the number
+
+
 def test_a_storage_counts_once_and_a_view_counts_whole():
     x = torch.randn(6, requires_grad=True)
     assert (

@@ -1,6 +1,8 @@
 """Recipes: what they say, what they need, and every one of them run from data to result, on a small model and little data."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from s2ft.work.reproduce import memory, run
 from s2ft.work.reproduce.duration import hours
 from s2ft.work.reproduce.recipes import GLOBAL_BATCH, MODELS, find_recipe, recipes
 from s2ft.work.reproduce.run import ReproduceOptions, reproduce, train_options
+from test_several_processes import LAUNCH, ON_CPU
 from tiny_base import byte_tokenizer
 
 GOLD = {"boolq": "true", "piqa": "solution1", "hellaswag": "ending1", "winogrande": "option1", "aqua": "C"}
@@ -114,6 +117,11 @@ def test_several_processes_share_the_global_batch(data, tmp_path, monkeypatch):
         train_options(recipe, ReproduceOptions(recipe.name, str(data), tmp_path, batch_size=16))
 
 
+def test_the_page_lists_every_recipe_with_the_papers_figure():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    assert all(f"| `{name}` | {recipe.paper:g} |" in page for name, recipe in recipes().items())
+
+
 # Every recipe, run
 
 
@@ -206,7 +214,7 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize("method", ["s2ft", "lora", "full"])
+@pytest.mark.parametrize("method", ["s2ft", "lora", "dora", "full"])
 def test_activations_are_what_the_whole_model_keeps(method):
     """Predicted from narrow and shallow models; measured on the model itself."""
     recipe = find_recipe(f"arithmetic/llama2-7b/{method}")
@@ -237,3 +245,16 @@ def test_hours_follow_from_tokens_and_steps():
     assert hours(recipe, 6.74e9) == pytest.approx((tokens / 512 * 125 + steps * 189) / 3.6e6)
     assert hours(recipe, 2 * 6.74e9) == pytest.approx(2 * hours(recipe, 6.74e9))
     assert hours(find_recipe("instruction/llama2-7b/vanilla"), 6.74e9) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_evaluates(data, base, tmp_path):
+    words = ["arithmetic/llama2-7b/s2ft", "--data", str(data), "--output", str(tmp_path / "out"), "--model", base]
+    words += ["--limit", "20", "--max-steps", "2", "--eval-limit", "1", "--max-new-tokens", "1"]
+    command = [*LAUNCH, "-m", "s2ft.cli.app", "reproduce", *words]
+    done = subprocess.run(command, env={**os.environ, **ON_CPU}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("not the paper's run") == 1
+    result = json.loads((tmp_path / "out" / "reproduction.json").read_text())
+    assert result["settings"]["train"]["gradient_accumulation"] == GLOBAL_BATCH // 4 // 2
+    assert len({row["task"] for row in result["rows"]} & set(TASKS)) == 7

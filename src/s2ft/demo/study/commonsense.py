@@ -54,7 +54,9 @@ class CommonsenseSettings:
             "s2ft": (8e-3, 1.6e-2, 3.2e-2),
         }
     )
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=60, batch_size=16, train_examples=960))
+    recipe: Recipe = field(
+        default_factory=lambda: Recipe(steps=50, batch_size=16, train_examples=800, test_examples=50)
+    )
 
     @property
     def runs(self) -> int:

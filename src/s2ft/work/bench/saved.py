@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -25,18 +26,25 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
         24
     """
     left_out = {_storage(tensor) for tensor in own}
-    kept: dict[int, int] = {}
+    kept: WeakSet[_Saved] = WeakSet()  # a part of the graph that dies before the end takes along what it saved
 
-    def pack(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in left_out:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # without its graph, which would hold itself
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor.detach())  # without its graph, which would hold itself
+        kept.add(saved)
+        return saved
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # alive until the count: a freed storage's place could be taken by another
-    total = sum(kept.values())
+    with saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        output = forward()  # alive until the count
+    sizes = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in kept}
     del output
-    return total
+    return sum(size for storage, size in sizes.items() if storage not in left_out)
+
+
+class _Saved:
+    """A tensor for as long as the graph holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def own_tensors(model: nn.Module) -> list[Tensor]:
