@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,3 +25,12 @@ def seeded(request: pytest.FixtureRequest) -> None:
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"--seed {seed}")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small models, whose threads would only wait for each other; and for results that repeat bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

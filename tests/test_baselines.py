@@ -23,6 +23,8 @@ from s2ft.work.train import train
 from s2ft.work.trainer import Flow
 from tiny_base import save_tiny_base
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PATHS = {"model": "m", "data": "d", "output": "o"}
 WHOLE = ("full", "galore", "lisa")
 OF_METHOD = {
@@ -32,14 +34,6 @@ OF_METHOD = {
     "galore": {"galore_rank": 4},
     "lisa": {"lisa_layers": 1, "lisa_interval": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from s2ft.work.bench.saved import own_tensors, saved_bytes
 from s2ft.work.bench.training import PRESETS, Cell, bench_training
 from s2ft.work.bench.training_plot import draw_training
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     "vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
 }  # fmt: skip
@@ -33,14 +35,6 @@ KEYS = {
     "peak_bytes", "model",
 }  # fmt: skip
 INSTALLED = {name: run for name, run in METHODS.items() if name != "galore" or find_spec("galore_torch")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ COMMANDS = (
     "quickstart",
     "train",
     "eval",
+    "reproduce",
     "inspect",
     "fuse",
     "export",
@@ -29,9 +30,12 @@ COMMANDS = (
     "bench switch",
     "bench fusion",
     "bench training",
+    "bench parallel",
+    "bench evaluation",
     "study selection",
     "study generalization",
     "study fusion",
+    "study commonsense",
 )
 
 

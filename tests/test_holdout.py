@@ -23,6 +23,8 @@ from s2ft.work.train import train
 from s2ft.work.trainer import Flow, Trainer
 from tiny_base import save_tiny_base
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES, HELD_OUT = 40, 6
 RUNS: dict[str, dict[str, Any]] = {
     "in place": {"ratios": 0.25, "layout": "in-place"},
@@ -35,14 +37,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "lisa": {"method": "lisa", "lisa_layers": 1, "lisa_interval": 2},
 }
 BEST = 5  # the step, after which the learning rate leaps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from s2ft.demo.study.report import LOSS
 from s2ft.demo.study.training import Recipe, fresh_base
 from s2ft.method.slices import Slice
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Recipe(steps=2, batch_size=4, train_examples=8, test_examples=4)
 SELECTION = selection.SelectionSettings(
     seeds=2, strategies=("R", "W−", "saliency+"), tasks=("river",), rates=(1e-3,), recipe=TINY
@@ -23,14 +25,6 @@ GENERALIZATION = generalization.GeneralizationSettings(
     seeds=2, contenders=FEW, rates={"lora": (1e-3, 2e-3), "s2ft": (1e-3,)}, recipe=TINY
 )
 FUSION = fusion.FusionSettings(seeds=2, rates={"lora": (1e-2,), "s2ft": (1e-2,)}, recipe=TINY)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_selection_has_a_row_for_each_strategy_task_and_seed(tmp_path):

@@ -22,15 +22,9 @@ from s2ft.demo.study.tuning import best_rate
 from s2ft.method.config import S2FTConfig
 from s2ft.method.selection import select
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Recipe(steps=2, batch_size=4, train_examples=8, test_examples=4)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Intervals

@@ -16,6 +16,8 @@ from s2ft.demo.study.training import Recipe, base_tokenizer, fresh_base, respons
 from s2ft.work.eval.tasks import TASKS
 from s2ft.work.tokens import IGNORED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REAL = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "llm-adapters"
 GOLD = {"boolq": ("true", "false"), "winogrande": ("option1", "option2")}
 TINY = CommonsenseSettings(
@@ -24,14 +26,6 @@ TINY = CommonsenseSettings(
     rates={"s2ft": (1e-3,)},
     recipe=Recipe(steps=2, batch_size=4, train_examples=8, test_examples=3),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -24,13 +24,7 @@ from s2ft.work.train import train
 from s2ft.work.trainer import Flow, Trainer
 from tiny_base import save_tiny_base
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
