@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from typer.testing import CliRunner
 from fake_judge import FakeJudge
 from s2ft import S2FTError
 from s2ft.cli.app import app
+from s2ft.work.eval.run import EvalReport
+from s2ft.work.eval.tally import wilson
 from s2ft.work.eval.tasks import TASKS
 from s2ft.work.options import parse_options
+from s2ft.work.processes import process_count
 from s2ft.work.reproduce import memory, run
 from s2ft.work.reproduce.duration import hours
 from s2ft.work.reproduce.recipes import GLOBAL_BATCH, MODELS, find_recipe, recipes
@@ -110,6 +115,8 @@ def test_a_recipe_has_the_papers_settings(name, data, tmp_path):
 
 def test_several_processes_share_the_global_batch(data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
+    assert process_count() == 1  # a scheduler's; no launcher has set LOCAL_RANK
+    monkeypatch.setenv("LOCAL_RANK", "0")
     recipe = find_recipe("arithmetic/llama2-7b/s2ft")
     options = train_options(recipe, ReproduceOptions(recipe.name, str(data), tmp_path, batch_size=2))
     assert options.gradient_accumulation == 4
@@ -135,7 +142,9 @@ def test_a_recipe_runs_from_data_to_result(name, data, base, judge, tmp_path):
     assert result["result"] == found.result
     assert result["result"]["paper"] == recipe.paper
     assert result["result"]["difference"] == pytest.approx(result["result"]["score"] - recipe.paper)
-    assert result["result"]["deviations"].keys() >= {"model", "limit", "max_steps", "eval_limit", "max_new_tokens"}
+    of_training = {"limit", "max_steps", "examples"} if recipe.is_trained else set()
+    assert result["result"]["deviations"].keys() >= {"model", "eval_limit", "max_new_tokens"} | of_training
+    assert recipe.is_trained or not {"limit", "training_data"} & result["result"]["deviations"].keys()
     if recipe.suite == "instruction":
         assert result["result"]["score"] == 7  # what the judge says
     else:
@@ -158,6 +167,10 @@ def test_what_is_done_is_not_done_again(data, base, tmp_path, monkeypatch):
     assert again.result == first.result
     with pytest.raises(S2FTError, match=r"max_steps=1, but .*training was trained with max_steps=2"):
         reproduce(small("arithmetic/llama3-8b/lora", data, tmp_path, base, max_steps=1))
+    other = tmp_path / "other.json"
+    write(other, [{"instruction": f"Count {n}.", "output": str(n)} for n in range(20)])
+    with pytest.raises(S2FTError, match=r"other\.json'\] is not what .*training was trained on"):
+        reproduce(replace(options, training_data=str(other)))
 
 
 def test_the_score_is_the_mean_of_the_tasks(data, base, tmp_path):
@@ -166,6 +179,20 @@ def test_the_score_is_the_mean_of_the_tasks(data, base, tmp_path):
     rows = [row for row in found.report.rows if row["task"] in TASKS]
     assert len(rows) == 7
     assert found.result["score"] == pytest.approx(100 * sum(row["accuracy"] for row in rows) / 7)
+    assert 0 <= found.result["low"] <= found.result["score"] < found.result["high"] <= 100
+
+
+def test_the_interval_of_a_mean_holds_it_95_times_in_100():
+    rng, shares, held = random.Random(1), (0.02, 0.3, 0.5, 0.97), 0
+    for _ in range(1000):
+        rows = []
+        for share in shares:
+            right = sum(rng.random() < share for _ in range(40))
+            low, high = wilson(right, 40)
+            rows.append({"task": "a", "accuracy": right / 40, "low": low, "high": high})
+        _, low, high = run._accuracy(EvalReport({}, rows))
+        held += low <= 100 * sum(shares) / len(shares) <= high
+    assert 920 < held < 985
 
 
 # Bad input
@@ -184,6 +211,12 @@ def test_unknown_recipe_and_missing_files_are_refused_before_anything_is_written
     with pytest.raises(S2FTError, match="has nothing on multiarith"):
         reproduce(small("arithmetic/llama2-7b/s2ft", tmp_path / "half", output, base))
     assert not output.exists()
+
+
+def test_numbers_are_refused_by_their_own_names(data, base, tmp_path):
+    with pytest.raises(S2FTError, match="eval_limit=0 must be 1 or more"):
+        reproduce(small("arithmetic/llama2-7b/s2ft", data, tmp_path / "out", base, eval_limit=0))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_names_all_that_is_missing():
@@ -219,7 +252,8 @@ def test_activations_are_what_the_whole_model_keeps(method):
     """Predicted from narrow and shallow models; measured on the model itself."""
     recipe = find_recipe(f"arithmetic/llama2-7b/{method}")
     options = parse_options({**recipe.options, "model": "m", "data": "d", "output": "o"})
-    predicted = memory._activations(SHAPE, options, tokens=96)
+    fixed, a_token = memory._activations(SHAPE, options)
+    predicted = fixed + 96 * a_token
     measured = memory._kept(SHAPE, options, tokens=96)
     assert predicted == pytest.approx(measured, rel=0.04)
 
@@ -229,7 +263,8 @@ def test_bytes_of_full_tuning_are_sixteen_a_parameter():
     found = memory.training_memory(recipe)
     assert found.weights + found.trained == 16 * memory.parameters(MODELS["llama2-7b"].shape)
     less = memory.training_memory(find_recipe("arithmetic/llama2-7b/s2ft"))
-    assert less.total < found.total / 4
+    assert less.total(2048) < found.total(2048) / 4
+    assert less.total(4096) - less.total(2048) == pytest.approx(2048 * less.a_token)
 
 
 def test_trained_bytes_of_an_adapter_are_sixteen_a_parameter():

@@ -100,8 +100,8 @@ def test_two_processes_go_on_to_the_same_weights(options: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     ("variables", "given", "message"),
     [
-        ({"WORLD_SIZE": "2"}, {"evaluate": "gsm8k", "eval_data": "d"}, r"evaluate=\['gsm8k'\] needs one process, here are 2"),
-        ({"WORLD_SIZE": "2"}, {"precision": "pure-bf16"}, "precision='pure-bf16' rounds by chance"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"evaluate": "gsm8k", "eval_data": "d"}, r"evaluate=\['gsm8k'\] needs one process, here are 2"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"precision": "pure-bf16"}, "precision='pure-bf16' rounds by chance"),
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP splits a model over processes"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DEEPSPEED splits a model over processes"),
     ],

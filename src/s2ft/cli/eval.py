@@ -157,14 +157,18 @@ def progress() -> Iterator[Any]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     bars: dict[str, Any] = {}
-    with Progress(*columns, "left", TimeRemainingColumn(), console=Console(stderr=True), transient=True) as display:
+    display = Progress(*columns, "left", TimeRemainingColumn(), console=Console(stderr=True), transient=True)
 
-        def tell(title: str, done: int, total: int) -> None:
-            if title not in bars:
-                bars[title] = display.add_task(title, total=total)
-            display.update(bars[title], completed=done, total=total)
+    def tell(title: str, done: int, total: int) -> None:
+        display.start()  # not before: another bar may be there until then
+        if title not in bars:
+            bars[title] = display.add_task(title, total=total)
+        display.update(bars[title], completed=done, total=total)
 
+    try:
         yield tell
+    finally:
+        display.stop()
 
 
 def _show(report: Any, options: Any) -> None:

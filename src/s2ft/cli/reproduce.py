@@ -13,6 +13,11 @@ from s2ft.cli.eval import INTERRUPTED, progress
 from s2ft.cli.outputs import check_writable
 from s2ft.errors import raise_together
 
+WANTED = {
+    "RECIPE": "`s2ft reproduce --list` shows them all",
+    "--data": "name a folder laid out like LLM-Adapters, or MT-Bench's",
+    "--output": "name a folder",
+}
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result, or the list, here", show_default=False)]
 
 
@@ -66,7 +71,7 @@ def reproduce(
         _list(json_file)
         return 0
     named = {"RECIPE": recipe, "--data": data, "--output": output}
-    raise_together(f"{name}: missing" for name, value in named.items() if value is None)
+    raise_together(f"{name}: missing; {WANTED[name]}" for name, value in named.items() if value is None)
     from s2ft.cli.quiet import quiet
     from s2ft.work.eval.judge import find_judge
     from s2ft.work.reproduce import run as work
@@ -77,20 +82,20 @@ def reproduce(
     assert output is not None
     judged = find_recipe(recipe).suite == "instruction"
     options = work.ReproduceOptions(
-        recipe,
-        data,
-        output,
-        training_data,
-        model,
-        batch_size,
-        gradient_checkpointing,
-        limit,
-        max_steps,
-        eval_limit,
-        eval_batch_size,
-        max_new_tokens,
-        engine,
-        find_judge(judge_url, judge_model) if judged else None,
+        recipe=recipe,
+        data=data,
+        output=output,
+        training_data=training_data,
+        model=model,
+        batch_size=batch_size,
+        gradient_checkpointing=gradient_checkpointing,
+        limit=limit,
+        max_steps=max_steps,
+        eval_limit=eval_limit,
+        eval_batch_size=eval_batch_size,
+        max_new_tokens=max_new_tokens,
+        engine=engine,
+        judge=find_judge(judge_url, judge_model) if judged else None,
     )
     try:
         with quiet(), progress() as tell:

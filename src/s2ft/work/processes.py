@@ -21,12 +21,17 @@ T = TypeVar("T")
 
 def process_count() -> int:
     """How many there are; known before they can talk to each other."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _launched("WORLD_SIZE", alone=1)
 
 
 def leads() -> bool:
     """Whether this is the process that writes and talks."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return _launched("RANK", alone=0) == 0
+
+
+def _launched(name: str, alone: int) -> int:
+    """What a launcher says. Schedulers set some of its variables too: without LOCAL_RANK none counts, as in accelerate."""
+    return int(os.environ[name]) if "LOCAL_RANK" in os.environ else alone
 
 
 def as_leader(value: T) -> T:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.files import STAGING
 from s2ft.work.baselines import METHODS
 from s2ft.work.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.work.options import TrainOptions
@@ -48,7 +49,7 @@ def check_output(options: TrainOptions) -> Path | None:
     _check_writable(output, options.output)
     if options.resume:
         return _newest(output, options)
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != STAGING for path in output.iterdir()):  # a killed run may have left that
         can_resume = get_last_checkpoint(str(output)) is not None
         hint = "; add --resume to go on from its newest checkpoint" if can_resume else ""
         raise S2FTError(f"output={options.output!r} exists and is not empty; name another folder{hint}")

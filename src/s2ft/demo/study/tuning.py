@@ -3,11 +3,12 @@
     score   ·  ·  ●  ·            the grid at first: neighbours differ by a factor of 2
     rate    1  2  4  8            best at 4: inside, done; best at 8: 16 is tried, and so on
 
-Of equally good rates the lowest is taken, which forgets the least.
+Of equally good rates the lowest is taken, which forgets the least. A grid grows by `STEPS` rates at most.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -36,7 +37,8 @@ def best_rate(
     wanted = list(rates)
     while wanted:
         for rate in wanted:
-            scores[rate] = score(runs.result({**settings, "rate": rate}, partial(run, rate)))
+            found = score(runs.result({**settings, "rate": rate}, partial(run, rate)))
+            scores[rate] = found if math.isfinite(found) else -math.inf
         best = max(sorted(scores), key=scores.__getitem__)
         wanted = _beyond(best, scores) if len(scores) < len(rates) + STEPS else []
         runs.total += len(wanted)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def bench_evaluation(
     times, texts = _take_turns(contestants(model, tokenizer, prompts, decoding), rounds, len(prompts), tell)
     shared = {"prompts": len(prompts), "batch_size": BATCH_SIZE, **vars(decoding)}
     rows = [_row(contestant, times, texts, shared) for contestant in times]
-    return Report(settings=_settings(data, prompts, rounds), rows=rows)
+    return Report(settings=_settings(Path(name).name, data, prompts, rounds), rows=rows)
 
 
 def contestants(
@@ -202,12 +203,12 @@ def _differing(rounds: Sequence[Texts], floor: Texts) -> int:
     return sum(any(texts.get(index) != text for texts in rounds) for index, text in floor.items())
 
 
-def _settings(data: str | None, prompts: Sequence[str], rounds: int) -> Row:
+def _settings(model: str, data: str | None, prompts: Sequence[str], rounds: int) -> Row:
     made = f"made from seed {SEED}: sums in words, with lengths spread like those of GSM8K's questions"
     return {
         "questions": made if data is None else f"the first {len(prompts)} of {TASK.name}",
         "questions_digest": digest(list(prompts)),
-        "model": "the embedded base",
+        "model": model,
         "dtype": "float32",
         "rounds": rounds,
         "threads": torch.get_num_threads(),

@@ -1,1 +1,1 @@
-"""The S²FT paper's experiments: every row of its tables as a recipe, run from data to a score beside the paper's."""
+"""The S²FT paper's experiments as recipes: from data to a score beside the paper's."""

@@ -12,7 +12,7 @@ holds gradients and moments of a few blocks, embeddings and head at a time; its 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from peft import get_peft_model
@@ -27,7 +27,6 @@ from s2ft.work.lisa import find_blocks
 from s2ft.work.options import TrainOptions, parse_options
 from s2ft.work.reproduce.recipes import MODELS, Recipe
 
-BATCH, LENGTH = 4, 512  # the batch that is computed for: `s2ft train`'s default, and nearly the longest examples
 SMALL_VOCABULARY = 8  # of the models that are measured: the head is counted, not measured
 MEASURED_TOKENS = (32, 64)
 NARROWER = 4  # their width: heads keep their size
@@ -41,32 +40,27 @@ class Memory:
 
     weights: float
     trained: float
-    activations: float
-    logits: float
+    copies: float  # of weights, in another dtype, for backward
+    a_token: float  # activations and logits
 
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(asdict(self).values())
+    def total(self, tokens: int) -> float:
+        """All of it, for so many tokens that go through the model at once."""
+        return self.weights + self.trained + self.copies + tokens * self.a_token
 
 
-def training_memory(recipe: Recipe, batch: int = BATCH, length: int = LENGTH) -> Memory:
-    """What a recipe's training needs, in bytes, on each GPU.
-
-    Args:
-        batch: Examples that go through the model at once.
-        length: Tokens of each.
-    """
+def training_memory(recipe: Recipe) -> Memory:
+    """What a recipe's training needs on one GPU. Several that work together each need a second copy of the gradients."""
     options = parse_options({**recipe.options, "model": "m", "data": "d", "output": "o"})
-    shape, tokens = MODELS[recipe.model].shape, batch * length
+    shape = MODELS[recipe.model].shape
+    copies, activations = _activations(shape, options)
     with torch.device("meta"):
         model = _adapted(shape, options)[1]
     leaves_model = METHODS[recipe.method].leaves_model
     return Memory(
         weights=parameters(shape) * (FP32 if leaves_model else BF16),
         trained=_galore_bytes(model, options) if recipe.method == "galore" else _trained_bytes(model, options),
-        activations=_activations(shape, options, tokens),
-        logits=tokens * shape["vocab_size"] * (BF16 + FP32 + FP32),
+        copies=copies,
+        a_token=activations + shape["vocab_size"] * (BF16 + FP32 + FP32),
     )
 
 
@@ -114,20 +108,18 @@ def _galore_bytes(model: nn.Module, options: TrainOptions) -> float:
     return GRADIENT * everything + MOMENTS * (everything - projected) + held
 
 
-def _activations(shape: dict[str, int], options: TrainOptions, tokens: int) -> float:
+def _activations(shape: dict[str, int], options: TrainOptions) -> tuple[float, float]:  # copies, bytes a token
     """What grows with the tokens is as wide as the model; what does not, copies of weights, grows with the width's square."""
     few, many = (_at_depth(shape, options, count) for count in MEASURED_TOKENS)
     slope = (many - few) / (MEASURED_TOKENS[1] - MEASURED_TOKENS[0])
     fixed = few - slope * MEASURED_TOKENS[0]
-    return NARROWER * slope * tokens + NARROWER**2 * fixed
+    return NARROWER**2 * fixed, NARROWER * slope
 
 
 def _at_depth(shape: dict[str, int], options: TrainOptions, tokens: int) -> float:
     """Of the narrow model, as deep as the model itself."""
     narrow = {name: size // NARROWER if name in WIDTHS else size for name, size in shape.items()}
-    one_head = (
-        1 / narrow["num_attention_heads"]
-    )  # the narrow model cannot train less; what a head's input takes is little
+    one_head = 1 / narrow["num_attention_heads"]  # it cannot train less; what a head's input takes is little
     ratios = {name: max(ratio, one_head) if name == "o_proj" else ratio for name, ratio in _ratios(options).items()}
     thin = options.model_copy(update={"lora_rank": options.lora_rank // NARROWER, "ratios": ratios or None})
     one, two = (_kept({**narrow, "num_hidden_layers": blocks}, thin, tokens) for blocks in (1, 2))

@@ -1,8 +1,9 @@
-"""Recipes: the rows of the S²FT paper's tables, each with the options of its run and the figure that the paper reports.
+"""Recipes: rows of the S²FT paper's tables, each with the options of its run and the figure that the paper reports.
 
     SUITE / MODEL / METHOD        arithmetic/llama2-7b/s2ft  →  options of `s2ft train`, suite of `s2ft eval`, 72.0
 
-A YAML file for each table holds what its rows share, once; a recipe is put together from it. Source: arXiv 2412.06289.
+A YAML file for each table holds what its rows share, once; a recipe is put together from it. Here are the
+paper's rows on LLaMA2-7B, LLaMA3-8B and Mistral-7B. Source: arXiv 2412.06289.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ The same call goes on where it was interrupted. Whatever makes a run smaller tha
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from s2ft.errors import S2FTError, raise_together
 from s2ft.files import staged
 from s2ft.work.baselines import METHODS
 from s2ft.work.card import read_card
+from s2ft.work.data import data_digest, load_examples
 from s2ft.work.environment import environment
 from s2ft.work.eval.judge import Judge
 from s2ft.work.eval.run import EvalOptions, EvalReport, check_options, evaluate
@@ -33,12 +35,8 @@ from s2ft.work.resume import FREE
 from s2ft.work.train import train
 
 RESULT = "reproduction.json"
-SAME_STEPS = {
-    "layout",
-    "batch_size",
-    "gradient_accumulation",
-    "gradient_checkpointing",
-}  # how a step is done, not which
+# How a step is done, not which; and where the data lie, whose digest is compared
+SAME_RUN = {"layout", "batch_size", "gradient_accumulation", "gradient_checkpointing", "data"}
 HELD_OUT = 5  # of a smaller data set, one example in so many is held out at most
 Tell = Callable[[str, int, int], None]
 
@@ -62,10 +60,10 @@ class ReproduceOptions:
     engine: str = "transformers"
     judge: Judge | None = None  # for MT-Bench; without one its answers are only written
 
-    @property
-    def deviations(self) -> dict[str, Any]:
-        """What differs from the recipe."""
-        names = ("model", "training_data", "limit", "max_steps", "eval_limit", "max_new_tokens")
+    def deviations(self, recipe: Recipe) -> dict[str, Any]:
+        """The options that differ from the recipe."""
+        of_training = ("training_data", "limit", "max_steps") if recipe.is_trained else ()
+        names = ("model", *of_training, "eval_limit", "max_new_tokens")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -87,6 +85,7 @@ def reproduce(options: ReproduceOptions, tell: Tell = lambda *_: None) -> Reprod
         S2FTError: for anything wrong with the options, data or folders, before anything is trained.
     """
     recipe = find_recipe(options.recipe)
+    _check_numbers(options)
     training = train_options(recipe, options) if recipe.is_trained else None
     check_options(eval_options(recipe, options))
     if training is not None and not is_trained(training):
@@ -99,6 +98,14 @@ def reproduce(options: ReproduceOptions, tell: Tell = lambda *_: None) -> Reprod
     result = compare(recipe, report, options)
     _write(options, training, report, result)
     return Reproduction(result, report)
+
+
+def _check_numbers(options: ReproduceOptions) -> None:
+    """Those that `s2ft eval` knows by other names."""
+    numbers = {name: getattr(options, name) for name in ("eval_limit", "eval_batch_size", "max_new_tokens")}
+    raise_together(
+        f"{name}={value} must be 1 or more" for name, value in numbers.items() if value is not None and value < 1
+    )
 
 
 def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
@@ -154,7 +161,7 @@ def _training_data(recipe: Recipe, options: ReproduceOptions) -> str:
 
 
 def is_trained(options: TrainOptions) -> bool:
-    """Whether the folder holds a finished run of these options.
+    """Whether the folder holds a finished run of these options and data.
 
     Raises:
         S2FTError: if it holds one of others.
@@ -162,11 +169,15 @@ def is_trained(options: TrainOptions) -> bool:
     output = Path(options.output)
     if not (output / "run.json").is_file() or read_card(output).get("status") != "finished":
         return False
-    before, now = read_card(output)["options"], options.model_dump(mode="json")
-    different = [name for name in now if name not in FREE | SAME_STEPS and before.get(name) != now[name]]
-    raise_together(
+    card, now = read_card(output), options.model_dump(mode="json")
+    before = card["options"]
+    different = [name for name in now if name not in FREE | SAME_RUN and before.get(name) != now[name]]
+    problems = [
         f"{name}={now[name]!r}, but {options.output} was trained with {name}={before.get(name)!r}" for name in different
-    )
+    ]
+    if not problems and data_digest(load_examples(options.data, options.limit)) != card["data"]["digest"]:
+        problems = [f"data={options.data!r} is not what {options.output} was trained on; name another output"]
+    raise_together(problems)
     return True
 
 
@@ -193,17 +204,30 @@ def compare(recipe: Recipe, report: EvalReport, options: ReproduceOptions) -> di
     score, low, high = _rating(report) if report.ratings else _accuracy(report)
     difference = None if score is None else score - recipe.paper
     found = {"recipe": recipe.name, "paper": recipe.paper, "score": score, "low": low, "high": high}
-    return {**found, "difference": difference, "errors": report.errors, "deviations": options.deviations}
+    deviations = {**options.deviations(recipe), **_other_sizes(recipe, report, options)}
+    return {**found, "difference": difference, "errors": report.errors, "deviations": deviations}
+
+
+def _other_sizes(recipe: Recipe, report: EvalReport, options: ReproduceOptions) -> dict[str, Any]:
+    """Training and test sets of another size than the recipe's."""
+    found: dict[str, Any] = {}
+    if recipe.is_trained:
+        data, training = (read_card(options.output / "training")[section] for section in ("data", "training"))
+        dropped = data["without_response"] + data["response_beyond_max_length"]
+        count = data["examples"] + dropped + training.get("held_out", 0)
+        found = {"examples": count} if count != recipe.examples else {}
+    asked = {row["task"]: row["asked"] for row in report.rows if row["asked"] != row["test_set"]}
+    return {**found, "questions": asked} if asked else found
 
 
 def _accuracy(report: EvalReport) -> tuple[float | None, float | None, float | None]:
-    """The mean of the tasks' accuracies; its variance is the mean of theirs over their number."""
+    """The mean of the tasks' accuracies; the squares of its distances to either end are those of the tasks, added up."""
     rows = [row for row in report.rows if "(strict)" not in row["task"]]
     if any(row["accuracy"] is None for row in rows):
         return None, None, None
-    variance = sum(row["accuracy"] * (1 - row["accuracy"]) / row["answered"] for row in rows) / len(rows) ** 2
-    mean, half = 100 * report.means[0]["accuracy"], 100 * 1.96 * math.sqrt(variance)
-    return mean, mean - half, mean + half
+    mean = sum(row["accuracy"] for row in rows) / len(rows)
+    below, above = (math.hypot(*(row[end] - row["accuracy"] for row in rows)) / len(rows) for end in ("low", "high"))
+    return 100 * mean, 100 * (mean - below), 100 * (mean + above)
 
 
 def _rating(report: EvalReport) -> tuple[float | None, float | None, float | None]:
@@ -214,7 +238,8 @@ def _rating(report: EvalReport) -> tuple[float | None, float | None, float | Non
 def _write(
     options: ReproduceOptions, training: TrainOptions | None, report: EvalReport, result: dict[str, Any]
 ) -> None:
-    settings = {"train": None if training is None else training.model_dump(mode="json"), "eval": report.settings}
+    trained = None if training is None else read_card(training.output)["options"]
+    settings = {"train": trained, "eval": report.settings}
     rows = [*report.rows, *report.ratings]
     facts = {"environment": environment(), "settings": settings, "rows": rows, "result": result}
     with staged(options.output) as aside:
@@ -222,7 +247,10 @@ def _write(
 
 
 def _alone() -> bool:
-    """Ends the processes' group after training; the leading one goes on by itself."""
+    """Ends the processes' group and frees their memory after training; the leading one goes on by itself."""
+    gc.collect()  # the trainer and its model hold each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return leads()

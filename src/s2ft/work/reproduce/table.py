@@ -1,6 +1,6 @@
 """The recipes as a table: the paper's figure, and what a run needs.
 
-    recipe | paper | learning rate | GPU memory, GB | hours on one A100
+    recipe | paper | learning rate | GB at 4 examples of 512 and of 2,048 tokens | hours on one A100
 
 Memory is computed (`memory.py`), hours are estimated (`duration.py`).
 """
@@ -12,10 +12,10 @@ from typing import Any
 
 from s2ft.work.options import LEARNING_RATES
 from s2ft.work.reproduce.duration import hours
-from s2ft.work.reproduce.memory import BATCH, LENGTH, Memory, parameters, training_memory
+from s2ft.work.reproduce.memory import Memory, parameters, training_memory
 from s2ft.work.reproduce.recipes import MODELS, Recipe, recipes
 
-MEMORY = f"GB for {BATCH} × {LENGTH} tokens"
+BATCH, LENGTHS = 4, (512, 2048)  # examples at once, `s2ft train`'s default; tokens of each: long ones, and the longest
 
 
 def recipe_rows(tell: Callable[[float], Any] = lambda done: None) -> list[dict[str, Any]]:
@@ -33,21 +33,13 @@ def recipe_rows(tell: Callable[[float], Any] = lambda done: None) -> list[dict[s
 
 def recipe_line(row: dict[str, Any]) -> dict[str, str]:
     """A row for people."""
-    if row["memory"] is None:
-        return {
-            "recipe": row["recipe"],
-            "paper": f"{row['paper']:g}",
-            "learning rate": "–",
-            MEMORY: "–",
-            "A100 hours": "–",
-        }
-    return {
-        "recipe": row["recipe"],
-        "paper": f"{row['paper']:g}",
-        "learning rate": f"{row['learning_rate']:g}",
-        MEMORY: f"{sum(row['memory'].values()) / 1e9:.0f}",
-        "A100 hours": f"{row['hours']:.1f}",
+    memory = row["memory"]
+    needs = {
+        f"GB, {BATCH} × {length}": "–" if memory is None else f"{Memory(**memory).total(BATCH * length) / 1e9:.0f}"
+        for length in LENGTHS
     }
+    rate, time = ("–" if row[name] is None else f"{row[name]:.3g}" for name in ("learning_rate", "hours"))
+    return {"recipe": row["recipe"], "paper": f"{row['paper']:g}", "rate": rate, **needs, "hours": time}
 
 
 def _row(recipe: Recipe, memory: Memory | None) -> dict[str, Any]:
