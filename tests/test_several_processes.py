@@ -23,6 +23,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--
 LAUNCH += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 TRAINED, HELD_OUT = 8, 3
+TWO = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}  # what a launcher of two processes says to one
 
 
 @pytest.fixture
@@ -100,8 +101,8 @@ def test_two_processes_go_on_to_the_same_weights(options: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     ("variables", "given", "message"),
     [
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"evaluate": "gsm8k", "eval_data": "d"}, r"evaluate=\['gsm8k'\] needs one process, here are 2"),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"precision": "pure-bf16"}, "precision='pure-bf16' rounds by chance"),
+        (TWO, {"evaluate": "gsm8k", "eval_data": "d"}, r"evaluate=\['gsm8k'\] needs one process, here are 2"),
+        (TWO, {"precision": "pure-bf16"}, "precision='pure-bf16' rounds by chance"),
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP splits a model over processes"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DEEPSPEED splits a model over processes"),
     ],

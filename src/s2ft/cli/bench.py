@@ -172,10 +172,11 @@ def _by_model(rows: list[Row]) -> dict[str | None, list[Row]]:
 
 
 def show(rows: list[Row], console: Any, title: str | None = None) -> None:
-    """Rows with the same keys, as a table."""
+    """Rows with the same keys, as a table; the first column, which names the row, is shown whole."""
     from rich.table import Table
 
     table = Table(*rows[0], title=title)
+    table.columns[0].min_width = max(len(str(next(iter(row.values())))) for row in rows)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
