@@ -53,7 +53,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "of_method",
     [
-        {"ratios": 0.25, "layout": "in-place"},
+        pytest.param({"ratios": 0.25, "layout": "in-place"}, marks=pytest.mark.slow),
         pytest.param({"ratios": 0.25, "layout": "indexed", "strategy": "product"}, marks=pytest.mark.slow),
         pytest.param({"method": "full"}, marks=pytest.mark.slow),
         pytest.param({"method": "lisa", "lisa_layers": 1, "lisa_interval": 1}, marks=pytest.mark.slow),
