@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from s2ft.cli.app import app
 from s2ft.demo.skills import FAR_SKILLS, NEAR_SKILLS, OLD_SKILLS
-from s2ft.demo.study import fusion, generalization, selection
+from s2ft.demo.study import fusion, generalization, selection, tuning
 from s2ft.demo.study.contenders import Contender, fit
 from s2ft.demo.study.report import LOSS
 from s2ft.demo.study.training import Recipe, fresh_base
@@ -25,6 +25,11 @@ GENERALIZATION = generalization.GeneralizationSettings(
     seeds=2, contenders=FEW, rates={"lora": (1e-3, 2e-3), "s2ft": (1e-3,)}, recipe=TINY
 )
 FUSION = fusion.FusionSettings(seeds=2, rates={"lora": (1e-2,), "s2ft": (1e-2,)}, recipe=TINY)
+
+
+@pytest.fixture(autouse=True)
+def _short_grids(monkeypatch):
+    monkeypatch.setattr(tuning, "STEPS", 1)
 
 
 def test_selection_has_a_row_for_each_strategy_task_and_seed(tmp_path):

@@ -101,7 +101,7 @@ def test_missing_files_are_named_before_anything_is_run(data, tmp_path):
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data is not here")
 def test_the_real_files_are_read():
     material = load_material(str(REAL), 100)
-    assert len(material.examples) > 17_000
+    assert 15_000 < len(material.examples) < 17_400  # of 17,754: long passages are left out
     shares = majority(material.checked)
     assert 0.5 <= shares["boolq"] < 0.8
     assert 0.3 < shares["siqa"] < 0.5
