@@ -21,6 +21,7 @@ from s2ft.demo.study.training import Recipe, calibration, fresh_base, tokens_of
 from s2ft.demo.study.tuning import best_rate
 from s2ft.method.config import S2FTConfig
 from s2ft.method.selection import select
+from s2ft.work.trainer import DivergedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,6 +175,15 @@ def test_of_equally_good_rates_the_lowest_is_taken(tmp_path):
     scores = {0.05: 0.2, 0.1: 0.2, 0.2: 0.9, 0.4: 0.9, 0.8: 0.7}
     best = best_rate(Runs(tmp_path, 3), [0.1, 0.2, 0.4], {}, lambda rate: {"a": scores[rate]}, lambda r: r["a"])
     assert best == 0.2
+
+
+def test_a_rate_that_diverges_is_the_worst(tmp_path):
+    def run(rate: float) -> dict[str, float]:
+        if rate > 0.2:
+            raise DivergedError("the loss is nan")
+        return {"a": rate}
+
+    assert best_rate(Runs(tmp_path, 2), [0.1, 0.2], {}, run, lambda result: result["a"]) == 0.2
 
 
 @pytest.mark.parametrize("skills", [NEAR_SKILLS, FAR_SKILLS])

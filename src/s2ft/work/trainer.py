@@ -27,6 +27,10 @@ from s2ft.work.processes import anywhere
 Logs = dict[str, Any] | None
 
 
+class DivergedError(S2FTError):
+    """The loss of a training is no number any more."""
+
+
 class Trainer(SFTTrainer):
     """SFTTrainer whose checkpoints appear by one rename: a checkpoint folder that is there is whole."""
 
@@ -153,7 +157,7 @@ class Flow(TrainerCallback):
         logs = logs or {}
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and not math.isfinite(loss):
-            raise S2FTError(
+            raise DivergedError(
                 f"the loss is {loss} at step {state.global_step}, so training was stopped; "
                 f"lower learning_rate={args.learning_rate} or take precision=fp32"
             )

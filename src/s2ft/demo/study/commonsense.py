@@ -49,12 +49,14 @@ class CommonsenseSettings:
     contenders: tuple[Contender, ...] = CONTENDERS
     rates: Mapping[str, tuple[float, ...]] = field(  # of each method, tried first
         default_factory=lambda: {
-            "full": (1e-3, 2e-3),
-            "lora": (4e-3, 8e-3),
+            "full": (2e-3, 4e-3),
+            "lora": (8e-3, 1.6e-2),
             "s2ft": (8e-3, 1.6e-2),
         }
     )
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=40, batch_size=8, train_examples=320, test_examples=50))
+    recipe: Recipe = field(
+        default_factory=lambda: Recipe(steps=60, batch_size=8, train_examples=480, test_examples=100)
+    )
 
     @property
     def runs(self) -> int:

@@ -3,7 +3,8 @@
     score   ·  ·  ●  ·            the grid at first: neighbours differ by a factor of 2
     rate    1  2  4  8            best at 4: inside, done; best at 8: 16 is tried, and so on
 
-Of equally good rates the lowest is taken, which forgets the least. A grid grows by `STEPS` rates at most.
+Of equally good rates the lowest is taken, which forgets the least; a rate whose training diverges is the worst. A grid grows
+by `STEPS` rates at most.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from s2ft.demo.study.runs import Result, Runs, Settings
+from s2ft.work.trainer import DivergedError
 
 FACTOR = 2
+DIVERGED = "diverged"  # in the result of a run that did
 STEPS = 4  # the most that a grid grows by
 
 
@@ -37,12 +40,23 @@ def best_rate(
     wanted = list(rates)
     while wanted:
         for rate in wanted:
-            found = score(runs.result({**settings, "rate": rate}, partial(run, rate)))
-            scores[rate] = found if math.isfinite(found) else -math.inf
+            result = runs.result({**settings, "rate": rate}, partial(_attempt, run, rate))
+            scores[rate] = -math.inf if DIVERGED in result else _finite(score(result))
         best = max(sorted(scores), key=scores.__getitem__)
         wanted = _beyond(best, scores) if len(scores) < len(rates) + STEPS else []
         runs.total += len(wanted)
     return best
+
+
+def _attempt(run: Callable[[float], Result], rate: float) -> Result:
+    try:
+        return run(rate)
+    except DivergedError as error:
+        return {DIVERGED: str(error)}
+
+
+def _finite(score: float) -> float:
+    return score if math.isfinite(score) else -math.inf
 
 
 def _beyond(best: float, tried: dict[float, float]) -> list[float]:
