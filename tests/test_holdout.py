@@ -233,6 +233,18 @@ def test_measuring_does_not_move_the_random_numbers_of_training(run):
     assert once.card["held_out_curve"][-1] == often.card["held_out_curve"][-1]
 
 
+def test_before_anything_is_measured_checkpoints_are_as_far_apart_as_without(run, monkeypatch):
+    written, save = [], Trainer._save_checkpoint
+
+    def watched(self, *args, **kwargs):
+        written.append(self.state.global_step)
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", watched)
+    run(max_steps=12, save_every=2)
+    assert written == [2, 4, *range(6, 13)]
+
+
 def test_packed_rows_are_measured_as_unpacked_ones(run, base, data):
     result = run(packing=True, max_length=64, max_steps=2)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output)

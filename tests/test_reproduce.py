@@ -24,6 +24,7 @@ from s2ft.work.reproduce import memory, run
 from s2ft.work.reproduce.duration import hours
 from s2ft.work.reproduce.recipes import GLOBAL_BATCH, MODELS, find_recipe, recipes
 from s2ft.work.reproduce.run import ReproduceOptions, reproduce, train_options
+from s2ft.work.reproduce.table import recipe_line, recipe_rows
 from test_several_processes import LAUNCH, ON_CPU
 from tiny_base import byte_tokenizer
 
@@ -127,6 +128,14 @@ def test_several_processes_share_the_global_batch(data, tmp_path, monkeypatch):
 def test_the_page_lists_every_recipe_with_the_papers_figure():
     page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
     assert all(f"| `{name}` | {recipe.paper:g} |" in page for name, recipe in recipes().items())
+
+
+@pytest.mark.slow
+def test_the_page_has_the_table_that_the_command_shows():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    for row in recipe_rows():
+        name, *needs = recipe_line(row).values()
+        assert f"| `{name}` | {' | '.join(needs)} |" in page
 
 
 # Every recipe, run

@@ -62,7 +62,8 @@ def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
 def _holdout_settings(options: TrainOptions) -> dict[str, Any]:
     """The held-out loss is measured one example at a time: a mean over examples, however they would fall into batches.
 
-    transformers keeps the best weights among its checkpoints, so there is one at each measurement.
+    transformers keeps the best weights among its checkpoints, so there is one at each measurement; `Flow` leaves out those
+    before the first.
     """
     return {
         "eval_strategy": "steps",

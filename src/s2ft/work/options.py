@@ -216,7 +216,7 @@ class TrainOptions(MethodOptions):
     train_seed: Seed = Field(0, description="Seed of the order of the examples")
     log_every: Positive = Field(5, description="Steps between two points of the loss curve")
     save_every: Positive = Field(
-        500, description="Steps between two checkpoints, validate_every where holdout is given; the newest two are kept"
+        500, description="Steps between two checkpoints, validate_every where that measures; the newest two are kept"
     )
     holdout: Positive | None = Field(
         None, description="Examples held out of training; the result is the weights with the lowest loss on them"

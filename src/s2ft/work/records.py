@@ -82,7 +82,7 @@ def _read_json(path: Path) -> Iterator[Record]:
     if _skip(text, position + 1) != len(text):
         raise S2FTError(f"{path}:{_line(text, position + 1)}: malformed JSON: more text after the end of the array")
     if first:
-        raise S2FTError(f"data={str(path)!r} holds an empty array; there is nothing to train on")
+        raise S2FTError(f"data={str(path)!r} holds an empty array; it needs one record at least")
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
@@ -102,7 +102,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         raise S2FTError(f"data={str(path)!r} is not a readable parquet file: {_first_line(error)}") from None
     if not len(table):
-        raise S2FTError(f"data={str(path)!r} has no rows; there is nothing to train on")
+        raise S2FTError(f"data={str(path)!r} has no rows; it needs one record at least")
     for number, value in enumerate(table.to_pylist(), start=1):
         yield Record(f"{path}, row {number}", _without_none(value))
 
@@ -164,7 +164,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise S2FTError(f"data={str(path)!r} cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise S2FTError(f"data={str(path)!r} is an empty file; there is nothing to train on")
+        raise S2FTError(f"data={str(path)!r} is an empty file; it needs one record at least")
     return text
 
 

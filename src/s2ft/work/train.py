@@ -116,7 +116,7 @@ def _prepare(options: TrainOptions) -> _Setup:
         config = as_leader(method.peft_config(options, digest, model, tokens.dataset, tokenizer))
     else:
         config = adapter_of(checkpoint)
-    flow = Flow()
+    flow = Flow(options.save_every)
     callbacks = [flow, *method.callbacks(options, model)]
     trainer = _build_trainer(args, model, (tokens.dataset, held_out), tokenizer, config, callbacks)
     trainer.pure_bf16 = options.precision == PURE

@@ -132,15 +132,21 @@ class Progress(ProgressCallback):
 
 
 class Flow(TrainerCallback):
-    """Stops at the first Ctrl-C after the step that is under way, with a checkpoint, and at a loss that is no number."""
+    """Stops at the first Ctrl-C after the step that is under way, with a checkpoint, and at a loss that is no number.
 
-    def __init__(self) -> None:
-        self.interrupted = False
+    Args:
+        save_every: Steps between two checkpoints before the held-out loss is measured; from then on, each measurement has one.
+    """
+
+    def __init__(self, save_every: int | None = None) -> None:
+        self.interrupted, self.save_every = False, save_every
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         finished = state.global_step >= state.max_steps
+        if self.save_every is not None and args.load_best_model_at_end and state.global_step < args.eval_delay:
+            control.should_save = state.global_step % self.save_every == 0
         self.interrupted = anywhere(self.interrupted)  # all stop at the same step
         if self.interrupted and not finished:
             control.should_save = control.should_training_stop = True

@@ -30,6 +30,7 @@ from s2ft.demo.study.training import Recipe, Tuned, base_tokenizer, fresh_base, 
 from s2ft.demo.study.tuning import best_rate
 from s2ft.errors import S2FTError, raise_together
 from s2ft.work.data import data_digest, load_examples
+from s2ft.work.data_folder import find_file, places
 from s2ft.work.eval.scores import Checked, check_scores, score
 from s2ft.work.eval.tasks import TASKS, digest
 
@@ -123,9 +124,8 @@ def load_material(data: str, limit: int) -> _Material:
 
 def _training_file(task: str, data: str) -> Path | str:
     """Where a task's training examples lie; a problem in words if there are none."""
-    places = [Path(data, *parents, TASKS[task].folder, "train.json") for parents in ((), ("dataset",))]
-    found = next((place for place in places if place.is_file()), None)
-    return found or f"data={data!r} has no examples to train {task} on: there is no {places[-1]}"
+    names = places(f"dataset/{TASKS[task].folder}/train.json")
+    return find_file(data, names) or f"data={data!r} has no examples to train {task} on: there is no {names[-1]}"
 
 
 def _length(example: Example) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.work.data_folder import find_file, places
 from s2ft.work.eval.extraction import FirstLetter, LastNumber, Rule, StatedLetter, Words, numbered
 from s2ft.work.prompts import alpaca_example
 from s2ft.work.records import Record, read_records
@@ -150,7 +151,7 @@ def missing(tasks: Sequence[Task], data: str) -> list[str]:
     return [
         f"data={data!r} has nothing on {task.name}: there is no {_places(task)[-1]}"
         for task in tasks
-        if not any((Path(data) / place).is_file() for place in _places(task))
+        if find_file(data, _places(task)) is None
     ]
 
 
@@ -166,11 +167,10 @@ def digest(value: Any) -> str:
 
 
 def _places(task: Task) -> tuple[str, ...]:
-    """Where a task's data may lie; the last one is where LLM-Adapters keeps it."""
+    """Where a task's questions may lie; the last one is where they belong."""
     if task.rule is None:
         return f"{task.folder}/question.jsonl", "question.jsonl"
-    file = f"{task.folder}/test.json"
-    return f"llm-adapters/dataset/{file}", file, f"dataset/{file}"
+    return places(f"dataset/{task.folder}/test.json")
 
 
 def find_data(task: Task, data: str) -> str:
@@ -180,7 +180,7 @@ def find_data(task: Task, data: str) -> str:
         S2FTError: if there is none.
     """
     raise_together(missing([task], data))
-    return str(next(path for place in _places(task) if (path := Path(data) / place).is_file()))
+    return str(find_file(data, _places(task)))
 
 
 def _records(task: Task, data: str) -> Iterator[Record]:

@@ -25,6 +25,7 @@ from s2ft.files import staged
 from s2ft.work.baselines import METHODS
 from s2ft.work.card import read_card
 from s2ft.work.data import data_digest, load_examples
+from s2ft.work.data_folder import find_file, places
 from s2ft.work.environment import environment
 from s2ft.work.eval.judge import Judge
 from s2ft.work.eval.run import EvalOptions, EvalReport, check_options, evaluate
@@ -151,8 +152,8 @@ def _training_data(recipe: Recipe, options: ReproduceOptions) -> str:
         return options.training_data
     if not recipe.training_data.endswith(".json"):
         return recipe.training_data
-    path = Path(options.data, recipe.training_data)
-    if not path.is_file():
+    path = find_file(options.data, places(recipe.training_data))
+    if path is None:
         raise S2FTError(
             f"data={options.data!r} has no {recipe.training_data}, which {recipe.name} trains on; name a folder laid out "
             "like LLM-Adapters, or the file itself by training_data"
