@@ -39,7 +39,12 @@ ASKED = {"trained tasks": ("boolq", "obqa", "arc-e"), "untrained tasks": ("siqa"
 LONGEST = 512  # bytes of prompt and answer: most, but for long passages of boolq and half of arc
 BUDGET = 0.04
 VANILLA, MAJORITY = Contender("vanilla", "vanilla"), "majority answer"
-CONTENDERS = (Contender("full", "full"), Contender("lora", "lora", BUDGET), Contender("s2ft 4%", "s2ft", BUDGET))
+CONTENDERS = (
+    Contender("full", "full"),
+    Contender("lora", "lora", BUDGET),
+    Contender("s2ft 4%", "s2ft", BUDGET),
+    Contender("s2ft 4%, largest weights", "s2ft", BUDGET, "weight"),
+)
 
 
 @dataclass(frozen=True)
