@@ -1,11 +1,14 @@
 """Every test starts from a fresh, recorded seed: inputs are new each run, and a failure can be repeated with --seed."""
 
+import json
 import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tiny_base import save_tiny_base
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +28,25 @@ def seeded(request: pytest.FixtureRequest) -> None:
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"--seed {seed}")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny random model."""
+    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of 40 examples, no two alike."""
+    rng = random.Random(0)
+    rows = [
+        {"prompt": f"{n}+{rng.randrange(10)}=", "completion": f"{rng.randrange(20)}, which is the sum"}
+        for n in range(40)
+    ]
+    path = tmp_path_factory.mktemp("data") / "sums.json"
+    path.write_text(json.dumps(rows))
+    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
 """The methods that S²FT is compared with: what each trains, leaves behind, resumes to, and refuses."""
 
-import json
 import random
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,8 +17,7 @@ from s2ft.work.lisa import Lisa, draw, find_blocks
 from s2ft.work.options import OPTIONS_OF, parse_options, read_config, to_yaml
 from s2ft.work.resume import _check_whole
 from s2ft.work.train import train
-from s2ft.work.trainer import Flow
-from tiny_base import save_tiny_base
+from tiny_runs import interrupt_at, same, skip_without, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,56 +32,17 @@ OF_METHOD = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    rng = random.Random(0)
-    sums = [(rng.randrange(10), rng.randrange(10)) for _ in range(40)]
-    path = tmp_path_factory.mktemp("data") / "sums.json"
-    path.write_text(json.dumps([{"prompt": f"{a}+{b}=", "completion": f"{a + b}, which is the sum"} for a, b in sums]))
-    return str(path)
-
-
 @pytest.fixture
 def run(base, data, tmp_path):
     """Trains for six short steps, unless told otherwise."""
 
     def call(method: str, output: str = "out", **options):
-        if method == "galore":
-            _skip_without_galore()
+        skip_without(method)
         settings = {"max_steps": 6, "gradient_accumulation": 2, "learning_rate": 1e-2, "log_every": 1}
         settings |= {"precision": "fp32", "model": base, "data": data, "output": str(tmp_path / output)}
         return train(parse_options({"method": method, **settings, **OF_METHOD.get(method, {}), **options}))
 
     return call
-
-
-def _skip_without_galore() -> None:
-    if find_spec("galore_torch") is None:
-        pytest.skip("galore-torch is not installed")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Sets what the first Ctrl-C sets, in the middle of a step."""
-    begin = Flow.on_step_begin
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.interrupted = state.global_step == step - 1
-        return begin(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(Flow, "on_step_begin", on_step_begin)
 
 
 @pytest.mark.parametrize("method", OF_METHOD)

@@ -13,15 +13,9 @@ import yaml
 
 from s2ft.cli.app import main
 from s2ft.work.options import TrainOptions
-from tiny_base import save_tiny_base
 
 COMMON = ["--ratios", "0.25", "--precision", "fp32", "--gradient-accumulation", "1", "--log-every", "1"]
 COMMAND = [sys.executable, "-c", "from s2ft.cli.app import main; main()", "train"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,6 @@ QUICK = ["--max-new-tokens", "4", "--beams", "1", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data")
     numbers = [{"instruction": f"Add {n} and {n}.", "input": "", "answer": f"{2 * n}.0"} for n in range(7)]

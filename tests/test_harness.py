@@ -13,12 +13,6 @@ from s2ft import S2FTConfig
 from s2ft.cli.app import app
 from s2ft.work.eval import harness
 from s2ft.work.models import load_model
-from tiny_base import save_tiny_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
 
 
 def adapters(base: str, folder: Path) -> list[str]:

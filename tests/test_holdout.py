@@ -1,9 +1,5 @@
 """Held-out examples: they never train, they choose the weights, and a run that goes on chooses the same."""
 
-import json
-import random
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2ft import S2FTError
@@ -21,7 +16,7 @@ from s2ft.work.options import parse_options, read_config
 from s2ft.work.tokens import hold_out, tokenize
 from s2ft.work.train import train
 from s2ft.work.trainer import Flow, Trainer
-from tiny_base import save_tiny_base
+from tiny_runs import interrupt_at, same, skip_without, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,30 +34,12 @@ RUNS: dict[str, dict[str, Any]] = {
 BEST = 5  # the step, after which the learning rate leaps
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    rng = random.Random(0)
-    rows = [
-        {"prompt": f"{index}+{rng.randrange(10)}=", "completion": f"{rng.randrange(20)}, which is the sum"}
-        for index in range(EXAMPLES)
-    ]
-    path = tmp_path_factory.mktemp("data") / "sums.json"
-    path.write_text(json.dumps(rows))
-    return str(path)
-
-
 @pytest.fixture
 def run(base, data, tmp_path):
     """Eight steps, of which the last five are measured, unless told otherwise."""
 
     def call(name: str = "in place", output: str = "out", **options):
-        if name == "galore" and find_spec("galore_torch") is None:
-            pytest.skip("galore-torch is not installed")
+        skip_without(name)
         settings = {"model": base, "data": data, "output": str(tmp_path / output), "holdout": HELD_OUT}
         settings |= {"validate_every": 1, "max_steps": 8, "gradient_accumulation": 1, "log_every": 1}
         settings |= {"learning_rate": 1e-2, "schedule": "constant", "precision": "fp32"}
@@ -83,27 +60,6 @@ def leap(monkeypatch: pytest.MonkeyPatch) -> None:
         return begin(self, args, state, control, model=model, **kwargs)
 
     monkeypatch.setattr(Flow, "on_step_begin", on_step_begin)
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Sets what the first Ctrl-C sets, in the middle of a step."""
-    begin = Flow.on_step_begin
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.interrupted = state.global_step == step - 1
-        return begin(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(Flow, "on_step_begin", on_step_begin)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
 
 
 def parts(base: str, data: str, seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from s2ft import S2FTError
 from s2ft.work.options import parse_options
 from s2ft.work.train import train
 from tiny_base import save_tiny_base
+from tiny_runs import weights
 
 # --multi_gpu is accelerate's word for torch's launcher; the variables make it two processes on the CPU
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -44,10 +44,6 @@ def launch(options: dict[str, Any], resume: bool = False) -> str:
     done = subprocess.run(command, env={**os.environ, **ON_CPU}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout + done.stderr
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """`train`: what a run changes, leaves behind, survives, and refuses."""
 
 import errno
-import json
-import random
 from pathlib import Path
 
 import pytest
@@ -21,24 +19,10 @@ from s2ft.work.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.work.precision import choose_precision
 from s2ft.work.resume import check_same_run
 from s2ft.work.train import train
-from s2ft.work.trainer import Flow, Trainer
-from tiny_base import save_tiny_base
+from s2ft.work.trainer import Trainer
+from tiny_runs import interrupt_at, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return str(save_tiny_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    rng = random.Random(0)
-    sums = [(rng.randrange(10), rng.randrange(10)) for _ in range(40)]
-    path = tmp_path_factory.mktemp("data") / "sums.json"
-    path.write_text(json.dumps([{"prompt": f"{a}+{b}=", "completion": f"{a + b}, which is the sum"} for a, b in sums]))
-    return str(path)
 
 
 @pytest.fixture
@@ -58,10 +42,6 @@ def run(base, data, tmp_path):
 def deltas(folder: Path) -> dict[str, torch.Tensor]:
     found = load_file(folder / "adapter_model.safetensors")
     return {name: tensor for name, tensor in found.items() if name.endswith("weight")}  # the indices lie beside them
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_run_lowers_the_loss_and_changes_nothing_but_deltas(run, base):
@@ -110,17 +90,6 @@ def test_a_resumed_run_ends_in_the_same_weights(run, tmp_path, monkeypatch, opti
     assert same(deltas(resumed.output), deltas(whole.output))
     assert resumed.card["loss_curve"] == whole.card["loss_curve"]
     assert resumed.card["training"]["resumed_from"] == "checkpoint-3"
-
-
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Sets what the first Ctrl-C sets, in the middle of a step."""
-    begin = Flow.on_step_begin
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.interrupted = state.global_step == step - 1
-        return begin(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(Flow, "on_step_begin", on_step_begin)
 
 
 def test_a_resumed_run_must_be_the_same_run(run, data, tmp_path, monkeypatch):
