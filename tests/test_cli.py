@@ -94,10 +94,16 @@ def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
         (["train", "--ratios", "1.5", "--epochs", "x"], "ratios=1.5 is outside (0, 1]"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    program = [sys.executable, "-W", "ignore", "-m", "s2ft.cli.app", *arguments]
+def test_bad_input_is_one_message_and_exit_code_2(s2ft, arguments, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, told = s2ft(*arguments)
+    assert code == 2
+    assert message in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_leaves_with_the_message_alone(tmp_path: Path) -> None:
+    program = [sys.executable, "-W", "ignore", "-m", "s2ft.cli.app", "inspect", "nowhere"]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert done.stderr == "error: nowhere holds no adapter: there is no adapter_config.json\n"

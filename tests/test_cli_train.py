@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from s2ft.cli.app import main
 from s2ft.work.options import TrainOptions
 
 COMMON = ["--ratios", "0.25", "--precision", "fp32", "--gradient-accumulation", "1", "--log-every", "1"]
@@ -26,22 +26,15 @@ def data(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def s2ft(monkeypatch, capsys):
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["s2ft", "train", *words])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return call
+def train(s2ft):
+    """`s2ft train` in this process."""
+    return partial(s2ft, "train")
 
 
-def test_a_run_from_the_command_line(s2ft, base, data, tmp_path):
+def test_a_run_from_the_command_line(train, base, data, tmp_path):
     out, result = tmp_path / "out", tmp_path / "result.json"
     words = ["--model", base, "--data", data, "--output", str(out), "--max-steps", "3", "--json", str(result)]
-    code, printed, _ = s2ft(*words, *COMMON)
+    code, printed, _ = train(*words, *COMMON)
     assert code == 0
     card = json.loads(result.read_text())
     assert card == json.loads((out / "run.json").read_text())
@@ -55,30 +48,30 @@ def test_a_run_from_the_command_line(s2ft, base, data, tmp_path):
     assert str(tmp_path) not in (out / "adapter_config.json").read_text().replace(base, "")
 
 
-def test_flags_win_over_the_yaml_file(s2ft, base, data, tmp_path):
+def test_flags_win_over_the_yaml_file(train, base, data, tmp_path):
     config = tmp_path / "run.yaml"
     settings = {"max_steps": 50, "ratios": {"o_proj": 0.5}, "batch_size": 2}
     config.write_text(yaml.safe_dump({"model": base, "data": data, "output": str(tmp_path / "out"), **settings}))
-    assert s2ft("--config", str(config), "--max-steps", "1", "--precision", "fp32")[0] == 0
+    assert train("--config", str(config), "--max-steps", "1", "--precision", "fp32")[0] == 0
     used = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
     assert (used["max_steps"], used["batch_size"], used["ratios"]) == (1, 2, {"o_proj": 0.5})
     again = tmp_path / "out" / "run.yaml"
-    assert s2ft("--config", str(again), "--output", str(tmp_path / "again"))[0] == 0
+    assert train("--config", str(again), "--output", str(tmp_path / "again"))[0] == 0
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again")]
     assert adapters[0] == adapters[1]
 
 
-def test_another_method_leaves_a_model_and_says_so(s2ft, base, data, tmp_path):
+def test_another_method_leaves_a_model_and_says_so(train, base, data, tmp_path):
     out = tmp_path / "out"
     words = ["--model", base, "--data", data, "--output", str(out), "--max-steps", "2", "--precision", "fp32"]
-    code, printed, errors = s2ft(*words, "--method", "lisa", "--lisa-layers", "1", "--gradient-accumulation", "1")
+    code, printed, errors = train(*words, "--method", "lisa", "--lisa-layers", "1", "--gradient-accumulation", "1")
     assert code == 0, errors
     assert printed.split()[0] == "model"
     assert "training by LISA" in errors
     assert (out / "model.safetensors").is_file()
     assert (out / "tokenizer.json").is_file()
     again = tmp_path / "again"
-    assert s2ft("--config", str(out / "run.yaml"), "--output", str(again))[0] == 0
+    assert train("--config", str(out / "run.yaml"), "--output", str(again))[0] == 0
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
@@ -100,9 +93,9 @@ def test_another_method_leaves_a_model_and_says_so(s2ft, base, data, tmp_path):
         (["--model", "./nowhere", "--output", "o"], ["model='./nowhere' is not a folder"]),
     ],
 )  # fmt: skip
-def test_bad_input_exits_with_2_and_writes_nothing(s2ft, data, tmp_path, monkeypatch, words, parts):
+def test_bad_input_exits_with_2_and_writes_nothing(train, data, tmp_path, monkeypatch, words, parts):
     monkeypatch.chdir(tmp_path)
-    code, _, errors = s2ft("--data", data, *words)
+    code, _, errors = train("--data", data, *words)
     assert code == 2
     assert "Traceback" not in errors
     for part in parts:
@@ -110,10 +103,10 @@ def test_bad_input_exits_with_2_and_writes_nothing(s2ft, data, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_help_shows_every_option_and_an_example(s2ft, monkeypatch):
+def test_the_help_shows_every_option_and_an_example(train, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    code, printed, _ = s2ft("--help")
+    code, printed, _ = train("--help")
     assert code == 0
     assert "Example: s2ft train --model" in printed
     for name in TrainOptions.model_fields:
@@ -151,12 +144,12 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(base, data, tmp_pa
     assert not (checkpoint / "training_args.bin").exists()
 
 
-def test_ctrl_c_before_the_first_step_leaves_nothing(s2ft, base, data, tmp_path, monkeypatch):
+def test_ctrl_c_before_the_first_step_leaves_nothing(train, base, data, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("s2ft.work.train.load_model", interrupt)
-    code, _, errors = s2ft("--model", base, "--data", data, "--output", str(tmp_path / "out"), *COMMON)
+    code, _, errors = train("--model", base, "--data", data, "--output", str(tmp_path / "out"), *COMMON)
     assert code == 130
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
@@ -174,13 +167,13 @@ def wait_for(condition, process, seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-def test_the_real_arithmetic_set_runs_through(s2ft, base, tmp_path):
+def test_the_real_arithmetic_set_runs_through(train, base, tmp_path):
     root = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
     source = root / "llm-adapters" / "ft-training_set" / "math_data.json"
     if not source.is_file():
         pytest.skip("the LLM-Adapters data is not here")
     words = ["--max-steps", "5", "--max-length", "400", "--learning-rate", "0.01", *COMMON]
-    code, _, errors = s2ft("--model", base, "--data", str(source), "--output", str(tmp_path / "out"), *words)
+    code, _, errors = train("--model", base, "--data", str(source), "--output", str(tmp_path / "out"), *words)
     assert code == 0
     assert "of 3260 examples have no response and are left out" in errors
     card = json.loads((tmp_path / "out" / "run.json").read_text())
