@@ -38,7 +38,8 @@ def recipe_line(row: dict[str, Any]) -> dict[str, str]:
         f"GB, {BATCH} × {length}": "–" if memory is None else f"{Memory(**memory).total(BATCH * length) / 1e9:.0f}"
         for length in LENGTHS
     }
-    rate, time = ("–" if row[name] is None else f"{row[name]:.3g}" for name in ("learning_rate", "hours"))
+    forms = {"learning_rate": ".3g", "hours": ".1f"}  # hours are an estimate
+    rate, time = ("–" if row[name] is None else format(row[name], form) for name, form in forms.items())
     return {"recipe": row["recipe"], "paper": f"{row['paper']:g}", "rate": rate, **needs, "hours": time}
 
 
