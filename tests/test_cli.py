@@ -99,6 +99,7 @@ def test_bad_input_is_one_message_and_exit_code_2(s2ft, arguments, message, tmp_
     code, _, told = s2ft(*arguments)
     assert code == 2
     assert message in told
+    assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
 
 
