@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-peft test-kernels test-engines lint clean
+.PHONY: setup quickstart test test-slow test-soak test-peft test-kernels test-engines lint clean
 
 setup: .venv/ready
 
@@ -26,6 +26,10 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The attacks at full length: random operations on a live model, mutated files, killed and concurrent writers; over an hour
+test-soak: setup
+	$(BIN)/python -m pytest --soak -m soak -n 2 --dist worksteal
 
 # PEFT's own tests with S2FT in place of its methods: three minutes
 test-peft: setup

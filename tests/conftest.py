@@ -15,6 +15,7 @@ from tiny_base import save_tiny_base
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of the random inputs, printed when a test fails")
+    parser.addoption("--soak", action="store_true", help="attacks (`soak` tests) at full length: see `make test-soak`")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +31,12 @@ def seeded(request: pytest.FixtureRequest) -> None:
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"--seed {seed}")
+
+
+@pytest.fixture
+def tries(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often an attack is tried: `tries(few, many)` is `few` in the suite, `many` in `make test-soak`."""
+    return lambda few, many: many if request.config.getoption("--soak") else few
 
 
 @pytest.fixture(scope="module")
