@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError
-from s2ft.method.config import PROJECTIONS
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.selection import select
 from s2ft.method.slices import Slice
 from s2ft.method.structure import find_structures, linear_layer, weight_matrix
+from s2ft.method.terms import PROJECTIONS
 
 
 def dense_weight(layer: S2FTLinear) -> Tensor:  # [out, in], float64, a leaf that requires its gradient

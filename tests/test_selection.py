@@ -14,10 +14,11 @@ from torch import nn
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
 from s2ft.method.budget import spread
-from s2ft.method.config import STRATEGIES, chosen_layers
+from s2ft.method.config import chosen_layers
 from s2ft.method.scores import key, score_units
 from s2ft.method.slices import Slice
 from s2ft.method.structure import find_structures
+from s2ft.method.terms import STRATEGIES
 
 
 def heads(slices: dict[str, Slice], path: str, width: int, offset: int = 0) -> set[int]:

@@ -6,9 +6,11 @@ Bad input ends in one message on stderr and exit code 2; Ctrl-C in 130. Heavy li
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import s2ft
 from s2ft.cli import bench, study, train
 from s2ft.cli.eval import evaluate
 from s2ft.cli.export import export
@@ -30,6 +32,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"s2ft {s2ft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 app.command("quickstart")(quickstart)

@@ -15,10 +15,11 @@ import numpy as np
 from torch import nn
 
 from s2ft.errors import raise_together
-from s2ft.method.config import DEFAULT_BUDGET, S2FTConfig
+from s2ft.method.config import S2FTConfig
 from s2ft.method.registration import PREFIX
 from s2ft.method.structure import Projection, features, linear_layer
 from s2ft.method.targets import Target, by_projection
+from s2ft.method.terms import DEFAULT_BUDGET
 
 
 def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module) -> dict[str, list[int]]:

@@ -19,15 +19,8 @@ from peft.config import PeftConfig
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.registration import peft_type
+from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
 from s2ft.method.whole import check_whole
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The canonical names of the seven projections, in every model family."""
-
-STRATEGIES = ("random", "weight", "activation", "product", "gradient", "lift", "saliency")
-SUBSETS = ("largest", "smallest")
-ALLOCATIONS = ("uniform", "global")
-DEFAULT_BUDGET = 0.01
 
 _LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
 

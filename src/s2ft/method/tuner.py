@@ -24,7 +24,7 @@ from s2ft.method.digest import check_base, digest_parts, join_digests, slice_dig
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.mixed import MixedBatch
-from s2ft.method.registration import PREFIX
+from s2ft.method.registration import PREFIX, register
 from s2ft.method.selection import select
 from s2ft.method.slices import Slice
 from s2ft.method.structure import features, is_plain, linear_layer, weight_matrix
@@ -277,3 +277,6 @@ def _digest(linear: nn.Module, chosen: Slice) -> str | None:
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+register(S2FTConfig, S2FTModel)

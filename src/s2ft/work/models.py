@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.errors import S2FTError
+from s2ft.method.tuner import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 from s2ft.work.failures import is_out_of_memory
 
 

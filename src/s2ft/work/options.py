@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -24,9 +24,12 @@ from pydantic import (
 )
 
 from s2ft.errors import S2FTError, raise_together
-from s2ft.method.config import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS, S2FTConfig
-from s2ft.work.precision import PURE
+from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
 
+if TYPE_CHECKING:
+    from s2ft.method.config import S2FTConfig
+
+PURE = "pure-bf16"  # of the precisions: the deltas too
 ADAM_BETAS = (0.9, 0.95)
 LONGEST = 2048  # tokens, unless the model has fewer positions
 WARMUP = 100  # steps, or a tenth of a shorter run
@@ -152,6 +155,8 @@ class MethodOptions(BaseModel):
         Raises:
             S2FTError: with everything that the method does not allow.
         """
+        from s2ft.method.config import S2FTConfig  # brings torch and PEFT, which `--help` does without
+
         values = {name: getattr(self, name) for name in MethodOptions.model_fields}
         if self.seed is None and self.strategy == "random":
             values["seed"] = seed

@@ -5,7 +5,8 @@ Deltas start at zero and move in small steps, which bf16 would lose; the base ne
 
 import torch
 
-PURE = "pure-bf16"  # the deltas too
+from s2ft.work.options import PURE
+
 BF16_CAPABILITY = 8  # the first NVIDIA generation (Ampere) that multiplies bf16 in hardware
 
 

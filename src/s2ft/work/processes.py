@@ -13,8 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 
 from s2ft.errors import S2FTError
-from s2ft.work.options import TrainOptions
-from s2ft.work.precision import PURE
+from s2ft.work.options import PURE, TrainOptions
 
 T = TypeVar("T")
 

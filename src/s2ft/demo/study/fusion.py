@@ -24,6 +24,7 @@ from s2ft.demo.study.report import StudyReport
 from s2ft.demo.study.runs import Result, Runs, Tell
 from s2ft.demo.study.summary import Row
 from s2ft.demo.study.training import Recipe, fresh_base
+from s2ft.method.tuner import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 FUSIONS = {"sum": 1.0, "mean": 0.5}  # the weight of each adapter
 COMBINATION = {"lora": "cat", "s2ft": "sum"}  # the names of the exact sum

@@ -26,6 +26,7 @@ from s2ft.method.config import S2FTConfig
 from s2ft.method.in_place import enter, in_place
 from s2ft.method.lean import lean
 from s2ft.method.selection import select
+from s2ft.method.tuner import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 from s2ft.work.baselines import equal_rank, lora_config
 from s2ft.work.galore import galore_optimizer
 from s2ft.work.lisa import Lisa

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from s2ft.method.in_place import in_place
 from s2ft.method.structure import layer_stack
+from s2ft.method.tuner import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 from s2ft.work.baselines import METHODS
 from s2ft.work.bench.saved import own_tensors, saved_bytes
 from s2ft.work.lisa import find_blocks
