@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-soak test-peft test-kernels test-engines lint clean
+.PHONY: setup quickstart test test-slow test-soak test-peft test-kernels test-engines docs lint clean
 
 setup: .venv/ready
 
@@ -49,6 +49,13 @@ build/kernels/ready: .venv/ready
 # Exported adapters in vLLM and llama.cpp, token for token; makes environments of its own under build/ (4 GB)
 test-engines: setup
 	$(BIN)/python tests/engines/run.py
+
+# The site in build/site: README, docs/ and the public API; broken links fail
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	rm -rf build/pages && mkdir -p build/pages
+	cp -r README.md CHANGELOG.md SECURITY.md docs results src build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv build *.egg-info

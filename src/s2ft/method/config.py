@@ -47,7 +47,11 @@ class S2FTConfig(PeftConfig):
         target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels;
             any other linear layer by its input channels. None targets the projections that `ratios` names, else o and
             down.
-        exclude_modules, layers_to_transform, layers_pattern, modules_to_save, trainable_token_indices: As in LoRA.
+        exclude_modules: As in LoRA, like the next four.
+        layers_to_transform: Indices of the blocks that `target_modules` is looked for in.
+        layers_pattern: The name of the list of blocks, where it is an unusual one.
+        modules_to_save: Modules that are trained and saved whole.
+        trainable_token_indices: Rows of the embedding that are trained.
         init_weights: False draws random deltas, so that a fresh adapter already changes the output.
         slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see
             `s2ft.method.selection`).
