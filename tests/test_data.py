@@ -72,9 +72,10 @@ def test_a_folder_gives_its_training_files(tmp_path):
 
 
 def test_every_turn_of_the_assistant_is_an_example_of_its_own(tmp_path):
-    dataset = load_examples(write(tmp_path / "chat.jsonl", json.dumps({"messages": TURNS})))
-    assert dataset[0] == {"prompt": TURNS[:2], "completion": TURNS[2:3]}
-    assert dataset[1] == {"prompt": TURNS[:4], "completion": TURNS[4:]}
+    source = write(tmp_path / "chat.jsonl", json.dumps({"messages": TURNS}))
+    dataset, place = load_examples(source), {"place": f"{source}:1"}
+    assert dataset[0] == {"prompt": TURNS[:2], "completion": TURNS[2:3], **place}
+    assert dataset[1] == {"prompt": TURNS[:4], "completion": TURNS[4:], **place}
 
 
 @pytest.mark.parametrize(
@@ -150,13 +151,26 @@ def test_what_is_not_there_is_named(tmp_path):
         load_examples(str(tmp_path))
 
 
-def test_ten_wrong_records_are_listed_and_the_rest_is_counted(tmp_path):
+def test_ten_kinds_of_wrong_records_are_listed_and_the_rest_is_counted(tmp_path):
     with pytest.raises(S2FTError) as caught:
-        load_examples(write(tmp_path / "a.jsonl", '{"x": 1}\n' * 14))
+        load_examples(write(tmp_path / "a.jsonl", "".join(f'{{"x{n % 14}": 1}}\n' for n in range(200))))
     lines = str(caught.value).splitlines()
+    assert lines[0] == "200 problems:"
     assert len(lines) == 12
     assert "a.jsonl:10:" in lines[10]
-    assert lines[11].endswith("and 4 more")
+    assert lines[11].endswith(f"and {4 * 14} more")
+
+
+def test_what_is_wrong_with_many_records_is_said_once(tmp_path):
+    source = write(tmp_path / "a.jsonl", '{"x": 1}\n' * 200)
+    with pytest.raises(S2FTError) as caught:
+        load_examples([source, str(tmp_path / "b.jsonl")])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "201 problems:"
+    assert lines[1].endswith("b.jsonl': there is no such file")
+    assert lines[2].startswith(f"  - {source}:1: expected the fields instruction, output")
+    assert lines[2].endswith(f"(also {source}:2, {source}:3, {source}:4 and 196 more)")
+    assert len(lines) == 3
 
 
 def test_text_and_chat_do_not_mix(tmp_path):

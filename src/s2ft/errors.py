@@ -23,3 +23,45 @@ def raise_together(problems: Iterable[str]) -> None:
         raise S2FTError(found[0])
     if found:
         raise S2FTError(f"{len(found)} problems:\n" + "\n".join(f"  - {problem}" for problem in found))
+
+
+def problems_in(error: S2FTError) -> list[str]:
+    """The problems that an error lists, to be raised together with others.
+
+    Example:
+        >>> problems_in(S2FTError("limit=0 must be 1 or more"))
+        ['limit=0 must be 1 or more']
+    """
+    return str(error).split("\n  - ")[1:] or [str(error)]
+
+
+def raise_by_place(problems: Iterable[tuple[str, str]], others: Iterable[str] = (), shown: int = 10) -> None:
+    """Raises one `S2FTError` for problems at places, after `others`; does nothing when there are none.
+
+    A problem that many places have is told once, and of different ones the first `shown`; all are counted.
+
+    Example:
+        >>> raise_by_place([("a:1", "no text"), ("a:2", "no text"), ("a:3", "no end"), ("a:4", "no text")])
+        Traceback (most recent call last):
+            ...
+        s2ft.errors.S2FTError: 4 problems:
+          - a:1: no text (also a:2, a:4)
+          - a:3: no end
+    """
+    places: dict[str, list[str]] = {}
+    for place, problem in problems:
+        places.setdefault(problem, []).append(place)
+    lines = [f"{found[0]}: {problem}{_also(found[1:])}" for problem, found in places.items()]
+    rest = sum(len(found) for found in list(places.values())[shown:])
+    lines[shown:] = [f"... and {rest} more"] if rest else []
+    elsewhere = list(others)
+    if len(lines) + len(elsewhere) > 1:
+        count = len(elsewhere) + sum(map(len, places.values()))
+        raise S2FTError(f"{count} problems:\n" + "\n".join(f"  - {line}" for line in (*elsewhere, *lines)))
+    raise_together([*elsewhere, *lines])
+
+
+def _also(places: list[str]) -> str:
+    named = 3
+    rest = f" and {len(places) - named} more" if len(places) > named else ""
+    return f" (also {', '.join(places[:named])}{rest})" if places else ""

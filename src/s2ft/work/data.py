@@ -4,31 +4,36 @@
     prompt/completion  {"prompt", "completion"}, text or messages  ├─→  {"prompt", "completion"}  ─→  loss on the completion
     chat               {"messages": [{"role", "content"}, ...]}    ┘
 
-A conversation becomes one example for each turn of the assistant, with all that was said before as its prompt. So the loss
-falls on every response and on nothing else, under any chat template: templates that mark the assistant's tokens are rare, and
-some render a turn differently once another follows it.
+A conversation becomes one example for each turn of the assistant, with all that was said before as its prompt (`chat.py`). So
+the loss falls on every response and on nothing else, under any chat template: templates that mark the assistant's tokens are
+rare, and some render a turn differently once another follows it.
+
+Examples of chat know their place, since a model's template may refuse them. Tables have one type for each field, and calls of
+tools have not, so what a message holds besides role and content is kept as JSON (`more`), and so are the template's `options`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset
 
-from s2ft.errors import raise_together
-from s2ft.work.prompts import alpaca_example
+from s2ft.errors import S2FTError, problems_in, raise_by_place, raise_together
+from s2ft.work.chat import Example, Message, chat_examples, chat_problems, is_broken, is_chat_record, shown
+from s2ft.work.prompts import alpaca_example, is_alpaca
 from s2ft.work.records import Record, read_records
 
-Example = dict[str, Any]  # {"prompt", "completion"}: both text, or both lists of messages
-
 LAYOUTS = "instruction, output (and input); or prompt, completion; or messages"
-_SHOWN = 10  # problems listed at once
-_SURROGATE = re.compile("[\ud800-\udfff]")
+LAYOUT_FIELDS = (
+    {"messages"},
+    {"prompt", "completion"},
+    {"instruction", "output"},
+)  # the first that a record has all of
+_OF_CHAT = ("system", "history", "tools", "documents", "images")  # what a prompt that is text has no place for
 
 
 def load_examples(source: str | Sequence[str], limit: int | None = None) -> Dataset:
@@ -41,20 +46,41 @@ def load_examples(source: str | Sequence[str], limit: int | None = None) -> Data
         limit: At most so many examples, the first ones.
 
     Raises:
-        S2FTError: with file and line, if a source is missing, empty or malformed, or records lack fields (up to ten at once).
+        S2FTError: with file and line, if a source is missing, empty or malformed, or records cannot be used.
     """
     sources = [source] if isinstance(source, str) else list(source)
     raise_together([] if sources else ["data is empty; name a file, a folder or a data set on the Hub"])
     examples: list[Example] = []
+    unreadable: list[str] = []
+    problems: list[tuple[str, str]] = []
     for name in sources:
-        examples += _load(name, None if limit is None else limit - len(examples))
+        try:
+            found = _examples(read_records(name), problems)
+            examples += found if limit is None else islice(found, max(0, limit - len(examples)))
+        except S2FTError as error:
+            unreadable += problems_in(error)
+    raise_by_place(problems, unreadable)
     _check_one_kind(examples, sources)
-    return Dataset.from_list(examples)
+    return _table(examples)
 
 
 def is_chat(dataset: Dataset) -> bool:
     """Whether the examples are messages rather than text."""
     return not isinstance(dataset[0]["prompt"], str)
+
+
+def prompt_format(dataset: Dataset) -> str:
+    """The words that the examples ask in: "chat", "alpaca", or "text" for prompts of the user's own."""
+    if is_chat(dataset):
+        return "chat"
+    return "alpaca" if all(map(is_alpaca, dataset["prompt"])) else "text"
+
+
+def conversation(example: Example) -> tuple[list[Message], list[Message], dict[str, Any]]:
+    """Prompt, completion, and options for the chat template, of an example of chat."""
+    options = example.get("options") or {}
+    options = json.loads(options) if isinstance(options, str) else options
+    return _whole(example["prompt"]), _whole(example["completion"]), options
 
 
 def data_digest(dataset: Dataset) -> str:
@@ -66,110 +92,95 @@ def data_digest(dataset: Dataset) -> str:
     """
     digest = hashlib.sha256()
     for example in dataset:
-        digest.update(
-            json.dumps([example["prompt"], example["completion"]], sort_keys=True, ensure_ascii=False).encode()
-        )
+        digest.update(json.dumps(_told(example), sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
 
-def _load(source: str, limit: int | None) -> list[Example]:
-    problems: list[str] = []
-    examples = _examples(read_records(source), problems)
-    found = list(examples if limit is None else islice(examples, max(0, limit)))
-    if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"... and {len(problems) - _SHOWN} more"]
-    raise_together(problems)
-    return found
+def _told(example: Example) -> list[Any]:
+    """What an example says, however it is stored."""
+    if isinstance(example["prompt"], str):
+        return [example["prompt"], example["completion"]]
+    prompt, completion, options = conversation(example)
+    return [prompt, completion, options] if options else [prompt, completion]
 
 
-def _examples(records: Iterable[Record], problems: list[str]) -> Iterator[Example]:
+def _table(examples: list[Example]) -> Dataset:
+    """Every row has every column: options of the template, where any example has some."""
+    names = dict.fromkeys(name for example in examples for name in example)
+    return Dataset.from_list([{name: _stored(name, example.get(name)) for name in names} for example in examples])
+
+
+def _stored(name: str, value: Any) -> Any:
+    if name == "options":
+        return json.dumps(value or {})
+    return [_message(message) for message in value] if isinstance(value, list) else value
+
+
+def _message(message: Message) -> Message:
+    more = {key: item for key, item in message.items() if key not in ("role", "content")}
+    plain = {"role": message["role"], "content": message["content"]}
+    return {**plain, "more": json.dumps(more)} if more else plain
+
+
+def _whole(messages: Sequence[Message]) -> list[Message]:
+    return [
+        {**{key: item for key, item in message.items() if key != "more"}, **json.loads(message.get("more") or "{}")}
+        for message in messages
+    ]
+
+
+def _examples(records: Iterable[Record], problems: list[tuple[str, str]]) -> Iterator[Example]:
     for record in records:
         found = list(_record_problems(record.value))
-        problems += [f"{record.place}: {problem}" for problem in found]
+        problems += [(record.place, problem) for problem in found]
         if not found:
-            yield from _convert(record.value)
+            yield from _convert(record)
+
+
+def _layout(value: dict[str, Any]) -> set[str] | None:
+    """The fields that decide what a record is; others may stand beside them."""
+    return next((fields for fields in LAYOUT_FIELDS if fields <= value.keys()), None)
 
 
 def _record_problems(value: Any) -> Iterator[str]:
     """What keeps a record from being an example: nothing, if it is one."""
     if not isinstance(value, dict):
-        yield f"expected an object with {LAYOUTS}; found {_shown(value)}"
-    elif "messages" in value:
-        yield from _conversation_problems(value["messages"])
-    elif {"prompt", "completion"} <= value.keys():
-        yield from _pair_problems(value["prompt"], value["completion"])
-    elif {"instruction", "output"} <= value.keys():
-        optional = {} if value.get("input") is None else {"input": value["input"]}
-        yield from _text_problems({"instruction": value["instruction"], **optional, "output": value["output"]})
-    else:
+        yield f"expected an object with {LAYOUTS}; found {shown(value)}"
+        return
+    layout = _layout(value)
+    if layout is None:
         yield f"expected the fields {LAYOUTS}; found {', '.join(map(str, value)) or 'none'}"
-
-
-def _conversation_problems(messages: Any) -> Iterator[str]:
-    problems = list(_message_problems("messages", messages))
-    yield from problems
-    if problems or _assistant_turns(messages):
-        return
-    if messages[0]["role"] == "assistant":
-        yield "messages only opens with a turn of the role 'assistant', which answers nothing; it needs one after a prompt"
+    elif "instruction" not in layout and is_chat_record(value):
+        yield from chat_problems(value)
     else:
-        yield "messages has no turn with the role 'assistant', so there is nothing to learn"
+        yield from _text_problems(value, layout)
 
 
-def _pair_problems(prompt: Any, completion: Any) -> Iterator[str]:
-    if isinstance(prompt, str) or isinstance(completion, str):
-        yield from _text_problems({"prompt": prompt, "completion": completion})
-        return
-    yield from _message_problems("prompt", prompt)
-    yield from _message_problems("completion", completion)
-
-
-def _text_problems(fields: dict[str, Any]) -> Iterator[str]:
-    for name, text in fields.items():
+def _text_problems(value: dict[str, Any], layout: set[str]) -> Iterator[str]:
+    names = ("prompt", "completion") if "prompt" in layout else ("instruction", "input", "output")
+    for name in names:
+        text = value.get(name, "") if name == "input" else value[name]
         if not isinstance(text, str):
-            yield f"{name} is {_shown(text)}; it must be text"
-        elif _is_broken(text):
-            yield f"{name} is {_shown(text)}; it holds half of a surrogate pair, which is no text"
+            yield f"{name} is {shown(text)}; it must be text"
+        elif is_broken(text):
+            yield f"{name} is {shown(text)}; it holds half of a surrogate pair, which is no text"
+    yield from (
+        f"{name} is {shown(value[name])}, which a prompt of text has no place for; turn it into messages, or leave it out"
+        for name in _OF_CHAT
+        if value.get(name)
+    )
 
 
-def _is_broken(text: str) -> bool:
-    """JSON may escape half a character, as in "\\ud83d"; no encoding can write it."""
-    return _SURROGATE.search(text) is not None
-
-
-def _message_problems(field: str, messages: Any) -> Iterator[str]:
-    if not isinstance(messages, list) or not messages:
-        yield f"{field} is {_shown(messages)}; it must be a list of messages with role and content"
-        return
-    for index, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            yield f"{field}[{index}] is {_shown(message)}; a message has role and content, both text"
-        elif _is_broken(content + message["role"]):
-            yield f"{field}[{index}] is {_shown(message)}; it holds half of a surrogate pair, which is no text"
-
-
-def _convert(value: dict[str, Any]) -> Iterator[Example]:
-    if "messages" in value:
-        messages = _plain(value["messages"])
-        for turn in _assistant_turns(messages):
-            yield {"prompt": messages[:turn], "completion": messages[turn : turn + 1]}
-    elif "prompt" not in value:
+def _convert(record: Record) -> Iterator[Example]:
+    value, layout = record.value, _layout(record.value)
+    assert layout is not None  # else it has a problem
+    if "instruction" in layout:
         yield alpaca_example(value)
-    elif isinstance(value["prompt"], str):
-        yield {"prompt": value["prompt"], "completion": value["completion"]}
+    elif is_chat_record(value):
+        yield from ({**example, "place": record.place} for example in chat_examples(value))
     else:
-        yield {"prompt": _plain(value["prompt"]), "completion": _plain(value["completion"])}
-
-
-def _assistant_turns(messages: Any) -> list[int]:
-    turns = enumerate(messages) if isinstance(messages, list) else ()
-    return [index for index, turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant" and index > 0]
-
-
-def _plain(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+        yield {"prompt": value["prompt"], "completion": value["completion"]}
 
 
 def _check_one_kind(examples: list[Example], sources: list[str]) -> None:
@@ -177,12 +188,3 @@ def _check_one_kind(examples: list[Example], sources: list[str]) -> None:
     names = ", ".join(repr(source) for source in sources)
     raise_together([f"data={names} holds no example"] if not kinds else [])
     raise_together([f"data={names} mixes text and chat messages; train on one kind"] if len(kinds) > 1 else [])
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:  # nested almost as deeply as could be read
-        text = f"a deeply nested {type(value).__name__}"
-    text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= 60 else text[:57] + "..."

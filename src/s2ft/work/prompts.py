@@ -7,14 +7,15 @@ Source: https://github.com/tatsu-lab/stanford_alpaca (prompts of train.py), whic
 
 from collections.abc import Mapping, Sequence
 
+_PREAMBLE, _RESPONSE = "Below is an instruction that describes a task", "\n\n### Response:\n"
 _WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    f"{_PREAMBLE}. Write a response that appropriately completes the request.\n\n"
+    f"### Instruction:\n{{instruction}}{_RESPONSE}"
 )
 _WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    f"{_PREAMBLE}, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    f"### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}{_RESPONSE}"
 )
 
 
@@ -29,6 +30,16 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     """
     template = _WITH_INPUT if input.strip() else _WITHOUT_INPUT
     return template.format(instruction=instruction, input=input)
+
+
+def is_alpaca(prompt: str) -> bool:
+    """Whether a prompt is made by `alpaca_prompt`.
+
+    Example:
+        >>> is_alpaca(alpaca_prompt("Add 2 and 3.")), is_alpaca("2 + 3 =")
+        (True, False)
+    """
+    return prompt.startswith(_PREAMBLE) and prompt.endswith(_RESPONSE)
 
 
 def alpaca_example(record: Mapping[str, str]) -> dict[str, str]:

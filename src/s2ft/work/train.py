@@ -210,6 +210,7 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
             "without_response": tokens.empty,
             "response_beyond_max_length": tokens.too_long,
             "shortened": tokens.shortened,
+            "without_end": tokens.endless,
         },
         **_selection(setup.config),
         section(setup.options): {
@@ -261,3 +262,7 @@ def _tell_dropped(tokens: Tokens, count: int) -> None:
         log.warning("%d of %d examples have no response and are left out", tokens.empty, count)
     if tokens.too_long:
         log.warning("%d of %d examples have their response beyond max_length and are left out", tokens.too_long, count)
+    if tokens.endless:
+        text = "%d of %d responses hold no token that ends an answer, so the model will not learn to stop there: %s"
+        reason = "the model's chat template ends no turn of the assistant by a token of its own"
+        log.warning(text, tokens.endless, count, reason)
