@@ -17,7 +17,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     base = AutoModelForCausalLM.from_pretrained(MODEL)
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    random = S2FTConfig(budget=0.2, seed=1, init_weights=False, task_type="CAUSAL_LM")  # untrained, but not zero
+    random = S2FTConfig(budget=0.01, seed=1, init_weights=False, task_type="CAUSAL_LM")  # untrained, but not zero
     model = get_peft_model(base, random, adapter_name="mine").eval()
 
     inputs = tokenizer("reverse: planet\n", return_tensors="pt")
