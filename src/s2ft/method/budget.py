@@ -1,7 +1,10 @@
 """How many units each layer trains.
 
     ratio r of a projection   →  round(r · all its units), shared by its layers
-    budget b of the model     →  r = b · parameters of the model / number of targets / parameters of the projection
+    budget b of the model     →  r = b · parameters reached / number of targets / parameters of the projection
+
+Parameters that no slice can be taken from do not count (`method/coverage.py`). A target that only some blocks have (one
+attention in eight blocks of a hybrid) counts by as many as have it.
 
 The paper gives every layer the same share. A share of 1.66 heads a layer is kept by rounding its running total (2, 1,
 2, 2, 1, ...), which spends the budget exactly and leaves no layer out as one draw over the model would.
@@ -16,16 +19,19 @@ from torch import nn
 
 from s2ft.errors import raise_together
 from s2ft.method.config import S2FTConfig
-from s2ft.method.registration import PREFIX
-from s2ft.method.structure import Projection, features, linear_layer
+from s2ft.method.structure import Projection, features, layer_stack, linear_layer
 from s2ft.method.targets import Target, by_projection
 from s2ft.method.terms import DEFAULT_BUDGET
 
 
-def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module) -> dict[str, list[int]]:
-    """Projection → how many units each of its layers trains, in the order of `targets`."""
+def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module, reached: int) -> dict[str, list[int]]:
+    """Projection → how many units each of its layers trains, in the order of `targets`.
+
+    Args:
+        reached: The parameters that a budget is a share of.
+    """
     by_name = by_projection(targets)
-    ratios = _ratios(by_name, config, model)
+    ratios = _ratios(by_name, config, model, reached)
     counts = {name: spread([ratios[name] * p.units for _, p in group]) for name, group in by_name.items()}
     empty = [name for name, layers in counts.items() if not sum(layers)]
     raise_together(_rounds_to_zero(name, ratios[name], by_name[name], config) for name in empty)
@@ -43,22 +49,24 @@ def spread(shares: Sequence[float]) -> list[int]:
     return [int(count) for count in np.diff(totals, prepend=0)]
 
 
-def _ratios(by_name: Mapping[str, list[Target]], config: S2FTConfig, model: nn.Module) -> dict[str, float]:
+def _ratios(
+    by_name: Mapping[str, list[Target]], config: S2FTConfig, model: nn.Module, reached: int
+) -> dict[str, float]:
     if isinstance(config.ratios, dict):
         return {name: config.ratios[name] for name in by_name}
     if config.ratios is not None:
         return dict.fromkeys(by_name, config.ratios)
     budget = DEFAULT_BUDGET if config.budget is None else config.budget
-    total = sum(parameter.numel() for name, parameter in model.named_parameters() if PREFIX not in name)
-    share = budget * total / len(by_name)
+    blocks = {name: len({layer_stack(p.module) or p.module for _, p in group}) for name, group in by_name.items()}
+    shares = {name: budget * reached * count / sum(blocks.values()) for name, count in blocks.items()}
     sizes = {name: sum(_parameters(p, model) for _, p in group) for name, group in by_name.items()}
-    over = [name for name, size in sizes.items() if share > size]
+    over = [name for name, size in sizes.items() if shares[name] > size]
     raise_together(
-        f"budget={budget!r} gives {name} {share:.0f} parameters to train, but it has {sizes[name]}; "
+        f"budget={budget!r} gives {name} {shares[name]:.0f} parameters to train, but it has {sizes[name]}; "
         f"lower the budget or target more projections"
         for name in over
     )
-    return {name: share / size for name, size in sizes.items()}
+    return {name: shares[name] / size for name, size in sizes.items()}
 
 
 def _parameters(projection: Projection, model: nn.Module) -> int:

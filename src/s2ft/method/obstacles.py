@@ -39,6 +39,7 @@ def find_obstacles(
     norms: Norms = {}
     for structure in structures:
         reason = next((unwritable[p.module] for p in structure.projections if p.module in unwritable), None)
+        reason = reason or structure.partial
         reason = (
             reason or (_trained_bias(model, structure) if live else None) or _own_order(model, structure, norms, live)
         )

@@ -10,6 +10,7 @@ holds on one projection comes last on all, and is never chosen where it is held 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from torch import nn
 from s2ft.errors import S2FTError
 from s2ft.method.budget import count_units
 from s2ft.method.config import S2FTConfig
+from s2ft.method.coverage import coverage, trained_in_words
 from s2ft.method.scores import Batch, Scores, key, score_units
 from s2ft.method.slices import Indices, Slice
 from s2ft.method.structure import Projection, Structure
@@ -34,6 +36,8 @@ class Selection:
 
     slices: dict[str, Slice]  # path of the linear layer → its trained slice
     config: S2FTConfig  # the config with the slices filled in: give it to `get_peft_model`
+    trained: str = ""  # how many heads and channels of which projections, in words
+    left_out: str = ""  # what of the model no slice can be taken from, and why
 
 
 def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None = None) -> Selection:
@@ -60,7 +64,8 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
         slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
         return Selection(slices, config)
     targets = find_targets(model, config)
-    counts = count_units(targets, config, model)
+    covered = coverage(model, targets, by_name=config.target_modules is not None)
+    counts = count_units(targets, config, model, covered.reached)
     seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
     structures = list({key(structure): structure for structure, _ in targets}.values())
     scores = score_units(config.strategy, structures, model, batches, seed or 0)
@@ -68,7 +73,15 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
     slices = _to_slices(_choose(targets, counts, scores, config, avoided))
     texts = {path: str(chosen) for path, chosen in slices.items()}
     modules = set(slices) if config.target_modules is None else config.target_modules
-    return Selection(slices, replace(config, slices=texts, seed=seed, target_modules=modules))
+    selection = Selection(
+        slices,
+        replace(config, slices=texts, seed=seed, target_modules=modules),
+        trained_in_words(targets, counts),
+        str(covered),
+    )
+    if selection.left_out:
+        warnings.warn(f"S²FT trains {selection.trained}; {selection.left_out}", stacklevel=2)
+    return selection
 
 
 def _choose(

@@ -7,8 +7,9 @@ Both sides of a bar can be permuted together without changing the output (S²FT 
 therefore a unit that can be chosen by itself. Under grouped-query attention several query heads share a key-value head:
 a query head is a unit on q and o, a whole group is the unit on k and v.
 
-A structure is recognised by its projections' names (below) and confirmed by their shapes; no class of any model is
-named. Fused projections (`qkv_proj`, `c_attn`, `gate_up_proj`) hold theirs one after the other.
+A structure is recognised by its projections' names (`method/layouts.py`) and confirmed by their shapes; no class of any
+model is named. Where q, k and v lie mixed in their layers, the structure has o alone: its heads can be chosen, but not
+permuted.
 """
 
 from __future__ import annotations
@@ -16,25 +17,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from s2ft.errors import S2FTError
-
-ALIASES = {
-    "q_proj": ("q_proj", "q_lin", "wq"),
-    "k_proj": ("k_proj", "k_lin", "wk"),
-    "v_proj": ("v_proj", "v_lin", "wv"),
-    "o_proj": ("o_proj", "out_proj", "c_proj", "out_lin", "wo", "dense"),
-    "gate_proj": ("gate_proj", "w1"),
-    "up_proj": ("up_proj", "w3", "c_fc", "fc1", "fc_in"),
-    "down_proj": ("down_proj", "w2", "c_proj", "fc2", "fc_out"),
-}
-"""Canonical projection → the names it goes by in model code."""
-
-FUSED_QKV = ("qkv_proj", "c_attn")
-FUSED_GATE_UP = ("gate_up_proj",)
+from s2ft.method.layouts import (
+    HEAD_SIZES,
+    VALUE_SIZES,
+    AttentionNames,
+    attention_names,
+    dotted_names,
+    mlp_names,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,7 @@ class Structure:
     layer: int | None  # index of the block, where the path has one
     units: int  # query heads, or channels
     projections: tuple[Projection, ...]
+    partial: str | None = None  # why not all its projections are here: its units cannot be permuted
 
     @property
     def groups(self) -> int:
@@ -70,6 +67,16 @@ class Structure:
 
     def __getitem__(self, name: str) -> Projection:
         return next(projection for projection in self.projections if projection.name == name)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `read_structures` found."""
+
+    structures: list[Structure]
+    unreadable: dict[
+        str, str
+    ]  # path of a module that has the projections of a structure → why it has none all the same
 
 
 def find_structures(model: nn.Module, skip_unreadable: bool = False) -> list[Structure]:
@@ -85,17 +92,24 @@ def find_structures(model: nn.Module, skip_unreadable: bool = False) -> list[Str
         >>> [(s.kind, s.path, s.units) for s in find_structures(LlamaForCausalLM(config))]
         [('attention', 'model.layers.0.self_attn', 4), ('mlp', 'model.layers.0.mlp', 24)]
     """
-    found: list[Structure] = []
+    reading = read_structures(model)
+    if reading.unreadable and not skip_unreadable:
+        raise S2FTError(next(iter(reading.unreadable.values())))
+    return reading.structures
+
+
+def read_structures(model: nn.Module) -> Reading:
+    """The structures of `model`, and what looks like one and cannot be read."""
+    reading = Reading([], {})
     for path, module in model.named_modules():
-        linears = {name: base for name, child in module.named_children() if (base := linear_layer(child)) is not None}
-        if not linears or linear_layer(module) is not None:
+        if linear_layer(module) is not None or not (linears := _linears_of(module)):
             continue
-        try:
-            found += [*_attention(model, module, path, linears), *_mlp(path, linears)]
-        except S2FTError:
-            if not skip_unreadable:
-                raise
-    return found
+        for read in (_attention, _mlp):
+            try:
+                reading.structures.extend(read(model, module, path, linears))
+            except S2FTError as error:
+                reading.unreadable[path] = str(error)
+    return reading
 
 
 def single_linear(path: str, module: nn.Module) -> Structure:
@@ -120,7 +134,8 @@ def linear_layer(module: nn.Module) -> nn.Module | None:
 def features(module: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of a linear layer; a Conv1D (GPT-2) keeps its weight as [in, out]."""
     if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
+        shape = getattr(module.weight, "ds_shape", module.weight.shape)  # the whole shape where ZeRO-3 keeps a part
+        return int(shape[0]), int(shape[1])
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
@@ -158,62 +173,81 @@ def layer_index(path: str) -> int | None:
     return place[1] if place else None
 
 
+_DOTTED = dotted_names()
+
+
+def _linears_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Name → linear layer, for the module's children and those further down that some family's block is made of."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if (linear := linear_layer(child)) is not None:
+            found[name] = linear
+            continue
+        for dotted in _DOTTED.get(name, ()):
+            inner = getattr(child, dotted.partition(".")[2], None)
+            if isinstance(inner, nn.Module) and (linear := linear_layer(inner)) is not None:
+                found[dotted] = linear
+    return found
+
+
 def _attention(model: nn.Module, module: nn.Module, path: str, linears: dict[str, nn.Module]) -> Iterator[Structure]:
-    output = _first(linears, ALIASES["o_proj"])
-    fused = _first(linears, FUSED_QKV)
-    separate = [_first(linears, ALIASES[name]) for name in ("q_proj", "k_proj", "v_proj")]
-    if output is None or (fused is None and None in separate):
+    match = attention_names(module, linears)
+    if match is None:
         return
-    head_dim = _head_dim(model, module, path)
-    heads = _whole(features(linears[output])[0], head_dim, f"{_join(path, output)}.in_features", path)
-    if fused is not None:
-        rest = features(linears[fused])[1] - heads * head_dim
-        groups = _whole(rest, 2 * head_dim, f"the key and value part of {_join(path, fused)}.out_features", path)
-        names = {"q_proj": fused, "k_proj": fused, "v_proj": fused}
-    else:
-        names = dict(zip(("q_proj", "k_proj", "v_proj"), map(str, separate), strict=True))
-        groups = _whole(
-            features(linears[names["k_proj"]])[1], head_dim, f"{_join(path, names['k_proj'])}.out_features", path
-        )
+    names, output = match
+    value_size = _size(module, VALUE_SIZES)
+    head_dim = value_size if names.mixed and value_size else _head_dim(model, module, path)
+    value_dim = value_size or head_dim
+    heads = _whole(features(linears[output])[0], value_dim, f"{_join(path, output)}.in_features", path)
+    projections = [Projection("o_proj", _join(path, output), "in", heads, value_dim)]
+    if not names.mixed:
+        projections = [*_heads(path, linears, names, heads, head_dim, value_dim), *projections]
+    partial = names.mixed and f"q, k and v are not read off {_join(path, names.k)}: {names.mixed}"
+    yield Structure("attention", path, layer_index(path), heads, tuple(projections), partial)
+
+
+def _heads(
+    path: str, linears: dict[str, nn.Module], names: AttentionNames, heads: int, head_dim: int, value_dim: int
+) -> Iterator[Projection]:
+    """q, k and v. A q of twice the size holds each head's gate after its query (Qwen3-Next)."""
+    outputs = {name: features(linears[name])[1] for name in (names.q, names.k, names.v)}
+    of_q, both = (
+        (heads * head_dim if names.q == names.k else 0),
+        (head_dim + value_dim if names.v == names.k else head_dim),
+    )
+    what = f"{'the key and value part of ' if names.v == names.k else ''}{_join(path, names.k)}.out_features"
+    groups = _whole(outputs[names.k] - of_q, both, what, path, "head_dim" if both == head_dim else "2 * head_dim")
     _whole(heads, groups, "the number of query heads", path, "the number of key-value heads")
+    gated = names.q != names.k and outputs[names.q] == 2 * heads * head_dim
+    widths = {"q_proj": 2 * head_dim if gated else head_dim, "k_proj": head_dim, "v_proj": value_dim}
+    modules = {"q_proj": names.q, "k_proj": names.k, "v_proj": names.v}
     units = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-    projections = [
-        *_stack(path, linears, names, units, head_dim),
-        Projection("o_proj", _join(path, output), "in", heads, head_dim),
-    ]
-    yield Structure("attention", path, layer_index(path), heads, tuple(projections))
+    yield from _stack(path, linears, modules, units, widths)
 
 
-def _mlp(path: str, linears: dict[str, nn.Module]) -> Iterator[Structure]:
-    output = _first(linears, ALIASES["down_proj"])
-    fused = _first(linears, FUSED_GATE_UP)
-    up, gate = _first(linears, ALIASES["up_proj"]), _first(linears, ALIASES["gate_proj"])
-    if output is None or (fused is None and up is None):
+def _mlp(model: nn.Module, module: nn.Module, path: str, linears: dict[str, nn.Module]) -> Iterator[Structure]:
+    names = mlp_names(linears)
+    if names is None:
         return
-    channels = features(linears[output])[0]
-    if fused is not None:
-        names = {"gate_proj": fused, "up_proj": fused}
-    else:
-        names = {"gate_proj": str(gate)} if gate is not None else {}
-        names["up_proj"] = str(up)
-    units = dict.fromkeys(names, channels)
+    channels = features(linears[names.down])[0]
+    modules = {"gate_proj": names.gate, "up_proj": names.up} if names.gate else {"up_proj": names.up}
     projections = [
-        *_stack(path, linears, names, units, 1),
-        Projection("down_proj", _join(path, output), "in", channels, 1),
+        *_stack(path, linears, modules, dict.fromkeys(modules, channels), dict.fromkeys(modules, 1)),
+        Projection("down_proj", _join(path, names.down), "in", channels, 1),
     ]
     yield Structure("mlp", path, layer_index(path), channels, tuple(projections))
 
 
 def _stack(
-    path: str, linears: dict[str, nn.Module], names: dict[str, str], units: dict[str, int], width: int
+    path: str, linears: dict[str, nn.Module], names: dict[str, str], units: dict[str, int], widths: dict[str, int]
 ) -> Iterator[Projection]:
     """The output-side projections, one after the other where they share a fused layer; checks that they fill each
     layer.
     """
     filled = dict.fromkeys(names.values(), 0)
     for canonical, name in names.items():
-        yield Projection(canonical, _join(path, name), "out", units[canonical], width, filled[name])
-        filled[name] += units[canonical] * width
+        yield Projection(canonical, _join(path, name), "out", units[canonical], widths[canonical], filled[name])
+        filled[name] += units[canonical] * widths[canonical]
     for name, size in filled.items():
         if features(linears[name])[1] != size:
             raise S2FTError(
@@ -223,9 +257,9 @@ def _stack(
 
 
 def _head_dim(model: nn.Module, module: nn.Module, path: str) -> int:
-    """From the attention module itself, else from the model's config."""
-    value = getattr(module, "head_dim", None)
-    config = getattr(module, "config", None) or getattr(model, "config", None)
+    """From the attention module itself, else from the config nearest to it."""
+    value = _size(module, HEAD_SIZES)
+    config = _nearest_config(model, path)
     if value is None and config is not None:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         value = getattr(config, "head_dim", None)
@@ -239,16 +273,53 @@ def _head_dim(model: nn.Module, module: nn.Module, path: str) -> int:
     return value
 
 
+def _size(module: nn.Module, attributes: tuple[str, ...]) -> int | None:
+    """The first of these attributes that the module, or a child of it (BERT's `self`), has as a number."""
+    values = (getattr(part, name, None) for part in (module, *module.children()) for name in attributes)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Paths of the vision and audio models beside a language model: those that are built from such a part of its config.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> towers(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_attention_heads=4)))
+        []
+    """
+    kinds = set(_tower_configs(getattr(model, "config", None)))
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{tower}.") for tower in found)
+        if path and not inside and type(getattr(module, "config", None)) in kinds:
+            found.append(path)
+    return found
+
+
+def _tower_configs(config: Any) -> Iterator[type]:
+    parts = getattr(config, "sub_configs", None)
+    for name in parts if isinstance(parts, dict) else ():
+        part = getattr(config, name, None)
+        if re.search(r"vision|audio|image|speech", name) and part is not None:
+            yield type(part)
+        else:
+            yield from _tower_configs(part)
+
+
+def _nearest_config(model: nn.Module, path: str) -> Any:
+    """The config of the module, else of the nearest one around it: a vision tower has its own."""
+    parts = path.split(".")
+    around = (".".join(parts[:count]) for count in range(len(parts), -1, -1))
+    configs = (getattr(model.get_submodule(place), "config", None) for place in around)
+    return next((config for config in configs if config is not None), None)
+
+
 def _whole(total: int, part: int, what: str, path: str, unit: str = "head_dim") -> int:
     if part <= 0 or total <= 0 or total % part:
         raise S2FTError(
             f"{path}: {what} is {total}, which is no multiple of {unit} = {part}; s2ft cannot read its heads"
         )
     return total // part
-
-
-def _first(linears: dict[str, nn.Module], names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in linears), None)
 
 
 def _join(path: str, name: str) -> str:

@@ -2,7 +2,8 @@
 
     ratios | target_modules | default (o, down)   →   (structure, projection) pairs, in the model's order
 
-A module outside every known structure is a target by itself, sliced by its input channels.
+Unless `target_modules` names them, these are the language model's: a tower beside it (vision, audio) is left as it is. A
+named module outside every known structure is a target by itself, sliced by its input channels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from torch import nn
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig, chosen_layers
-from s2ft.method.structure import Projection, Structure, find_structures, layer_stack, linear_layer, single_linear
+from s2ft.method.structure import (
+    Projection,
+    Reading,
+    Structure,
+    layer_stack,
+    linear_layer,
+    read_structures,
+    single_linear,
+    towers,
+)
 
 DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
 
@@ -24,9 +34,10 @@ Target = tuple[Structure, Projection]
 
 def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
     """The projections to train, in the model's order."""
-    structures = find_structures(model, skip_unreadable=config.target_modules is not None)
+    reading = read_structures(model)
+    structures = reading.structures
     if config.target_modules is None:
-        candidates = _default_candidates(structures, config, model)
+        candidates = _default_candidates(reading, config, model)
         names = {projection.module.rpartition(".")[2] for _, projection in candidates}
         config = replace(config, target_modules=names)
     else:
@@ -50,19 +61,35 @@ def by_projection(targets: Sequence[Target]) -> dict[str, list[Target]]:
     return groups
 
 
-def _default_candidates(structures: list[Structure], config: S2FTConfig, model: nn.Module) -> list[Target]:
+def _default_candidates(reading: Reading, config: S2FTConfig, model: nn.Module) -> list[Target]:
     """The projections that `ratios` names, all of which must be there; else those of the default that are."""
     wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
+    structures = _outside(towers(model), reading.structures) or reading.structures
     present = {p.name for s in structures for p in s.projections}
     missing = [name for name in wanted if name not in present]
     if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
+        reasons = {s.partial: None for s in structures if s.partial} | dict.fromkeys(reading.unreadable.values())
         raise S2FTError(
             f"{type(model).__name__} has no projection {', '.join(missing)} that s2ft can read; it found "
-            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. It looks for modules that hold q_proj, k_proj, "
-            "v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or gate_up_proj, c_fc, fc1) and down_proj, under their "
-            "usual names. Please specify `target_modules`."
+            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. {_what_is_known(list(reasons))}"
+            "Please specify `target_modules`."
         )
     return [(s, p) for s in structures for p in s.projections if p.name in wanted]
+
+
+def _outside(places: Sequence[str], structures: Sequence[Structure]) -> list[Structure]:
+    return [s for s in structures if not any(f"{s.path}.".startswith(f"{place}.") for place in places)]
+
+
+def _what_is_known(reasons: Sequence[str]) -> str:
+    """Why a projection is not found: what stands in the way, or, where nothing does, which names are looked for."""
+    if reasons:
+        others = f" ({len(reasons) - 1} more of the kind)" if len(reasons) > 1 else ""
+        return f"{reasons[0]}{others}. "
+    return (
+        "It looks for modules that hold q_proj, k_proj, v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or "
+        "gate_up_proj, c_fc, fc1) and down_proj, under their usual names. "
+    )
 
 
 def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]) -> list[Structure]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from peft import PeftMixedModel, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -47,6 +48,12 @@ class S2FTModel(BaseTuner):
     tuner_layer_cls = S2FTLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; targets are read off the model instead
     pool: Any = None  # an AdapterPool, where one is attached: further names for `adapter_names`
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise_together(
+            filter(None, [_wrapped_already(model)])
+        )  # before PEFT enters the config with those of its adapters
+        super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
@@ -209,6 +216,16 @@ def _give(names: list[str]) -> Any:
         return args, {**kwargs, "adapter_names": names}
 
     return hook
+
+
+def _wrapped_already(model: nn.Module) -> str | None:
+    if not isinstance(model, PeftModel | PeftMixedModel):
+        return None
+    held = ", ".join(f"{name} ({PeftType(config.peft_type).value})" for name, config in model.peft_config.items())
+    return (
+        f"the model is a {type(model).__name__} with adapters already: {held}. S²FT goes onto the model inside: give it after "
+        "`model = model.merge_and_unload()` or `model.unload()`; a further S²FT adapter is added by `model.add_adapter`"
+    )
 
 
 def check_fits(model: nn.Module, config: S2FTConfig) -> None:

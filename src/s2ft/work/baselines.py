@@ -178,6 +178,8 @@ def lora_targets(model: nn.Module) -> str | list[str]:
     Fused projections are adapted whole.
     """
     structures = find_structures(model, skip_unreadable=True)
+    if any(structure.partial for structure in structures):
+        return "all-linear"
     paths = [p.module for structure in structures for p in structure.projections if p.name in LORA_TARGETS]
     names = dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths)  # mlp.c_proj is not attn.c_proj
     return list(names) or "all-linear"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from s2ft.method.scores import NEEDS_DATA, Batch
 from s2ft.method.selection import select
 from s2ft.work.options import TrainOptions
 
+log = logging.getLogger("s2ft")
+
 
 def choose_channels(
     options: TrainOptions, digest: str, model: PreTrainedModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
@@ -21,7 +24,11 @@ def choose_channels(
     """The resolved config for these options on tokenised examples whose source has this digest."""
     config = options.s2ft_config(seed=seed_from(digest))
     batches = _calibration(options, dataset, tokenizer) if config.strategy in NEEDS_DATA else None
-    return select(model, config, batches).config
+    selection = select(model, config, batches)
+    log.info("trained: %s", selection.trained)
+    if selection.left_out:
+        log.info("%s", selection.left_out)
+    return selection.config
 
 
 def seed_from(digest: str) -> int:
