@@ -1,6 +1,7 @@
 """Which channels are chosen: counts, nesting, groups, avoidance, seeds, and the errors."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -254,9 +255,12 @@ def test_avoid_must_name_an_adapter(tmp_path: Path) -> None:
     [
         (
             {"ratios": {"o_proj": 0.01}},
-            r"ratio 0.01 of the 12 units of o_proj rounds to zero; the smallest .* is 0.042",
+            r"ratio 0.01 of the 12 units of o_proj rounds to zero; the smallest ratio that trains one is 0.0417",
         ),
-        ({"budget": 1e-6}, r"2 problems:\n.*budget=1e-06 .* of the 12 units of o_proj rounds to zero"),
+        (
+            {"budget": 1e-6},
+            r"2 problems:\n.*budget=1e-06 of the 12 units of o_proj rounds to zero; the smallest budget",
+        ),
         ({"layers": "0-99999999999"}, r"names layer 99999999999; the model has layers 0 to 2"),
         (
             {"ratios": {"o_proj": 0.5, "up_proj": 0.5}, "target_modules": ["o_proj"]},
@@ -274,6 +278,56 @@ def test_avoid_must_name_an_adapter(tmp_path: Path) -> None:
 def test_what_cannot_be_met_is_refused(options: dict, message: str) -> None:
     with pytest.raises(S2FTError, match=message):
         select(build("llama"), S2FTConfig(**options))
+
+
+@pytest.mark.parametrize("given", ["ratio", "budget"])
+@pytest.mark.parametrize("layers", ["first:1", "first:2", "first:3"])
+def test_the_smallest_that_is_named_trains_and_what_rounds_to_it_does_not(layers: str, given: str) -> None:
+    """0.0105 must not be called 0.01 when 0.01 is what was given."""
+    model = build("llama")
+
+    def config(value: float) -> S2FTConfig:
+        return S2FTConfig(layers=layers, **{"ratios": {"down_proj": value}} if given == "ratio" else {"budget": value})
+
+    def smallest(value: float) -> float:
+        with pytest.raises(S2FTError) as caught:
+            select(model, config(value))
+        return max(
+            float(number) for number in re.findall(rf"smallest {given} that trains one is (\S+)", str(caught.value))
+        )
+
+    named = smallest(1e-5)
+    assert select(model, config(named)).slices
+    just_below = named * (1 - 1e-2)
+    assert just_below < smallest(just_below) == named
+
+
+def test_what_a_lora_config_takes_is_answered_with_what_is_given_here() -> None:
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "use_rslora": True, "init_lora_weights": "gaussian"}
+    with pytest.raises(TypeError) as caught:
+        S2FTConfig(**lora, ratio=0.5, eva_config=None, nonsense=1)  # type: ignore[call-arg]
+    assert isinstance(caught.value, S2FTError)
+    lines = str(caught.value).split("\n")
+    parts = ["r=8: S²FT has no rank; how much is trained is `ratios`", "`budget`"]
+    parts += [
+        "lora_alpha=16: there is no scale",
+        "lora_dropout=0.1: there is no dropout",
+        "use_rslora=True: there is no scale",
+    ]
+    parts += ["init_lora_weights='gaussian': give `init_weights`", "ratio=0.5: no such option; did you mean ratios?"]
+    parts += ["eva_config=None: an option of LoRA that S²FT does not have", "nonsense=1: no such option"]
+    assert len(lines) == 9
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_config_file_of_a_newer_version_is_read_with_a_warning(tmp_path: Path) -> None:
+    """PEFT leaves out what it does not know, by the words of the error."""
+    S2FTConfig(ratios=0.5).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1, "another": 2}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['another', 'of_the_future'\]"):
+        assert S2FTConfig.from_pretrained(str(tmp_path)).ratios == 0.5
 
 
 def test_a_model_without_known_blocks_is_refused_with_what_was_looked_for() -> None:

@@ -325,6 +325,13 @@ def test_all_wrong_options_are_reported_at_once():
         assert part in text
 
 
+def test_options_of_lora_are_explained():
+    with pytest.raises(S2FTError) as caught:
+        parse_options({"model": "m", "data": "d", "output": "o", "r": 8, "lora_dropout": 0.1})
+    assert "r=8: S²FT has no rank; how much is trained is `ratios`" in str(caught.value)
+    assert "lora_dropout=0.1: there is no dropout" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

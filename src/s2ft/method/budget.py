@@ -13,6 +13,7 @@ The paper gives every layer the same share. A share of 1.66 heads a layer is kep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
 
 import numpy as np
 from torch import nn
@@ -77,8 +78,23 @@ def _parameters(projection: Projection, model: nn.Module) -> int:
 
 
 def _rounds_to_zero(name: str, ratio: float, group: list[Target], config: S2FTConfig) -> str:
+    """Names what was given, and the least of it that trains one unit: a number that works when it is given."""
     units = sum(p.units for _, p in group)
-    budget = f"budget={config.budget or DEFAULT_BUDGET!r} (ratio {ratio:.2g})"
-    given = budget if config.ratios is None else f"ratio {ratio!r}"
-    least = 0.5 / units
-    return f"{given} of the {units} units of {name} rounds to zero; the smallest ratio that trains one is {least:.2g}"
+    least = 0.5 / units  # the ratio at which the running total rounds to one
+    if config.ratios is not None:
+        given, kind = f"ratio {ratio!r}", "ratio"
+    else:
+        budget = DEFAULT_BUDGET if config.budget is None else config.budget
+        given, kind, least = f"budget={budget!r}", "budget", budget * least / ratio
+    return f"{given} of the {units} units of {name} rounds to zero; the smallest {kind} that trains one is {round_up(least)!r}"
+
+
+def round_up(value: float) -> float:
+    """`value` or slightly more, in three digits.
+
+    Example:
+        >>> round_up(0.010460), round_up(1 / 24)
+        (0.0105, 0.0417)
+    """
+    exact = Decimal(value)
+    return float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING))

@@ -20,11 +20,13 @@ from peft.config import PeftConfig
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.registration import peft_type
 from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
+from s2ft.method.unknown import explain_unknown
 from s2ft.method.whole import check_whole
 
 _LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
 
 
+@explain_unknown
 @dataclass
 class S2FTConfig(PeftConfig):
     """Configuration of structured sparse fine-tuning.

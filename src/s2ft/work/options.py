@@ -6,7 +6,6 @@ schedule after 100 steps of warm-up, 3 epochs of 64 examples a step, sequences u
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +24,7 @@ from pydantic import (
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
+from s2ft.method.unknown import hint
 
 if TYPE_CHECKING:
     from s2ft.method.config import S2FTConfig
@@ -327,8 +327,7 @@ def _problem(name: str, kind: str, message: str, value: Any) -> str:
     if kind == "missing":
         return f"{name} is missing: {TrainOptions.model_fields[name].description}"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name, TrainOptions.model_fields, n=1)
-        return f"{name}={value!r}: no such option" + (f"; did you mean {near[0]}?" if near else "")
+        return f"{name}={value!r}: {hint(name, TrainOptions.model_fields)}"
     message = message.removeprefix("Value error, ")
     return f"{name}={value!r}: {message[0].lower()}{message[1:]}"
 
