@@ -18,13 +18,15 @@ from s2ft.work.eval.run import EvalOptions, evaluate
 from s2ft.work.eval.scores import Scorer, check_scores, score, section
 from s2ft.work.eval.subjects import Models, fingerprint
 from s2ft.work.eval.tally import wilson
-from s2ft.work.eval.tasks import DECODING, TASKS, Decoding
+from s2ft.work.eval.tasks import DECODING, TASKS, Decoding, digest
 from s2ft.work.models import load_model, load_tokenizer
 from s2ft.work.options import parse_options
+from s2ft.work.prompts import alpaca_prompt
 from s2ft.work.train import train
-from tiny_base import save_tiny_base
+from tiny_base import CHAT_TEMPLATE, save_tiny_base
 
 RUN = {"model": "m"}
+TRAINED = ("chat", "alpaca", "text")  # formats of data
 QUICK = ["--max-new-tokens", "4", "--beams", "1", "--precision", "fp32"]
 
 
@@ -273,6 +275,57 @@ class TestScores:
             check_scores(["svamp"], data)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> dict[str, str]:
+    """A base with a chat template, and adapters that were trained on it; those of chat and Alpaca were scored too."""
+    folder = tmp_path_factory.mktemp("words")
+    found = {"base": str(save_tiny_base(folder / "base", CHAT_TEMPLATE))}
+    chat = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    records = (chat, {"instruction": "Add 1 and 1.", "output": "2"}, {"prompt": "1+1=", "completion": "2"})
+    for words, record in zip(TRAINED, records, strict=True):
+        (folder / "data.json").write_text(json.dumps([record] * 4))
+        run = {
+            "model": found["base"],
+            "data": str(folder / "data.json"),
+            "output": str(folder / words),
+            "ratios": 0.25,
+        }
+        run |= {"max_steps": 2, "save_every": 1, "precision": "fp32", "gradient_accumulation": 1, "batch_size": 2}
+        train(parse_options({**run, "evaluate": "boolq", "eval_data": data, "eval_limit": 1}))
+        found[words] = str(folder / words)
+    return found
+
+
+class TestWords:
+    """An adapter is asked in the words that it was trained on."""
+
+    def asked(self, trained, data, output, monkeypatch, adapter, **more) -> str:
+        prompts = says(monkeypatch, "0")
+        report = evaluate(options(trained["base"], data, output, "gsm8k", limit=1, adapters=adapter, **more))
+        text = load_tokenizer(trained["base"]).decode(prompts[0])
+        words = "chat" if text == "<user>Add 0 and 0.<assistant>" else "alpaca"
+        assert words == "chat" or text == alpaca_prompt("Add 0 and 0.")
+        assert list(report.settings["words"].values()) == [words]
+        return words
+
+    @pytest.mark.parametrize("part", ["", "checkpoint-1"])
+    @pytest.mark.parametrize("name", TRAINED)
+    def test_by_default(self, trained, data, tmp_path, monkeypatch, name, part) -> None:
+        found = self.asked(trained, data, tmp_path / "out", monkeypatch, [str(Path(trained[name], part))])
+        assert found == {"text": "alpaca"}.get(name, name)
+
+    def test_unless_told_otherwise_with_a_warning(self, trained, data, tmp_path, monkeypatch, caplog) -> None:
+        assert self.asked(trained, data, tmp_path, monkeypatch, [trained["chat"]], prompt="alpaca") == "alpaca"
+        assert "chat was trained on chat, but is asked in the words of alpaca" in caplog.text
+        assert self.asked(trained, data, tmp_path / "base", monkeypatch, []) == "alpaca"
+
+    def test_in_the_run_card_too(self, trained, data) -> None:
+        for name in ("chat", "alpaca"):
+            checked = check_scores(["boolq"], data, 1, name)
+            row = json.loads((Path(trained[name]) / "answers" / "tuned" / "boolq.jsonl").read_text().splitlines()[1])
+            assert row["prompt"] == digest(checked.questions[0][1][0].prompt)
+
+
 class TestCommand:
     def run(self, *words: str):
         return CliRunner().invoke(app, ["eval", *words])
@@ -307,7 +360,7 @@ class TestCommand:
             (["--task", "gsm9k"], "task='gsm9k' is unknown; did you mean gsm8k"),
             ([], "task: name at least one task or suite"),
             (["--task", "svamp", "--limit", "0", "--batch-size", "-1"], "3 problems"),
-            (["--task", "gsm8k", "--prompt", "vicuna"], "prompt='vicuna' is unknown; choose from alpaca, chat"),
+            (["--task", "gsm8k", "--prompt", "vicuna"], "prompt='vicuna' is unknown; choose from auto, alpaca, chat"),
             (["--task", "gsm8k", "--engine", "tgi"], "engine='tgi' is unknown"),
             (["--task", "gsm8k", "--adapter", "."], "adapter='.' is a folder without adapter_config.json"),
             (["--task", "gsm8k", "--adapter", "./no"], "adapter='./no' is not a folder"),

@@ -20,10 +20,12 @@ SCORED = [name for name, task in TASKS.items() if task.rule is not None]
 @pytest.mark.parametrize(
     ("rule", "text", "found"),
     [
-        (Words("true", "false"), "The correct answer is TRUE, not false", "true"),
+        (Words("true", "false"), "The correct answer is TRUE, not false", "false"),
+        (Words("true", "false"), "True. So the answer is false", "false"),
+        (Words("true", "false"), "False", None),
         (Words("true", "false"), "falsetrue", "false"),
         (Words("true", "false"), "yes", None),
-        (numbered("answer", 5), "The correct answer is Answer5.", "answer5"),
+        (numbered("answer", 5), "Answer3? The correct answer is answer5.", "answer5"),
         (numbered("answer", 5), "the answer6 or the answer 2", None),
         (numbered("option", 2), "option3, then option2 and option1", "option2"),
         (LastNumber(), "7 - 3 = 4 crayons. The answer is 1,234.50.", "1234.50"),

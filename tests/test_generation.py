@@ -10,10 +10,10 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from s2ft import S2FTConfig, S2FTError
-from s2ft.work.eval.engines import Answer, VllmEngine, end_ids
+from s2ft.work.eval.engines import Answer, VllmEngine, end_ids, prompt_ids
 from s2ft.work.eval.generation import TransformersEngine, batches
 from s2ft.work.eval.tasks import Decoding
-from tiny_base import byte_tokenizer, tiny_model
+from tiny_base import CHATML, CHATML_TOKENS, byte_tokenizer, tiny_model
 
 GREEDY = Decoding(1, 12)
 END = 1
@@ -38,15 +38,15 @@ def collect(engine, prompts, decoding=GREEDY, done=()) -> dict[int, Answer]:
 
 
 @torch.no_grad()
-def plain_greedy(model, prompt: list[int], limit: int) -> Answer:
+def plain_greedy(model, prompt: list[int], limit: int, ends: tuple[int, ...] = (END,)) -> Answer:
     """One prompt, no padding, no cache: the whole text through the model for every token."""
     ids = list(prompt)
     for _ in range(limit):
         ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        if ids[-1] == END:
+        if ids[-1] in ends:
             break
     new = ids[len(prompt) :]
-    ended = new[-1] == END
+    ended = new[-1] in ends
     return Answer(byte_tokenizer().decode(new[:-1] if ended else new, skip_special_tokens=True), truncated=not ended)
 
 
@@ -107,6 +107,23 @@ def test_answers_end_at_any_token_that_the_model_names(model) -> None:
     assert end_ids(model, byte_tokenizer()) == [END, second_end]
     found = collect(TransformersEngine(model, byte_tokenizer()), prompts)
     assert any(not found[index].truncated and whole[index].truncated for index in whole)
+
+
+def test_answers_end_where_the_chat_template_ends_a_turn(model) -> None:
+    model.resize_token_embeddings(260, mean_resizing=False)
+    tokenizer = byte_tokenizer(CHATML, CHATML_TOKENS)
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": word}]) for word in ("a", "bc", "def", "g" * 9)]
+    prompts += random_prompts(6)
+    with torch.no_grad():
+        said = model.generate(
+            input_ids=torch.tensor(prompts[:1]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        model.lm_head.weight[turn_end] = 1.5 * model.lm_head.weight[said[0, -1]]  # likelier than what was said
+    expected = [plain_greedy(model, prompt, 12, (END, turn_end)) for prompt in prompts]
+    assert expected != [plain_greedy(model, prompt, 12) for prompt in prompts]
+    found = collect(TransformersEngine(model, tokenizer, 3), prompts)
+    assert [found[index] for index in range(10)] == expected
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error_and_little_room_is_used(model) -> None:

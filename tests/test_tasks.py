@@ -78,15 +78,9 @@ def test_chat_prompts_are_those_of_training(tmp_path) -> None:
 
 
 def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt() -> None:
-    tokenizer = byte_tokenizer()
-
-    class Ending:
-        eos_token_id = tokenizer.eos_token_id
-
-        def __call__(self, text):
-            return {"input_ids": [*tokenizer(text)["input_ids"], self.eos_token_id]}
-
-    assert prompt_ids(Ending(), "ab") == tokenizer("ab")["input_ids"]
+    plain, ending = byte_tokenizer(), byte_tokenizer(None, [], "$A <eos>")
+    assert ending("ab")["input_ids"] == [*plain("ab")["input_ids"], plain.eos_token_id]
+    assert prompt_ids(ending, "ab") == plain("ab")["input_ids"]
 
 
 def test_missing_files_and_folders_are_named(tmp_path) -> None:

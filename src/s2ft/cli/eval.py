@@ -53,8 +53,8 @@ def evaluate(
         ),
     ] = None,
     prompt: Annotated[
-        str, typer.Option(help="alpaca: the words of training; chat: the model's chat template")
-    ] = "alpaca",
+        str, typer.Option(help="alpaca, chat (the model's chat template), or auto: as the adapter was trained")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="Of the weights: auto, bf16, fp32")] = "auto",
     engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed")] = "transformers",
     harness: Annotated[

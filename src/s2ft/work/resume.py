@@ -56,9 +56,10 @@ def check_output(options: TrainOptions) -> Path | None:
     return None
 
 
-def note_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
-    """Writes down which run a checkpoint is of."""
-    note = {"options": options.model_dump(mode="json"), "data": {"digest": digest}, "processes": process_count()}
+def note_run(checkpoint: Path, options: TrainOptions, digest: str, words: str) -> None:
+    """Writes down which run a checkpoint is of; `words` is the format of its prompts."""
+    data = {"digest": digest, "format": words}
+    note = {"options": options.model_dump(mode="json"), "data": data, "processes": process_count()}
     (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ from s2ft.method.config import S2FTConfig
 from s2ft.work.arguments import longest, sft_config, total_steps, warmup_steps
 from s2ft.work.baselines import METHODS, adapter_of
 from s2ft.work.card import Card, final_loss, write_card
-from s2ft.work.data import data_digest, load_examples
+from s2ft.work.data import data_digest, load_examples, prompt_format
 from s2ft.work.environment import environment
 from s2ft.work.eval.scores import Checked, Scorer, check_scores
 from s2ft.work.failures import clear_failures
@@ -64,6 +64,7 @@ class _Setup:
     options: TrainOptions
     checkpoint: Path | None
     digest: str
+    words: str  # of the prompts, as `prompt_format` names them
     tokens: Tokens
     held_out: Dataset | None
     precision: str  # and the reason for it
@@ -99,7 +100,11 @@ def _prepare(options: TrainOptions) -> _Setup:
     digest = data_digest(examples)
     if checkpoint is not None:
         check_same_run(checkpoint, options, digest)
-    checked = check_scores(options.evaluate, str(options.eval_data), options.eval_limit) if options.evaluate else None
+    words = prompt_format(examples)
+    asked = "chat" if words == "chat" else "alpaca"  # who trained on prompts of their own has none for our questions
+    checked = (
+        check_scores(options.evaluate, str(options.eval_data), options.eval_limit, asked) if options.evaluate else None
+    )
     tokenizer = load_tokenizer(options.model)
     dtype, autocast, reason = method.precision(*choose_precision(options.precision))
     log.info("precision: %s", reason)
@@ -122,8 +127,8 @@ def _prepare(options: TrainOptions) -> _Setup:
     trainer.pure_bf16 = options.precision == PURE
     taken, why = _choose_layout(options, checkpoint, trainer) if isinstance(config, S2FTConfig) else (INDEXED, None)
     settled = options.model_copy(update={"layout": taken})  # whoever runs or resumes it again takes the same
-    trainer.annotate = lambda folder: note_run(folder, settled, digest)
-    return _Setup(settled, checkpoint, digest, tokens, held_out, reason, config, why, trainer, flow, checked)
+    trainer.annotate = lambda folder: note_run(folder, settled, digest, words)
+    return _Setup(settled, checkpoint, digest, words, tokens, held_out, reason, config, why, trainer, flow, checked)
 
 
 def _choose_layout(options: TrainOptions, checkpoint: Path | None, trainer: Trainer) -> tuple[str, str]:
@@ -206,6 +211,7 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
         "environment": environment(),
         "data": {
             "digest": setup.digest,
+            "format": setup.words,
             "examples": len(tokens.dataset),
             "without_response": tokens.empty,
             "response_beyond_max_length": tokens.too_long,

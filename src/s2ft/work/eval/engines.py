@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from s2ft.errors import S2FTError
 from s2ft.work.eval.tasks import Decoding, Prompt
 from s2ft.work.failures import is_out_of_memory
+from s2ft.work.template import chat_ids
+from s2ft.work.tokens import end_tokens, text_ids
 
 ENGINES = ("transformers", "vllm")
 _CHUNK = 256  # prompts that vLLM gets at once: after each chunk the answers are kept
@@ -46,18 +48,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         S2FTError: if a conversation is given, and the tokenizer cannot lay it out.
     """
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers end every text
+        return text_ids(tokenizer, prompt)
     if not tokenizer.chat_template:
         raise S2FTError("prompt='chat' needs a tokenizer with a chat template, and the model's has none; take 'alpaca'")
-    encoded = tokenizer.apply_chat_template(list(prompt), tokenize=True, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return chat_ids(tokenizer, prompt, ask=True)
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, which training teaches, and those that the model names."""
+    """The tokens that end an answer: those that training teaches, and those that the model names."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    ids = [*end_tokens(tokenizer), *(named if isinstance(named, list) else [named])]
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 

@@ -1,6 +1,6 @@
 """How an answer is read out of what a model wrote: the rules of LLM-Adapters, which the S²FT paper is scored by.
 
-    commonsense   first of the task's words, in lower case          "The correct answer is Option2."    →  option2
+    commonsense   first of the task's words, as they are spelled    "True. So the answer is false."     →  false
     arithmetic    last number, commas dropped, right within 0.001   "so 1,000 + 20 = 1,020."            →  1020.
     AQuA          first capital A to E, wherever it stands          "A pen costs 2. The answer is (C)." →  A
     AQuA, strict  the letter that is stated as the answer           "A pen costs 2. The answer is (C)." →  C
@@ -44,10 +44,10 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """The first of a few words, whatever its case.
+    """The first of a few words, in the case that they have: "True" is not "true".
 
     Example:
-        >>> Words("true", "false").read("That is FALSE, not true.")
+        >>> Words("true", "false").read("True. So the answer is false, not true.")
         'false'
     """
 
@@ -63,7 +63,7 @@ class Words:
 
     def read(self, text: str) -> str | None:
         """The word that comes first."""
-        found = re.search("|".join(map(re.escape, self.words)), text.lower())
+        found = re.search("|".join(map(re.escape, self.words)), text)
         return found.group() if found else None
 
     def gold(self, value: Any) -> str | None:

@@ -9,6 +9,7 @@ An answer that could not be produced is an error: it is counted as such, not as 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from s2ft.work.eval.engines import ENGINES, check_vllm
 from s2ft.work.eval.judge import Judge
 from s2ft.work.eval.judging import judge_dialogues, tally_ratings
 from s2ft.work.eval.mt_bench import MT_BENCH, TURNS, Dialogue, load_dialogues, turn_id, write_dialogues
-from s2ft.work.eval.subjects import ADAPTER_FILE, MODEL_FILE, Models, Subject, find_subjects, fingerprint
+from s2ft.work.eval.subjects import ADAPTER_FILE, MODEL_FILE, Models, Subject, find_subjects, fingerprint, trained_on
 from s2ft.work.eval.tally import macro, tally
 from s2ft.work.eval.tasks import (
+    AUTO,
     DECODING,
     PROMPTS,
     Decoding,
@@ -38,6 +40,8 @@ from s2ft.work.eval.tasks import (
 from s2ft.work.eval.writing import answer_questions
 from s2ft.work.failures import clear_failures
 from s2ft.work.precision import choose_precision
+
+log = logging.getLogger("s2ft")
 
 Tell = Callable[[str, int, int], None]  # what is being done, how many are done now, of how many
 
@@ -55,7 +59,7 @@ class EvalOptions:
     batch_size: int = 8
     beams: int | None = None  # the suite's unless given
     max_new_tokens: int | None = None  # the suite's unless given
-    prompt: str = "alpaca"  # or "chat"
+    prompt: str = AUTO  # "alpaca", "chat", or the words that an adapter was trained on
     precision: str = "auto"
     engine: str = "transformers"
     judge: Judge | None = None  # rates MT-Bench's answers; without one they are only written
@@ -93,6 +97,7 @@ class _Job:
     """One task of one model, what is asked in it, and the answers that are there already."""
 
     subject: Subject
+    words: str
     task: Task
     asked: list[Question] | list[Dialogue]
     answers: Answers
@@ -134,7 +139,8 @@ def evaluate(options: EvalOptions, tell: Tell = lambda *_: None) -> EvalReport:
 def _evaluate(options: EvalOptions, tell: Tell) -> EvalReport:
     tasks = check_options(options)
     subjects = find_subjects(options.adapters)
-    asked = {task.name: _load(task, options) for task in tasks}
+    words = {subject: choose_words(options.prompt, subject) for subject in subjects}
+    asked = {(task, style): _load(task, options, style) for style in set(words.values()) for task in tasks}
     dtype, _ = choose_precision(options.precision)
     models = Models(options.model, dtype, options.engine, options.batch_size)
     identity = {"model": fingerprint(options.model, MODEL_FILE), "precision": str(dtype).removeprefix("torch.")}
@@ -142,9 +148,10 @@ def _evaluate(options: EvalOptions, tell: Tell) -> EvalReport:
     for subject in subjects:
         identity["adapter"] = fingerprint(subject.adapter, ADAPTER_FILE) if subject.adapter else "none"
         for task in tasks:
-            run = {"task": task.name, **identity, **_conditions(options, task, asked[task.name])}
+            style, questions = words[subject], asked[task, words[subject]]
+            run = {"task": task.name, **identity, **_conditions(options, task, style, questions)}
             answers = Answers(options.output / subject.label / f"{task.name}.jsonl", run)
-            jobs.append(_Job(subject, task, asked[task.name], answers))
+            jobs.append(_Job(subject, style, task, questions, answers))
     for subject in subjects:
         pending = [job for job in jobs if job.subject == subject and not job.is_done]
         if pending:
@@ -162,7 +169,7 @@ def check_options(options: EvalOptions) -> list[Task]:
     for name in ("limit", "batch_size", "beams", "max_new_tokens"):
         value = getattr(options, name)
         problems += [f"{name}={value} must be 1 or more"] if value is not None and value < 1 else []
-    for name, known in (("prompt", PROMPTS), ("engine", ENGINES), ("precision", ("auto", "bf16", "fp32"))):
+    for name, known in (("prompt", (AUTO, *PROMPTS)), ("engine", ENGINES), ("precision", ("auto", "bf16", "fp32"))):
         value = getattr(options, name)
         problems += [f"{name}={value!r} is unknown; choose from {', '.join(known)}"] if value not in known else []
     problems += _output_problems(options.output)
@@ -196,16 +203,27 @@ def _output_problems(output: Path) -> list[str]:
     )
 
 
-def _load(task: Task, options: EvalOptions) -> list[Question] | list[Dialogue]:
+def choose_words(prompt: str, subject: Subject) -> str:
+    """The words that a subject is asked in: those that were chosen, or those that it was trained on; else Alpaca's."""
+    trained = None if subject.adapter is None else trained_on(subject.adapter)
+    if prompt == AUTO:
+        if trained in PROMPTS:
+            log.info("%s is asked in the words of %s, as it was trained", subject.label, trained)
+        return trained if trained in PROMPTS else PROMPTS[0]
+    if trained in PROMPTS and trained != prompt:
+        log.warning("%s was trained on %s, but is asked in the words of %s", subject.label, trained, prompt)
+    return prompt
+
+
+def _load(task: Task, options: EvalOptions, words: str) -> list[Question] | list[Dialogue]:
     if task == MT_BENCH:
         return load_dialogues(options.data, options.limit)
-    return load_questions(task, options.data, options.limit, options.prompt)
+    return load_questions(task, options.data, options.limit, words)
 
 
-def _conditions(options: EvalOptions, task: Task, asked: Sequence[Question | Dialogue]) -> dict[str, Any]:
+def _conditions(options: EvalOptions, task: Task, words: str, asked: Sequence[Question | Dialogue]) -> dict[str, Any]:
     """What answers depend on, beside the model. The batch size is left out: whoever runs out of memory may lower it."""
-    names = ("limit", "prompt", "engine")
-    conditions = {name: getattr(options, name) for name in names} | vars(options.decoding(task))
+    conditions = {"limit": options.limit, "prompt": words, "engine": options.engine} | vars(options.decoding(task))
     return {**conditions, "questions": digest([vars(item) for item in asked])}
 
 
@@ -215,7 +233,7 @@ def _write(models: Models, subject: Subject, jobs: list[_Job], options: EvalOpti
             told = _counting(tell, f"{subject.label}: {job.task.name}", len(job.names))
             rest = (models.tokenizer, job.answers, options.decoding(job.task), told)
             if job.task == MT_BENCH:
-                write_dialogues(engine, job.dialogues, options.prompt, *rest)
+                write_dialogues(engine, job.dialogues, job.words, *rest)
             else:
                 answer_questions(engine, job.task, job.questions, *rest)
 
@@ -233,7 +251,7 @@ def _counting(tell: Tell, title: str, total: int) -> Callable[[int], None]:
 
 
 def _report(options: EvalOptions, jobs: list[_Job], tell: Tell) -> EvalReport:
-    report = EvalReport(_settings(options))
+    report = EvalReport(_settings(options) | {"words": {job.subject.label: job.words for job in jobs}})
     for job in jobs:
         label = job.subject.label
         if job.task == MT_BENCH:

@@ -38,8 +38,10 @@ class Checked:
     questions: list[tuple[Task, list[Question]]]
 
 
-def check_scores(tasks: Sequence[str], data: str, limit: int | None = None) -> Checked:
+def check_scores(tasks: Sequence[str], data: str, limit: int | None = None, prompts: str = "alpaca") -> Checked:
     """Loads the questions of tasks and suites (names), at most `limit` of each, so that nothing is wrong with them later.
+
+    They are asked in the words of `prompts`, "alpaca" or "chat".
 
     Raises:
         S2FTError: for an unknown task, one that needs a judge, or data that is missing or malformed.
@@ -48,7 +50,7 @@ def check_scores(tasks: Sequence[str], data: str, limit: int | None = None) -> C
     judged = [task.name for task in found if task.rule is None]
     if judged:
         raise S2FTError(f"evaluate={', '.join(judged)!r} needs a judge, so a run card cannot hold it; use `s2ft eval`")
-    return Checked([(task, load_questions(task, data, limit)) for task in found])
+    return Checked([(task, load_questions(task, data, limit, prompts)) for task in found])
 
 
 def score(

@@ -6,6 +6,7 @@ One base is loaded, and lent to one adapter after the other; each leaves it as i
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ from s2ft.work.eval.engines import Engine, VllmEngine, end_ids, in_words
 from s2ft.work.eval.generation import TransformersEngine
 from s2ft.work.failures import is_out_of_memory
 from s2ft.work.models import load_model, load_tokenizer
+from s2ft.work.tokens import end_tokens
 
 BASE = "base"
-ADAPTER_FILE, MODEL_FILE = "adapter_config.json", "config.json"
+ADAPTER_FILE, MODEL_FILE, RUN_FILE = "adapter_config.json", "config.json", "run.json"
 _DIGESTED = (".safetensors", ".json")  # a run card (run.json) says when, not what
 
 
@@ -63,6 +65,19 @@ def find_subjects(adapters: Sequence[str]) -> list[Subject]:
     return subjects or [Subject(BASE, None)]
 
 
+def trained_on(adapter: str) -> str | None:
+    """The format of an adapter's training data ("chat", "alpaca" or "text"), as its run card or checkpoint notes it; None if
+    there is no note.
+    """
+    folder = Path(adapter)
+    try:
+        note = folder / RUN_FILE if folder.is_dir() else Path(hf_hub_download(adapter, RUN_FILE))
+        found = json.loads(note.read_text(encoding="utf-8"))["data"]["format"]
+    except Exception:  # no such file, no connection, another tool's file of that name, ...
+        return None
+    return found if isinstance(found, str) else None
+
+
 def fingerprint(name: str, file: str) -> str:
     """What tells a model or adapter from another, wherever it lies: a digest of its files, or its commit on the Hub.
 
@@ -77,7 +92,7 @@ def fingerprint(name: str, file: str) -> str:
     if not folder.is_dir():
         return f"{name}@{_commit(name, file)}"
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _DIGESTED and path.name != "run.json"):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _DIGESTED and path.name != RUN_FILE):
         with path.open("rb") as content:
             digest.update(f"{path.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{digest.hexdigest()[:32]}"
@@ -138,13 +153,13 @@ class Models:
                 yield self._vllm(subject, folder)
 
     def _vllm(self, subject: Subject, folder: str) -> Engine:
-        source, ends = self._name, [self.tokenizer.eos_token_id]
+        source, ends = self._name, end_tokens(self.tokenizer)
         if subject.adapter is not None:
             merged = load_adapter(load_model(self._name, self._dtype), subject.adapter).merge_and_unload()
             merged.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             source, ends = folder, end_ids(merged, self.tokenizer)
-        return VllmEngine(source, str(self._dtype).removeprefix("torch."), [end for end in ends if end is not None])
+        return VllmEngine(source, str(self._dtype).removeprefix("torch."), ends)
 
 
 def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:

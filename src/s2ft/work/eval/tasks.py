@@ -31,6 +31,7 @@ Message = dict[str, str]  # {"role", "content"}
 Prompt = str | list[Message]  # text, or a conversation for the model's chat template
 
 PROMPTS = ("alpaca", "chat")
+AUTO = "auto"  # the words that an adapter was trained on
 _SHOWN = 10  # problems listed at once
 
 
