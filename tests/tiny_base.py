@@ -49,12 +49,12 @@ def byte_tokenizer(
     return fast
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(vocabulary: int = 258) -> LlamaForCausalLM:
     """The same random weights on every call."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=258,
+            vocab_size=vocabulary,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -69,8 +69,8 @@ def tiny_model() -> LlamaForCausalLM:
     )
 
 
-def save_tiny_base(folder: Path, chat_template: str | None = None) -> Path:
+def save_tiny_base(folder: Path, chat_template: str | None = None, more: Sequence[str] = ()) -> Path:
     """Writes model and tokenizer to `folder`, as a download from the Hub would."""
-    tiny_model().save_pretrained(folder)
-    byte_tokenizer(chat_template).save_pretrained(folder)
+    tiny_model(258 + len(more)).save_pretrained(folder)
+    byte_tokenizer(chat_template, more).save_pretrained(folder)
     return folder

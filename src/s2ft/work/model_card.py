@@ -32,14 +32,22 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base)
 model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
 
+_END = (
+    "Its answers end with `{end}`, as the chat template writes it, which is not the tokenizer's end of text; so pass "
+    "`eos_token_id=tokenizer.convert_tokens_to_ids({end!r})` to `generate`, unless the base's `generation_config.json` names it."
+)
+
 _MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")"""
 
 
-def model_card(base: str, trainable: int, total: int, method: str = "s2ft") -> str:
-    """The text of the README. A base in a local folder is not named to the Hub, which would look for it."""
+def model_card(base: str, trainable: int, total: int, method: str = "s2ft", end: str | None = None) -> str:
+    """The text of the README. A base in a local folder is not named to the Hub, which would look for it.
+
+    `end` is the token that ends an answer, where that is not the tokenizer's end of text.
+    """
     whole, title = METHODS[method].leaves_model, METHODS[method].title
     share = f"{trainable:,} of the model's {total:,} parameters ({trainable / total:.2%})"
     texts = _of_a_model(base, title, share) if whole else _of_an_adapter(base, title, share)
@@ -47,6 +55,8 @@ def model_card(base: str, trainable: int, total: int, method: str = "s2ft") -> s
         texts["note"] = " PEFT knows the method once `s2ft` is imported:"
         texts["code"] = "import s2ft  # first: without it, PEFT stops at KeyError: 'S2FT'\n" + texts["code"]
         texts["size"] = f"It changes {share}, and refuses any base but its own."
+    if end is not None and not whole:
+        texts["size"] += f"\n\n{_END.format(end=end)}"
     base_line = "" if Path(base).is_dir() else f"base_model: {base}\n"
     return _TEXT.format(**{"note": "", "method": method, "base_line": base_line, **texts})
 

@@ -15,6 +15,7 @@ from s2ft.work.baselines import METHODS
 from s2ft.work.card import Card, write_card
 from s2ft.work.model_card import model_card
 from s2ft.work.options import TrainOptions, to_yaml
+from s2ft.work.template import turn_end
 
 
 def section(options: TrainOptions) -> str:
@@ -37,17 +38,29 @@ def save_result(
     A model is brought to the dtype that its base was stored in, and gets the tokenizer along.
     """
     method, output, counts = METHODS[options.method], Path(options.output), parameters(model, options)
+    end = turn_end(tokenizer) if card["data"]["format"] == "chat" else None
+    end = None if end == tokenizer.eos_token_id else end
     if method.leaves_model:
         model.to(_stored_dtype(options.model))
+        _name_end(model, end)
     with staged(output) as aside:
         model.save_pretrained(str(aside))
         if method.leaves_model:
             tokenizer.save_pretrained(str(aside))
-        text = model_card(options.model, *counts, method=options.method)
+        name = None if end is None else tokenizer.convert_ids_to_tokens(end)
+        text = model_card(options.model, *counts, method=options.method, end=name)
         (aside / "README.md").write_text(text, encoding="utf-8")
         (aside / "run.yaml").write_text(f"# {command(options)}\n{to_yaml(options)}", encoding="utf-8")
         card[section(options)]["bytes"] = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
     write_card(output, card)
+
+
+def _name_end(model: PreTrainedModel, end: int | None) -> None:
+    """Whoever loads the model finds where its answers end."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    if end is not None and end not in named:
+        model.generation_config.eos_token_id = [end, *(token for token in named if token is not None)]
 
 
 def command(options: TrainOptions, resume: bool = False) -> str:

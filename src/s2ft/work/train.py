@@ -40,6 +40,7 @@ from s2ft.work.precision import choose_precision
 from s2ft.work.processes import as_leader, check_processes, leads, process_count
 from s2ft.work.results import parameters, save_result, section
 from s2ft.work.resume import check_output, check_same_run, note_run, noted_layout
+from s2ft.work.template import turn_end
 from s2ft.work.tokens import Tokens, hold_out, tokenize
 from s2ft.work.trainer import Flow, Progress, Trainer
 
@@ -112,6 +113,8 @@ def _prepare(options: TrainOptions) -> _Setup:
     max_length = longest(options, model)
     tokens = tokenize(examples, tokenizer, max_length)
     _tell_dropped(tokens, len(examples))
+    if words == "chat":
+        _tell_end(tokenizer)
     tokens, held_out = hold_out(tokens, options.holdout, options.train_seed)
     args = sft_config(options, max_length, autocast, **method.arguments(options, model))
     model.to(args.device)
@@ -261,6 +264,13 @@ def _selection(config: PeftConfig | None) -> Card:
     if not isinstance(config, S2FTConfig):
         return {}
     return {"selection": {"strategy": config.strategy, "seed": config.seed, "modules": len(config.slices or {})}}
+
+
+def _tell_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    end, usual = turn_end(tokenizer), tokenizer.eos_token
+    if end is not None and end != tokenizer.eos_token_id:
+        name = tokenizer.convert_ids_to_tokens(end)
+        log.info("answers end with %s, as the chat template writes it, not with the tokenizer's %s", name, usual)
 
 
 def _tell_dropped(tokens: Tokens, count: int) -> None:
