@@ -2,12 +2,10 @@
 
 import json
 import logging
-from pathlib import Path
 
 import pytest
 from transformers import GenerationConfig
 
-from s2ft import S2FTError
 from s2ft.work.options import parse_options
 from s2ft.work.train import train
 from test_chat import ENDLESS_TURNS

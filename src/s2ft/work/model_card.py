@@ -34,7 +34,7 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
 
 _END = (
     "Its answers end with `{end}`, as the chat template writes it, which is not the tokenizer's end of text; so pass "
-    "`eos_token_id=tokenizer.convert_tokens_to_ids({end!r})` to `generate`, unless the base's `generation_config.json` names it."
+    "`eos_token_id=tokenizer.convert_tokens_to_ids({end!r})` to `generate`, unless the base's generation config names it."
 )
 
 _MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
