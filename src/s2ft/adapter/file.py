@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import s2ft.method.tuner  # noqa: F401 - PEFT reads a config by its method, which this registers
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig
 from s2ft.method.digest import digest_parts
