@@ -6,6 +6,7 @@ import logging
 import pytest
 from transformers import GenerationConfig
 
+from s2ft import S2FTError
 from s2ft.work.options import parse_options
 from s2ft.work.train import train
 from test_chat import ENDLESS_TURNS
@@ -29,6 +30,15 @@ def run(tmp_path):
         return train(parse_options({**settings, **options}))
 
     return call
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"), [("s2ft", "lm_head"), ("s2ft", "o_proj,lm_head"), ("lora", ".*_head"), ("dora", "lm_head")]
+)
+def test_an_adapter_on_the_output_layer_is_refused(run, tmp_path, method, targets) -> None:
+    with pytest.raises(S2FTError, match=r"target_modules=.*head.* matches lm_head, the output layer"):
+        run(method=method, target_modules=targets, **({"ratios": 0.25} if method == "s2ft" else {}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_end_of_its_own_is_said_and_stands_in_the_model_card(run, caplog) -> None:

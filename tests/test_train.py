@@ -345,6 +345,7 @@ def test_options_of_lora_are_explained():
         ("model", " ", "model=' ': must not be empty"),
         ("data", ["d", ""], "data=['d', '']: must not be empty"),
         ("target_modules", "", "target_modules='': must not be empty"),
+        ("target_modules", "(q|o", "target_modules='(q|o' is no regular expression: missing ), unterminated"),
         ("avoid", "a\0b", "must not hold the character NUL"),
         ("output", "a\0b", "must not hold the character NUL"),
     ],

@@ -119,6 +119,7 @@ class S2FTConfig(PeftConfig):
         if self.layers is not None and not _is_layers(self.layers):
             yield f"layers={self.layers!r} is not an index, a list of them, 'A-B', 'first:N', 'last:N' or 'last:P%'"
         yield from _layer_list_problems(self)
+        yield from _pattern_problems(self)
         if not _is_list_of_text(self.avoid):
             yield f"avoid={self.avoid!r} is not a list of adapters: names on the model, folders, or Hub names"
         for name in ("slices", "base_digest"):
@@ -222,6 +223,16 @@ def _layer_list_problems(config: S2FTConfig) -> Iterator[str]:
                 yield f"{name} cannot be used when target_modules={config.target_modules!r} is a string (a pattern)"
     if config.layers_pattern and not config.layers_to_transform and config.layers_to_transform != 0:
         yield f"layers_pattern={config.layers_pattern!r} needs layers_to_transform"
+
+
+def _pattern_problems(config: S2FTConfig) -> Iterator[str]:
+    """A text that names modules is a regular expression, as in PEFT."""
+    for name in ("target_modules", "exclude_modules"):
+        given = getattr(config, name)
+        try:
+            re.compile(given if isinstance(given, str) else "")
+        except re.error as error:
+            yield f"{name}={given!r} is no regular expression: {error}"
 
 
 def _is_fraction(value: Any) -> bool:

@@ -204,6 +204,20 @@ def _check_targets(config: LoraConfig, model: nn.Module) -> None:
             )
 
 
+def check_head(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Raises `S2FTError` where an adapter would lie on the output layer, whose weight TRL's loss reads past it."""
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    if path is None:
+        return
+    sliced = getattr(config, "slices", None)
+    if path in sliced if sliced is not None else check_target_module_exists(config, path):
+        raise S2FTError(
+            f"target_modules={_listed(config.target_modules)} matches {path}, the output layer: training computes the loss "
+            "from its weight directly, so an adapter there would never be trained; leave it out"
+        )
+
+
 def _listed(given: str | list[str] | set[str] | None) -> str:
     return repr(sorted(given) if isinstance(given, set) else given)
 

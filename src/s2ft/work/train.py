@@ -26,7 +26,7 @@ from trl import SFTConfig
 from s2ft.files import no_empty_folders
 from s2ft.method.config import S2FTConfig
 from s2ft.work.arguments import longest, sft_config, total_steps, warmup_steps
-from s2ft.work.baselines import METHODS, adapter_of
+from s2ft.work.baselines import METHODS, adapter_of, check_head
 from s2ft.work.card import Card, final_loss, write_card
 from s2ft.work.data import data_digest, load_examples, prompt_format
 from s2ft.work.environment import environment
@@ -125,6 +125,8 @@ def _prepare(options: TrainOptions) -> _Setup:
     else:
         config = adapter_of(checkpoint)
     flow = Flow(options.save_every)
+    if config is not None:
+        check_head(config, model)
     callbacks = [flow, *method.callbacks(options, model)]
     trainer = _build_trainer(args, model, (tokens.dataset, held_out), tokenizer, config, callbacks)
     trainer.pure_bf16 = options.precision == PURE
