@@ -1,11 +1,13 @@
 """MT-Bench from question to rating, with a judge on this machine that can be as unhelpful as real ones are."""
 
+import html
 import json
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
+from urllib.parse import quote
 
 import pytest
 from typer.testing import CliRunner
@@ -113,6 +115,36 @@ class TestJudge:
         assert KEY not in str(caught.value)
         assert KEY not in repr(server.judge())
 
+    @pytest.mark.parametrize("key", ["sk-" + "a1B2/c3D4+e5F6" * 3, 'sk-"q"uo\\te<&>d7', "sk-7"])
+    def test_a_key_that_the_judge_repeats_is_kept_nowhere(self, server, key) -> None:
+        spelt = (key, json.dumps(key), key.replace("/", "\\/"), quote(key, safe=""), html.escape(key))
+        judge = server.judge(key=key, attempts=1)
+
+        def parts(text: str) -> list[str]:
+            return [text[start : start + 8] for start in range(len(text) - 7)] or [text]
+
+        for spelling in spelt:
+            server.reply = lambda *_: f"Your key is {spelling}. Rating: [[7]]"  # noqa: B023
+            assert judge.rate(HELLO)[0] == 7
+            said = [judge.rate(HELLO)[1]]
+            cuts = {80 - len(spelling) // 2, 80, 400 - len(spelling) // 2, 400, 0}
+            for reply in (
+                lambda text: text,
+                lambda text: (400, text.encode(), {}),
+                lambda text: (503, text.encode(), {}),
+            ):
+                for cut in cuts:
+                    server.reply = lambda *_: reply("x" * cut + spelling + "y" * 60)  # noqa: B023
+                    with pytest.raises(NoRating) as caught:
+                        judge.rate(HELLO)
+                    said.append(str(caught.value))
+            found = [part for part in {*parts(key), *parts(spelling)} for text in said if part in text]
+            assert found == []
+
+    def test_a_text_without_the_key_stays_as_it_is(self, server) -> None:
+        server.reply = lambda *_: "sk-keys are secret, 7 of them. Rating: [[7]]"
+        assert server.judge(key="sk-secret-7-and-more").rate(HELLO)[1] == "sk-keys are secret, 7 of them. Rating: [[7]]"
+
     def test_a_refused_question_is_an_error_of_that_question(self, server) -> None:
         server.reply = lambda *_: (400, b"too long", {})
         with pytest.raises(NoRating, match="HTTP 400: too long"):
@@ -168,10 +200,21 @@ class TestFindJudge:
         assert find_judge() == Judge("https://a/v1", "m", KEY)
         assert find_judge("http://b/v1", "n") == Judge("http://b/v1", "n", KEY)
 
-    @pytest.mark.parametrize("url", ["file:///etc/passwd", "host/v1", "http://", "http://a b/v1"])
+    @pytest.mark.parametrize("url", [
+        "file:///etc/passwd", "host/v1", "http://", "http://a b/v1", "http://[::1/v1", "http://host:port/v1", "http://h:99999/v1",
+        "http://a..b/v1", f"http://{'a' * 64}.de/v1", "http://hö.de/v1", "http://h/v1\t", "http://h\n/v1", "http://me:pw7@h/v1",
+        "http://h/v1?token=pw7", "http://h/v1#pw", "http://h\\v1",
+    ])  # fmt: skip
     def test_addresses_that_are_none_are_refused(self, url) -> None:
-        with pytest.raises(S2FTError, match="must be like https://host/v1"):
+        with pytest.raises(S2FTError, match="must be like https://host/v1") as caught:
             find_judge(url, "m")
+        assert "pw7" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "url", ["http://127.0.0.1:8000/v1", "https://[::1]:80/v1/", "http://localhost", "https://a.b-c.de/x/v1"]
+    )
+    def test_addresses_are_taken(self, url) -> None:
+        assert find_judge(url, "m").url == url
 
     def test_half_a_judge_and_half_a_key_are_refused(self, monkeypatch) -> None:
         with pytest.raises(S2FTError, match="judge_model='m' alone is not enough: give --judge-url"):

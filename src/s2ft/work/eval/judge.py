@@ -4,11 +4,13 @@
 
 What may pass is tried again, after a pause that doubles each time or that the server asks for: a server that is down, slow or
 rate-limiting, an answer that is no JSON or holds no rating. What will not pass is said at once: a refused key, a wrong address.
-The key comes from the environment, goes into one header, and is written nowhere.
+The key comes from the environment, goes into one header, and is written nowhere: what a judge says is kept and shown without
+it, and without long parts of it, since servers repeat keys, and may cut them.
 """
 
 from __future__ import annotations
 
+import html
 import http.client
 import json
 import os
@@ -17,8 +19,10 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from s2ft.errors import S2FTError, raise_together
 
@@ -30,6 +34,8 @@ _PASSING = (408, 409, 425, 429)  # and all from 500 on
 _UNUSABLE = (401, 403, 404, 405)  # wrong for every question
 _LONGEST_PAUSE = 60.0  # seconds
 _LARGEST = 4 * 2**20  # bytes of an answer
+_READ, _SHOWN = 2**16, 400  # of a refusal: bytes that are read, characters that are shown
+_PART = 8  # characters of a key that are not shown in a row
 
 
 class NoRating(Exception):
@@ -90,8 +96,9 @@ class Judge:
             raise _Passing("the judge's answer is not JSON") from None
         rating = read_rating(text)
         if rating is None:
-            raise _Passing(f"no rating [[{LOWEST}]] to [[{HIGHEST}]] in the judge's answer: {text[-80:]!r}", down=False)
-        return rating, text
+            end = self._clean(text)[-80:]
+            raise _Passing(f"no rating [[{LOWEST}]] to [[{HIGHEST}]] in the judge's answer: {end!r}", down=False)
+        return rating, self._clean(text)
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
@@ -119,7 +126,7 @@ class Judge:
     def _sorted(self, error: urllib.error.HTTPError) -> Exception:
         """What an HTTP status means for us."""
         with error:
-            said = self._clean(error.read(400).decode(errors="replace").strip())
+            said = self._clean(_body(error)).strip()[:_SHOWN]
         reason = f"the judge answered with HTTP {error.code}{': ' if said else ''}{said}"
         if error.code in _PASSING or error.code >= 500:
             return _Passing(reason, _seconds(error.headers.get("Retry-After")))
@@ -128,8 +135,33 @@ class Judge:
         return NoRating(reason)
 
     def _clean(self, text: str) -> str:
-        """Servers may repeat a key that they refuse."""
-        return text.replace(self.key, "***") if self.key else text
+        """Before anything is cut, or a part of the key would stay."""
+        return without_key(text, self.key) if self.key else text
+
+
+def without_key(text: str, key: str) -> str:
+    """The text with "***" for the key, as it is or as JSON, HTML and addresses write it, and for long parts of it.
+
+    Example:
+        >>> without_key("no key sk-12345/67890, nor sk-12345/6", "sk-12345/67890")
+        'no key ***, nor ***'
+    """
+    spellings = {key, json.dumps(key)[1:-1], key.replace("/", "\\/"), quote(key, safe=""), html.escape(key)}
+    length = min(_PART, len(key))
+    parts = {spelling[start : start + length] for spelling in spellings for start in range(len(spelling) - length + 1)}
+    hidden = bytearray(len(text))
+    for start in range(len(text) - length + 1):
+        if text[start : start + length] in parts:
+            hidden[start : start + length] = b"\1" * length
+    runs = groupby(zip(hidden, text, strict=True), key=itemgetter(0))
+    return "".join("***" if covered else "".join(letter for _, letter in run) for covered, run in runs)
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(_READ).decode(errors="replace")
+    except (OSError, http.client.HTTPException):  # the connection broke off; the status says enough
+        return ""
 
 
 def read_rating(text: str) -> float | None:
@@ -155,15 +187,30 @@ def find_judge(url: str | None = None, model: str | None = None) -> Judge | None
     if not url or not model:
         given, lacking = (f"judge_url={url!r}", "judge-model") if url else (f"judge_model={model!r}", "judge-url")
         raise S2FTError(f"{given} alone is not enough: give --{lacking} too, or {URL} and {MODEL} in the environment")
-    parts = urlsplit(url)
-    wrong = parts.scheme not in ("http", "https") or not parts.hostname or "\n" in url or " " in url
     raise_together(
         [
-            *([f"judge_url={url!r} must be like https://host/v1"] if wrong else []),
+            *([] if _is_address(url) else [f"judge_url={_unsecret(url)!r} must be like https://host/v1"]),
             *([f"{KEY} holds characters that no key has (its value is not shown)"] if key and not _is_key(key) else []),
         ]
     )
     return Judge(url, model, key)
+
+
+def _is_address(url: str) -> bool:
+    """Of http or https, with a host that has a name, and nothing beside host, port and path: no user, no query."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:  # a port that is no number, half of an IPv6 address
+        return False
+    named = ":" in host or all(0 < len(label) < 64 for label in host.split("."))
+    plain = url.isascii() and url.isprintable() and not set(url) & set(" @?#\\")
+    return parts.scheme in ("http", "https") and named and plain
+
+
+def _unsecret(url: str) -> str:
+    """An address as it may be shown: a user before the host and a query may hold a password."""
+    return re.sub(r"\?.*", "?***", re.sub(r"//.*@", "//***@", url, flags=re.DOTALL), flags=re.DOTALL)
 
 
 def _is_key(text: str) -> bool:
