@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import s2ft
 from families import build, tokens
 from s2ft import S2FTConfig, S2FTError
-from s2ft.adapter.export_output import check_free, staged_file
 from s2ft.adapter.pool import AdapterPool
-from s2ft.files import staged
+from s2ft.files import check_free, new_file, staged
 
 
 def model() -> PeftModel:
@@ -93,9 +92,9 @@ def test_a_name_of_the_pool_is_not_loaded_into_the_model(tmp_path: Path) -> None
 
 
 def test_two_files_can_be_written_into_one_folder_at_a_time(tmp_path: Path) -> None:
-    with staged_file(tmp_path / "a.gguf") as first:
+    with new_file(tmp_path / "a.gguf") as first:
         first.write_text("a")
-        with staged_file(tmp_path / "b.gguf") as second:
+        with new_file(tmp_path / "b.gguf") as second:
             second.write_text("b")
     assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == [("a.gguf", "a"), ("b.gguf", "b")]
 

@@ -1,6 +1,17 @@
 """The one exception type: a message that repeats the user's value and says what is allowed."""
 
+import errno
+import re
 from collections.abc import Iterable
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file of that size is not allowed there",
+}
+_FULL = (
+    r"No space left|PytorchStreamWriter failed writing|\d+ requested and \d+ written"  # torch.save's words, and NumPy's
+)
 
 
 class S2FTError(ValueError):
@@ -65,3 +76,19 @@ def _also(places: list[str]) -> str:
     named = 3
     rest = f" and {len(places) - named} more" if len(places) > named else ""
     return f" (also {', '.join(places[:named])}{rest})" if places else ""
+
+
+def no_space(error: BaseException) -> str | None:
+    """What is full, if that is what `error` says: the system's error, or a library's words for it.
+
+    Example:
+        >>> no_space(OSError(errno.ENOSPC, "No space left on device"))
+        'no space left on the disk'
+    """
+    found = error.errno if isinstance(error, OSError) else None
+    if found is None:
+        code = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors says it
+        found = int(code[1]) if code else None
+    if found is None and re.search(_FULL, str(error)):
+        found = errno.ENOSPC
+    return _REASONS.get(found) if found is not None else None

@@ -18,11 +18,11 @@ from typing import Any
 from s2ft.adapter.checkpoint import Checkpoint, open_base
 from s2ft.adapter.export_gguf import check_gguf, write_gguf
 from s2ft.adapter.export_lora import check_carried, max_lora_rank, write_lora
-from s2ft.adapter.export_output import Progress, bytes_of, check_free, staged_file
+from s2ft.adapter.export_output import Progress, bytes_of
 from s2ft.adapter.export_patch import check_patch, write_patch
 from s2ft.adapter.file import AdapterFile, open_adapter
 from s2ft.errors import S2FTError
-from s2ft.files import staged
+from s2ft.files import check_free, new_file, new_folder
 
 TARGETS = ("lora", "vllm", "sglang", "gguf", "patch")
 _SUFFIX = {"gguf": ".gguf", "patch": ".safetensors"}  # the targets that are one file
@@ -95,11 +95,11 @@ def _check_early(adapter: AdapterFile, to: str) -> None:
 def _write(adapter: AdapterFile, base: Checkpoint, to: str, output: Path, progress: Progress) -> None:
     if to == "gguf":
         check_gguf(adapter, base)
-        with staged_file(output) as file:
+        with new_file(output) as file:
             write_gguf(adapter, base, file, progress)
     elif to == "patch":
-        with staged_file(output) as file:
+        with new_file(output) as file:
             write_patch(adapter, base, file, progress)
     else:
-        with staged(output) as folder:
+        with new_folder(output) as folder:
             write_lora(adapter, base, to, folder, progress)

@@ -80,6 +80,7 @@ def write_gguf(adapter: AdapterFile, base: Checkpoint, file: Path, progress: Pro
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    _check_whole(file, 2 * len(adapter.slices))
 
 
 def neighbours(rows: Tensor, heads: int) -> Tensor:  # [heads * head_dim, *], as is the result
@@ -108,6 +109,16 @@ def _add(writer: Any, name: str, tensor: Tensor) -> None:
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
     else:
         writer.add_tensor(name, tensor.numpy())
+
+
+def _check_whole(file: Path, count: int) -> None:
+    """NumPy, by which gguf writes, does not notice that the disk is full where the last bytes are still buffered."""
+    try:
+        found = len(_gguf().GGUFReader(file).tensors)
+    except (ValueError, IndexError):  # a tensor, or the list of them, goes on beyond the end
+        found = None
+    if found != count:
+        raise S2FTError(f"{file.name} was not written whole, so it is not kept: is the disk full?")
 
 
 def _gguf() -> Any:

@@ -18,11 +18,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from s2ft.adapter.export_output import check_free
 from s2ft.adapter.file import delta_name, indices_name, open_adapter
 from s2ft.adapter.overlap import Overlap, overlaps
 from s2ft.errors import S2FTError
-from s2ft.files import staged
+from s2ft.files import check_free, new_folder
 from s2ft.method.combination import DENSITY, Combination, combine
 
 
@@ -54,7 +53,7 @@ class Fusion:
         output = Path(output)
         check_free(output)
         tensors = self.tensors()
-        with staged(output) as aside:
+        with new_folder(output) as aside:
             save_file(tensors, aside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             self.combination.config.save_pretrained(str(aside))
         return output

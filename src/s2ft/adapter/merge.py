@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from s2ft.adapter.checkpoint import Checkpoint, open_base, settings_files
-from s2ft.adapter.export_output import Progress, check_free
+from s2ft.adapter.export_output import Progress
 from s2ft.adapter.file import AdapterFile, open_adapter
 from s2ft.errors import S2FTError, raise_together
-from s2ft.files import staged
+from s2ft.files import check_free, new_folder
 from s2ft.method.slices import Slice, all_finite
 
 _PREFIX = "base_model.model."
@@ -49,7 +49,7 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
     checkpoint = open_base(opened, base, weights=True)
     whole = _whole_tensors(opened, checkpoint)
     shards = {path.name: path for path in sorted(set(checkpoint.files.values()))}
-    with staged(output) as aside:
+    with new_folder(output) as aside:
         for step in progress([*shards, *opened.slices]):
             if step in shards:
                 shutil.copyfile(shards[step], aside / step)

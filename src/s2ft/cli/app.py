@@ -1,10 +1,13 @@
 """The command `s2ft`: subcommands, each in its own file, and the way errors leave.
 
-Bad input ends in one message on stderr and exit code 2; Ctrl-C in 130. Heavy libraries are imported inside the commands.
+Bad input, a full disk and the like end in one message on stderr and exit code 2; Ctrl-C in 130.
+Heavy libraries are imported inside the commands.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from typing import Annotated
 
@@ -19,10 +22,15 @@ from s2ft.cli.inspect import inspect
 from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
 from s2ft.cli.reproduce import reproduce
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, no_space
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell would say
+
+_OUTSIDE = {  # what is wrong with the machine, not with the program
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENAMETOOLONG", "EMFILE", "ENFILE")
+}
 
 app = typer.Typer(
     help="S²FT: fine-tune language models by structured sparsity, as a PEFT method.",
@@ -63,16 +71,28 @@ app.add_typer(study.app, name="study")
 
 def main() -> None:
     """The entry point."""
+    _print_what_can_be_printed()
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except S2FTError as error:
         _leave(f"error: {error}", BAD_INPUT)
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        where = "" if error.filename is None else f": {str(error.filename)!r}"
+        _leave(f"error: {no_space(error) or error.strerror}{where}", BAD_INPUT)
     except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130 themselves
         _leave("interrupted", INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own usage errors have it; all else is a bug, shown in full
             raise
         _leave(f"error: {error.format_message()}", BAD_INPUT)
+
+
+def _print_what_can_be_printed() -> None:
+    """A character that the terminal's encoding lacks becomes a question mark, where it would end the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _leave(message: str, code: int) -> None:

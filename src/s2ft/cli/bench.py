@@ -1,6 +1,5 @@
 """`s2ft bench`: how long things take, beside their floor."""
 
-import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.files import replaced_file, write_json
 
 app = typer.Typer(help="Measure, beside the floor of what is measured.", no_args_is_help=True)
 
@@ -158,9 +158,10 @@ def _measure(
     for heading, rows in _by_model(report.rows).items():
         show([line(row) for row in rows], Console(), heading)
     if json_file is not None:
-        json_file.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, report.as_dict())
     if draw is not None and png is not None:
-        draw(report.rows, png)
+        with replaced_file(png) as aside:
+            draw(report.rows, aside)
     return report
 
 

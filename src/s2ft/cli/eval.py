@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from s2ft.cli.outputs import check_writable
 from s2ft.errors import S2FTError
+from s2ft.files import write_json
 
 HARNESS = "lm-eval"
 INTERRUPTED = 130
@@ -241,4 +241,4 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def _write(report: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(json_file, report, ensure_ascii=False)

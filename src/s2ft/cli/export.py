@@ -1,12 +1,12 @@
 """`s2ft export`: an adapter in the form that another engine takes."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.files import write_json
 
 
 def export(
@@ -41,4 +41,4 @@ def export(
     if done.max_lora_rank is not None:
         console.print(f"vLLM serves it with --enable-lora --max-lora-rank {done.max_lora_rank}", highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(done.facts(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(json_file, done.facts(), allow_nan=False)

@@ -1,6 +1,5 @@
 """`s2ft fuse`: one adapter out of several, after a look at where they meet."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 
 from s2ft.cli.outputs import check_writable
 from s2ft.errors import S2FTError
+from s2ft.files import check_free, replaced_file, write_json
 
 
 def fuse(
@@ -34,7 +34,6 @@ def fuse(
     numbers = None if weights is None else _numbers(weights)
     from rich.console import Console
 
-    from s2ft.adapter.export_output import check_free
     from s2ft.adapter.fusion import fuse as plan
     from s2ft.adapter.overlap import draw, summary, table
 
@@ -50,10 +49,11 @@ def fuse(
         console.print(table(fusion.overlaps))
     console.print(f"\n{facts['shared']:,} of {facts['channels']:,} channels in {facts['modules']} modules are shared")
     if png is not None:
-        draw(fusion.overlaps, png)
+        with replaced_file(png) as aside:
+            draw(fusion.overlaps, aside)
         console.print(f"drawn: {png}", markup=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(json_file, facts, allow_nan=False)
     if output is not None:
         with console.status("fusing ..."):
             fusion.save(output)

@@ -1,12 +1,12 @@
 """`s2ft inspect`: what an adapter changes."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.files import replaced_file, write_json
 
 
 def inspect(
@@ -50,7 +50,8 @@ def inspect(
     if facts["kept_whole"]:
         console.print(f"kept whole beside the slices: {', '.join(facts['kept_whole'])}", markup=False)
     if png is not None:
-        draw(read, png)
+        with replaced_file(png) as aside:
+            draw(read, aside)
         console.print(f"drawn: {png}", markup=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(json_file, facts, allow_nan=False)

@@ -1,12 +1,12 @@
 """`s2ft merge`: a checkpoint of its own out of a base and an adapter."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.files import write_json
 
 
 def merge(
@@ -34,4 +34,4 @@ def merge(
     size = bytes_of(merged)
     console.print(f"merged: {merged} ({size / 1e6:.2f} MB)", highlight=False, markup=False, soft_wrap=True)
     if json_file is not None:
-        json_file.write_text(json.dumps({"output": str(merged), "bytes": size}, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, {"output": str(merged), "bytes": size})

@@ -1,6 +1,5 @@
 """`s2ft quickstart`: fine-tune the embedded model and see what it learned and what it kept."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.files import write_json
 
 SHOWN = 2  # generations of each skill, side by side
 
@@ -35,7 +35,7 @@ def quickstart(
     console.print(_scores(result), _generations(result))
     console.print(_files(result), soft_wrap=True)  # commands stay whole, to be copied
     if json_file is not None:
-        json_file.write_text(json.dumps(result.accuracies, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, result.accuracies)
 
 
 def _scores(result: Any) -> Any:

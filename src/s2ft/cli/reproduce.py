@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from s2ft.cli.bench import show
 from s2ft.cli.eval import INTERRUPTED, progress
 from s2ft.cli.outputs import check_writable
 from s2ft.errors import raise_together
+from s2ft.files import write_json
 
 WANTED = {
     "RECIPE": "`s2ft reproduce --list` shows them all",
@@ -106,7 +106,7 @@ def reproduce(
         return _interrupted()
     _report(found.result, output)
     if json_file is not None:
-        json_file.write_text(json.dumps(found.result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(json_file, found.result, ensure_ascii=False)
     return 0
 
 
@@ -131,7 +131,7 @@ def _list(json_file: Path | None) -> None:
         rows = recipe_rows(lambda done: bar.update(task, completed=done))
     show([recipe_line(row) for row in rows], Console())
     if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, rows, indent=1)
 
 
 def _report(result: dict[str, Any], output: Path) -> None:

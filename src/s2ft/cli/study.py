@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from s2ft.cli.bench import show
 from s2ft.cli.outputs import check_writable
 from s2ft.errors import S2FTError
+from s2ft.files import replaced_file, write_json
 
 app = typer.Typer(help="Ask the paper's claims of the embedded model, with several seeds.", no_args_is_help=True)
 
@@ -112,6 +112,7 @@ def _run(name: str, study: Callable[..., Any], folder: Path | None, json_file: P
         report = study(folder, lambda done: bar.update(task, completed=done))
     show(report.table(), Console())
     if json_file is not None:
-        json_file.write_text(json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(json_file, report.as_dict(), indent=1, ensure_ascii=False)
     if png is not None:
-        draw(report, png)
+        with replaced_file(png) as aside:
+            draw(report, aside)

@@ -6,7 +6,6 @@ Values reach `parse_options` as the text that was typed, so that all that is wro
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from s2ft.cli.outputs import check_writable
+from s2ft.files import write_json
 from s2ft.work.options import TrainOptions, parse_options, read_config
 
 HELP = """Fine-tune a model and write a small adapter, with a run card beside it; or compare, by --method, with other methods.
@@ -56,7 +56,7 @@ def _report(card: dict[str, Any], output: Path, json_file: str | None) -> None:
     from rich.table import Table
 
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(Path(json_file), card, ensure_ascii=False)
     training = card["training"]
     kind = "adapter" if "adapter" in card else "model"
     loss = training["final_loss"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, no_space
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -23,21 +22,12 @@ def clear_failures(advice: str, output: str) -> Iterator[None]:
     """Turns a lack of memory or disk into an `S2FTError` that ends in `advice`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _no_space(output) from error
-    except (RuntimeError, MemoryError) as error:
-        if "No space left" in str(error) or "PytorchStreamWriter failed writing" in str(
-            error
-        ):  # how torch.save says ENOSPC
-            raise _no_space(output) from error
+    except S2FTError:
+        raise
+    except Exception as error:
+        if (reason := no_space(error)) is not None:
+            whole = "whole checkpoints are kept, nothing half-written is left"
+            raise S2FTError(f"output={output!r}: {reason}; {whole}") from error
         if not is_out_of_memory(error):
             raise
         raise S2FTError(f"out of memory: {advice}") from error
-
-
-def _no_space(output: str) -> S2FTError:
-    return S2FTError(
-        f"output={output!r}: no space left on the disk; whole checkpoints are kept, nothing half-written is left"
-    )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from s2ft.errors import S2FTError, raise_together
-from s2ft.files import STAGING
+from s2ft.files import entries
 from s2ft.work.baselines import METHODS
 from s2ft.work.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.work.options import TrainOptions
@@ -37,6 +37,18 @@ FREE = {
 }  # options that do not change the weights
 
 
+def check_place(options: TrainOptions) -> None:
+    """Raises `S2FTError` if the output folder can neither be made nor written to."""
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise S2FTError(f"output={options.output!r} is a file; name a folder that does not exist or is empty")
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise S2FTError(
+            f"output={options.output!r} cannot be made: {str(nearest)!r} is not a folder that you may write to"
+        )
+
+
 def check_output(options: TrainOptions) -> Path | None:
     """The checkpoint to go on from; None for a new run, whose output folder must be free.
 
@@ -44,12 +56,9 @@ def check_output(options: TrainOptions) -> Path | None:
         S2FTError: if there is something in the folder, or nothing to resume.
     """
     output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise S2FTError(f"output={options.output!r} is a file; name a folder that does not exist or is empty")
-    _check_writable(output, options.output)
     if options.resume:
         return _newest(output, options)
-    if output.is_dir() and any(path.name != STAGING for path in output.iterdir()):  # a killed run may have left that
+    if output.is_dir() and entries(output):
         can_resume = get_last_checkpoint(str(output)) is not None
         hint = "; add --resume to go on from its newest checkpoint" if can_resume else ""
         raise S2FTError(f"output={options.output!r} exists and is not empty; name another folder{hint}")
@@ -115,12 +124,6 @@ def _check_same_method(checkpoint: Path, options: TrainOptions) -> None:
     before = _read_note(checkpoint / NOTE)["options"].get("method", "s2ft")
     if before != options.method:
         raise S2FTError(f"method={options.method!r}, but {checkpoint} was made with method={before!r}")
-
-
-def _check_writable(output: Path, given: str) -> None:
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise S2FTError(f"output={given!r} cannot be made: {str(nearest)!r} is not a folder that you may write to")
 
 
 def _check_whole(checkpoint: Path, is_model: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from s2ft.files import no_empty_folders
+from s2ft.files import sole_writer
+from s2ft.locks import no_empty_folders
 from s2ft.method.config import S2FTConfig
 from s2ft.work.arguments import longest, sft_config, total_steps, warmup_steps
 from s2ft.work.baselines import METHODS, adapter_of, check_head
@@ -39,7 +41,7 @@ from s2ft.work.packing import check_packing
 from s2ft.work.precision import choose_precision
 from s2ft.work.processes import as_leader, check_processes, leads, process_count
 from s2ft.work.results import parameters, save_result, section
-from s2ft.work.resume import check_output, check_same_run, note_run, noted_layout
+from s2ft.work.resume import check_output, check_place, check_same_run, note_run, noted_layout
 from s2ft.work.template import turn_end
 from s2ft.work.tokens import Tokens, hold_out, tokenize
 from s2ft.work.trainer import Flow, Progress, Trainer
@@ -88,14 +90,21 @@ def train(options: TrainOptions) -> TrainResult:
     """
     length = options.max_length or LONGEST
     advice = f"lower batch_size={options.batch_size} or max_length={length}, or set gradient_checkpointing"
-    with clear_failures(advice, options.output), no_empty_folders(Path(options.output)):  # the trainer makes it at once
+    output = Path(options.output)
+    METHODS[options.method].check()
+    check_processes(options)
+    check_place(options)
+    alone = sole_writer(output) if leads() else nullcontext()
+    with (
+        clear_failures(advice, options.output),
+        no_empty_folders(output),
+        alone,
+    ):  # the trainer makes the folder at once
         return _run(_prepare(options))
 
 
 def _prepare(options: TrainOptions) -> _Setup:
     method = METHODS[options.method]
-    method.check()
-    check_processes(options)
     checkpoint = check_output(options)
     examples = load_examples(options.data, options.limit)
     digest = data_digest(examples)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with what a run here needs besides: whole checkpoints, a polite Ctrl-C, and nothing sent anywhere."""
+"""TRL's SFTTrainer with what a run here needs besides: whole checkpoints, a polite end, and nothing sent anywhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,11 +20,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from s2ft.errors import S2FTError
-from s2ft.files import STAGING, staged
+from s2ft.files import staged
 from s2ft.method.rounding import round_steps
-from s2ft.work.processes import anywhere
+from s2ft.work.processes import anywhere, as_leader
 
 Logs = dict[str, Any] | None
+
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class DivergedError(S2FTError):
@@ -83,8 +85,8 @@ class Trainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output = Path(self.args.output_dir)
         leads = self.is_world_process_zero()
-        with staged(output) if leads else nullcontext(output / STAGING) as aside:
-            self.accelerator.wait_for_everyone()  # the folder is there
+        with staged(output) if leads else nullcontext(output) as aside:
+            aside = as_leader(aside)  # it is there, and all write into it
             self._aside = aside
             try:
                 super()._save_checkpoint(model, trial)
@@ -132,7 +134,7 @@ class Progress(ProgressCallback):
 
 
 class Flow(TrainerCallback):
-    """Stops at the first Ctrl-C after the step that is under way, with a checkpoint, and at a loss that is no number.
+    """Stops after the step that is under way, with a checkpoint, when asked to; and at a loss that is no number.
 
     Args:
         save_every: Steps between two checkpoints before the held-out loss is measured; from then on, each measurement has one.
@@ -170,19 +172,33 @@ class Flow(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes Ctrl-C while the block runs; a second one ends the process as always."""
+        """Takes the first signal to end: Ctrl-C's, a scheduler's, a closed terminal's. A second one ends as always."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in _ENDING if not _is_ignored(number)}
 
-        def stop(_: int, __: FrameType | None) -> None:
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def stop(number: int, _: FrameType | None) -> None:
             self.interrupted = True
-            signal.signal(signal.SIGINT, before)
-            os.write(2, b"\nCtrl-C: finishing this step, then saving a checkpoint; press it again to stop at once.\n")
+            restore()
+            again = "press it" if number == signal.SIGINT else "send it"
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            text = f"\n{name}: finishing this step, then saving a checkpoint; {again} again to stop at once.\n"
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, text.encode())
 
-        signal.signal(signal.SIGINT, stop)
+        for number in before:
+            signal.signal(number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            restore()
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    """By who started the process, as `nohup` does; or taken by other than Python code. A Ctrl-C is always meant."""
+    return number != signal.SIGINT and signal.getsignal(number) in (signal.SIG_IGN, None)

@@ -11,11 +11,13 @@ Of several lines with one id, the last one counts.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.locks import no_empty_folders
 
 Row = dict[str, Any]  # {"id", ..., "error"}
 
@@ -51,17 +53,34 @@ class Answers:
         return {name for name, row in self.rows.items() if row["error"] is None}
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Appends rows and hands them to the system: a run that is killed loses none of them."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Appends rows, to the disk: a run that is killed loses none of them."""
+        added = list(rows)
+        header = [] if self._whole else [{"run": self.run}]
+        lines = b"".join(_line(value) for value in (*header, *added))
+        with no_empty_folders(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._append(lines)
+            except OSError:
+                self._cut()
+                raise
+        self._whole += len(lines)
+        self.rows |= {row["id"]: row for row in added}
+
+    def _append(self, lines: bytes) -> None:
         with self.path.open("r+b" if self._whole else "wb") as file:
             file.truncate(self._whole)
             file.seek(self._whole)
-            if not self._whole:
-                file.write(_line({"run": self.run}))
-            for row in rows:
-                file.write(_line(row))
-                self.rows[row["id"]] = row
-            self._whole = file.tell()
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _cut(self) -> None:
+        """Takes off what is torn."""
+        if self._whole:
+            os.truncate(self.path, self._whole)
+        else:
+            self.path.unlink(missing_ok=True)
 
     def _read(self, content: bytes) -> None:
         lines = content.split(b"\n")[:-1]  # what comes after the last line break was torn off

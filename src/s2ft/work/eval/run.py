@@ -12,11 +12,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.locks import locked
 from s2ft.work.environment import environment
 from s2ft.work.eval.answers import Answers
 from s2ft.work.eval.engines import ENGINES, check_vllm
@@ -145,18 +147,20 @@ def _evaluate(options: EvalOptions, tell: Tell) -> EvalReport:
     models = Models(options.model, dtype, options.engine, options.batch_size)
     identity = {"model": fingerprint(options.model, MODEL_FILE), "precision": str(dtype).removeprefix("torch.")}
     jobs: list[_Job] = []
-    for subject in subjects:
-        identity["adapter"] = fingerprint(subject.adapter, ADAPTER_FILE) if subject.adapter else "none"
-        for task in tasks:
-            style, questions = words[subject], asked[task, words[subject]]
-            run = {"task": task.name, **identity, **_conditions(options, task, style, questions)}
-            answers = Answers(options.output / subject.label / f"{task.name}.jsonl", run)
-            jobs.append(_Job(subject, style, task, questions, answers))
-    for subject in subjects:
-        pending = [job for job in jobs if job.subject == subject and not job.is_done]
-        if pending:
-            _write(models, subject, pending, options, tell)
-    return _report(options, jobs, tell)
+    with ExitStack() as writers:
+        for subject in subjects:
+            identity["adapter"] = fingerprint(subject.adapter, ADAPTER_FILE) if subject.adapter else "none"
+            for task in tasks:
+                style, questions = words[subject], asked[task, words[subject]]
+                run = {"task": task.name, **identity, **_conditions(options, task, style, questions)}
+                path = options.output / subject.label / f"{task.name}.jsonl"
+                writers.enter_context(locked(path))
+                jobs.append(_Job(subject, style, task, questions, Answers(path, run)))
+        for subject in subjects:
+            pending = [job for job in jobs if job.subject == subject and not job.is_done]
+            if pending:
+                _write(models, subject, pending, options, tell)
+        return _report(options, jobs, tell)
 
 
 def check_options(options: EvalOptions) -> list[Task]:
