@@ -2,7 +2,7 @@
 
     parent/
         .OUTPUT.lock                held while OUTPUT is written (s2ft/locks.py)
-        .OUTPUT.unfinished-3f2a/    a new OUTPUT in the making: one rename, and it is there
+        .OUTPUT.unfinished-3f2a     a new OUTPUT, folder or file, in the making: one rename, and it is there
     OUTPUT/
         .unfinished-3f2a/           what is being added to a folder that is there; renamed once it is whole, to
         .finished-3f2a/             whose entries are then moved up: by the next writer, if this one was killed meanwhile
@@ -188,7 +188,7 @@ def _writing(given: Path) -> Iterator[None]:
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """A new folder that is gone afterwards, unless the block renames it."""
-    aside = path.with_name(f"{path.name}-{uuid4().hex[:8]}")
+    aside = path.with_name(f"{path.name}-{_unique()}")
     try:
         aside.mkdir(parents=True)
     except OSError as error:
@@ -201,23 +201,37 @@ def _aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _one_file(target: Path) -> Iterator[Path]:
-    with _aside(target.parent / f".{target.name}{_UNFINISHED}") as aside:
-        yield aside / target.name
-        _flush(aside)
-        (aside / target.name).replace(target)
+    aside = target.with_name(f".{target.name}{_UNFINISHED}-{_unique()}{target.suffix}")
+    try:
+        yield aside
+        _flush_file(aside)
+        aside.replace(target)
         _flush_names(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _settle(target: Path) -> None:
     """Ends what a killed writer began: what was whole is moved to its place, the rest goes. The caller holds the lock."""
     for path in target.parent.iterdir() if target.parent.is_dir() else ():
         if path.name.startswith(f".{target.name}{_UNFINISHED}-"):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     for path in list(target.iterdir()) if target.is_dir() else ():
         if path.name.startswith(_UNFINISHED):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         elif path.name.startswith(_FINISHED):
             _move_up(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unique() -> str:
+    return uuid4().hex[:8]
 
 
 def _move_up(done: Path) -> None:
@@ -233,13 +247,14 @@ def _move_up(done: Path) -> None:
 def _flush(folder: Path) -> None:
     """A rename must not reach the disk before the contents do."""
     for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            _flush_names(path)
-            continue
-        if path.suffix == ".safetensors":
-            _check_whole(path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush_names(path) if path.is_dir() else _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    if path.suffix == ".safetensors":
+        _check_whole(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _check_whole(path: Path) -> None:
