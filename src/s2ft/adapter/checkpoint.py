@@ -239,12 +239,12 @@ def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:
     mapping = adapter.config.auto_mapping
     named = getattr(transformers, str((mapping or {}).get("base_model_class")), None)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             if isinstance(named, type) and issubclass(named, PreTrainedModel):
                 return named(config)
             auto = getattr(transformers, _CLASSES.get(str(adapter.config.task_type), "AutoModelForCausalLM"))
-            model: PreTrainedModel = auto.from_config(config)
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
             return model
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

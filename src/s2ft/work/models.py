@@ -1,4 +1,7 @@
-"""The base model and its tokenizer, from a folder or the Hub, with errors that say what is missing."""
+"""The base model and its tokenizer, from a folder or the Hub, with errors that say what is missing.
+
+Code that comes with a model is not run: unless it is told so, transformers asks at the terminal, and runs it on a "y".
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     _check_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "tokenizer", error)) from error
 
@@ -35,7 +38,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         # Safetensors only: the older .bin files are pickles, which we do not open
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, use_safetensors=True
+            name, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: what a broken or foreign file leads to
         if is_out_of_memory(error):
@@ -58,7 +61,8 @@ def empty_model(name: str) -> PreTrainedModel:
     _check_folder(name)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
 
@@ -79,5 +83,9 @@ def _check_folder(name: str) -> None:
 
 def _unloadable(name: str, part: str, error: Exception) -> str:
     where = "the folder" if Path(name).is_dir() else "no folder here; the Hub"
+    if "trust_remote_code" in str(error):
+        return (
+            f"model={name!r}: its {part} needs code that comes with it, and s2ft runs no such code; take another model"
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"model={name!r}: its {part} cannot be loaded ({where}): {reason}"

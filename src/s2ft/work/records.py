@@ -15,9 +15,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES  # no public list of them
 
 from s2ft.errors import S2FTError
 
+FORMATS = frozenset(_PACKAGED_DATASETS_MODULES)  # "text", "json", "csv", "imagefolder", ...
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 
@@ -114,7 +116,17 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
 }
 
 
+def check_hub_name(name: str) -> None:
+    """Raises `S2FTError` for a name that `datasets` takes for a format, reading such files from the current folder."""
+    if name.removeprefix("hf://datasets/") in FORMATS:
+        raise S2FTError(
+            f"data={name!r} names no data set, but a format, and `datasets` would read the current folder's files of it; "
+            "name a file, a folder or a data set on the Hub"
+        )
+
+
 def _from_hub(name: str) -> Dataset:
+    check_hub_name(name)
     try:
         found = load_dataset(name)
     except Exception as error:  # the library raises a dozen kinds here, from HTTP errors to plain ValueErrors

@@ -70,5 +70,5 @@ def command(options: TrainOptions, resume: bool = False) -> str:
 
 
 def _stored_dtype(base: str) -> torch.dtype:
-    dtype = getattr(AutoConfig.from_pretrained(base), "dtype", None)
+    dtype = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

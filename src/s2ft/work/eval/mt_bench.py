@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from s2ft.errors import raise_together
+from s2ft.errors import raise_by_place, raise_together
 from s2ft.work.eval.answers import Answers
 from s2ft.work.eval.engines import Engine
 from s2ft.work.eval.tasks import TASKS, Decoding, Prompt, digest, find_data, missing
@@ -71,9 +71,9 @@ def load_dialogues(data: str, limit: int | None = None) -> list[Dialogue]:
     problems, found = [], []
     for record in islice(read_records(source), limit):
         dialogue = _dialogue(record.value, references)
-        problems += [f"{record.place}: {problem}" for problem in _problems(dialogue)]
+        problems += [(record.place, problem) for problem in _problems(dialogue)]
         found.append(dialogue)
-    raise_together(problems[:10])
+    raise_by_place(problems)
     return found
 
 

@@ -21,18 +21,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, raise_by_place, raise_together
 from s2ft.work.data_folder import find_file, places
 from s2ft.work.eval.extraction import FirstLetter, LastNumber, Rule, StatedLetter, Words, numbered
 from s2ft.work.prompts import alpaca_example
-from s2ft.work.records import Record, read_records
+from s2ft.work.records import Record, check_hub_name, read_records
 
 Message = dict[str, str]  # {"role", "content"}
 Prompt = str | list[Message]  # text, or a conversation for the model's chat template
 
 PROMPTS = ("alpaca", "chat")
 AUTO = "auto"  # the words that an adapter was trained on
-_SHOWN = 10  # problems listed at once
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,7 @@ def load_questions(task: Task, data: str, limit: int | None = None, prompts: str
         S2FTError: if there is no such file, or a record lacks an instruction or an answer that the task's rule can read.
     """
     records = list(islice(_records(task, data), limit))
-    problems = [f"{record.place}: {problem}" for record in records if (problem := _problem(record.value, task))]
-    if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"... and {len(problems) - _SHOWN} more"]
-    raise_together(problems)
+    raise_by_place((record.place, problem) for record in records if (problem := _problem(record.value, task)))
     return [_question(str(number), record.value, task, prompts) for number, record in enumerate(records)]
 
 
@@ -193,6 +189,7 @@ def _records(task: Task, data: str) -> Iterator[Record]:
 def _from_hub(task: Task, name: str) -> Iterator[Record]:
     from datasets import load_dataset
 
+    check_hub_name(name)
     errors = []
     for place in _places(task)[1:]:
         try:
