@@ -325,6 +325,37 @@ def test_all_wrong_options_are_reported_at_once():
         assert part in text
 
 
+MISSING = {
+    "model": "./no-model",
+    "data": ["no.json", "./no-folder", "text"],
+    "evaluate": "gsm8k",
+    "eval_data": "./none",
+}
+ABSENT = (
+    "no.json': there is no such file",
+    "'./no-folder': there is no",
+    "'text' names no data set",
+    "'./no-model' is not",
+    "./none",
+)
+
+
+def test_files_that_are_not_there_are_told_with_wrong_options():
+    with pytest.raises(S2FTError) as caught:
+        parse_options({**MISSING, "output": "o", "epochs": 0})
+    assert "6 problems:" in str(caught.value)
+    assert all(part in str(caught.value) for part in ("epochs=0", *ABSENT))
+
+
+def test_all_that_is_not_there_is_told_at_once(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(S2FTError) as caught:
+        train(parse_options({**MISSING, "output": str(tmp_path / "out")}))
+    assert "6 problems:" in str(caught.value)
+    assert all(part in str(caught.value) for part in ("exists and is not empty", *ABSENT))
+
+
 def test_options_of_lora_are_explained():
     with pytest.raises(S2FTError) as caught:
         parse_options({"model": "m", "data": "d", "output": "o", "r": 8, "lora_dropout": 0.1})

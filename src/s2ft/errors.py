@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 _REASONS = {
     errno.ENOSPC: "no space left on the disk",
@@ -44,6 +44,22 @@ def problems_in(error: S2FTError) -> list[str]:
         ['limit=0 must be 1 or more']
     """
     return str(error).split("\n  - ")[1:] or [str(error)]
+
+
+def gathered(*checks: Callable[[], object]) -> list[str]:
+    """The problems that checks find, all of which are made.
+
+    Example:
+        >>> gathered(lambda: raise_together(["a"]), lambda: None, lambda: raise_together(["b", "c"]))
+        ['a', 'b', 'c']
+    """
+    found = []
+    for check in checks:
+        try:
+            check()
+        except S2FTError as error:
+            found += problems_in(error)
+    return found
 
 
 def raise_by_place(problems: Iterable[tuple[str, str]], others: Iterable[str] = (), shown: int = 10) -> None:

@@ -21,7 +21,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         S2FTError: if there is no such model, or it has no tokenizer.
     """
-    _check_folder(name)
+    check_folder(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -34,7 +34,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         S2FTError: if there is no such model, or its files are incomplete or of another kind.
     """
-    _check_folder(name)
+    check_folder(name)
     try:
         # Safetensors only: the older .bin files are pickles, which we do not open
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -58,7 +58,7 @@ def empty_model(name: str) -> PreTrainedModel:
     Raises:
         S2FTError: if there is no such model.
     """
-    _check_folder(name)
+    check_folder(name)
     try:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -73,7 +73,8 @@ def positions(model: PreTrainedModel) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Raises `S2FTError` for a folder that holds no model, and for a path where there is none."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise S2FTError(f"model={name!r} is a folder without config.json, so it holds no model")

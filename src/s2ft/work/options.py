@@ -269,24 +269,31 @@ def parse_options(values: Mapping[str, Any]) -> TrainOptions:
     """The options from raw values, which may all be text.
 
     Raises:
-        S2FTError: with all problems at once, each as `option=value: what is allowed`.
+        S2FTError: with all problems at once, each as `option=value: what is allowed`; then with inputs that are not there, too.
 
     Example:
-        >>> parse_options({"model": "m", "data": "d.json", "output": "o", "epochs": "0", "strategy": "best"})
+        >>> parse_options({"model": "m", "data": "d", "output": "o", "epochs": "0", "strategy": "best"})
         Traceback (most recent call last):
             ...
         s2ft.errors.S2FTError: 2 problems:
           - epochs='0': input should be greater than 0
           - strategy='best' is unknown; choose from random, weight, activation, product, gradient, lift, saliency
     """
+    problems = _option_problems(values)
+    if problems:
+        from s2ft.work.inputs import input_problems  # else they are looked for when the run begins
+
+        raise_together([*problems, *input_problems(values)])
+    return TrainOptions.model_validate(dict(values))
+
+
+def _option_problems(values: Mapping[str, Any]) -> list[str]:
     try:
         options = TrainOptions.model_validate(dict(values))
     except ValidationError as error:
         wrong = {str(item["loc"][0]) for item in error.errors()}
-        raise_together([*_problems(error), *_method_problems(values, wrong)])
-        raise
-    raise_together([*_method_problems(values, set()), *_evaluation_problems(options)])
-    return options
+        return [*_problems(error), *_method_problems(values, wrong)]
+    return [*_method_problems(values, set()), *_evaluation_problems(options)]
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -43,9 +43,18 @@ def read_records(source: str) -> Iterator[Record]:
         return _read_folder(path)
     if path.is_file():
         return _read_file(path)
+    check_source(source)
+    return _rows(_from_hub(source), source)
+
+
+def check_source(source: str) -> None:
+    """Raises `S2FTError` for a path where nothing is, and for what is neither a path nor a name on the Hub."""
+    path = Path(source)
+    if path.exists():
+        return
     if path.suffix in READERS or source.startswith((".", "/", "~")):
         raise S2FTError(f"data={source!r}: there is no such file")
-    return _rows(_from_hub(source), source)
+    check_hub_name(source)
 
 
 def _read_file(path: Path) -> Iterator[Record]:

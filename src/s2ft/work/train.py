@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from s2ft.errors import gathered, raise_together
 from s2ft.files import sole_writer
 from s2ft.locks import no_empty_folders
 from s2ft.method.config import S2FTConfig
@@ -34,6 +36,7 @@ from s2ft.work.data import data_digest, load_examples, prompt_format
 from s2ft.work.environment import environment
 from s2ft.work.eval.scores import Checked, Scorer, check_scores
 from s2ft.work.failures import clear_failures
+from s2ft.work.inputs import input_problems
 from s2ft.work.layout import INDEXED, choose_layout, layout
 from s2ft.work.models import load_model, load_tokenizer
 from s2ft.work.options import LONGEST, PURE, TrainOptions
@@ -91,9 +94,7 @@ def train(options: TrainOptions) -> TrainResult:
     length = options.max_length or LONGEST
     advice = f"lower batch_size={options.batch_size} or max_length={length}, or set gradient_checkpointing"
     output = Path(options.output)
-    METHODS[options.method].check()
-    check_processes(options)
-    check_place(options)
+    _check(options)
     alone = sole_writer(output) if leads() else nullcontext()
     with (
         clear_failures(advice, options.output),
@@ -101,6 +102,15 @@ def train(options: TrainOptions) -> TrainResult:
         alone,
     ):  # the trainer makes the folder at once
         return _run(_prepare(options))
+
+
+def _check(options: TrainOptions) -> None:
+    """What can be said without loading anything, all at once."""
+    problems = gathered(METHODS[options.method].check, partial(check_processes, options), partial(check_place, options))
+    problems += input_problems(options.model_dump())
+    if problems:
+        problems += gathered(partial(check_output, options))  # asked in any case, once no other run writes there
+    raise_together(problems)
 
 
 def _prepare(options: TrainOptions) -> _Setup:
