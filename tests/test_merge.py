@@ -170,6 +170,8 @@ def configured(**fields: object) -> Callable[[Path], None]:
 def overflowing(base: Path) -> None:
     for file in base.glob("*.safetensors"):
         save_file({name: torch.full_like(t, 65504) for name, t in load_file(file).items()}, file, {"format": "pt"})
+    config = base.parent / "adapter" / "adapter_config.json"  # without its digest: this is not the base it was made for
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_digest": None}))
 
 
 DAMAGE = {

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig
-from s2ft.method.digest import bases_differ_knowingly, digest_parts, join_digests
+from s2ft.method.digest import agree, bases_differ_knowingly, digest_parts, join_digests
 from s2ft.method.slices import Slice, all_finite
 
 METHODS = ("sum", "ties", "dare")
@@ -248,7 +248,7 @@ def _digest_problems(sources: Sequence[Source]) -> Any:
                 continue
             for part, digest in digest_parts(text, source.slices[module]).items():
                 name, first = seen.setdefault((module, part), (source.name, digest))
-                if first != digest:
+                if not agree(first, digest):
                     yield f"{module}: {name} and {source.name} were made for different bases: the slice {part!r} differs"
 
 

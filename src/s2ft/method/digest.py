@@ -1,14 +1,20 @@
 """A digest of the base weights that an adapter changes: was it made for this base?
 
-The digest of a slice is SHA-256 over its shape and its values rounded to bfloat16, cut to 128 bits. Rounding makes a
-float32 and a bfloat16 copy of the same checkpoint agree. What has no values (device meta), is quantised (integers or
-float8), or was rounded otherwise (float16) has no digest and is not checked. A fused adapter keeps the digest of each part
-of a slice: that of the union cannot be made without the base.
+    plain      "9f86d081884c7d65…~AQb3…"         SHA-256 of the slice, and its sketch
+    quantised  "Params4bit-nf4-64~AQb3…"         the grid it was rounded to, and the sketch of its dequantised values
+    float16    "~AQb3…"                          the sketch
+
+The first is over shape and values rounded to bfloat16, cut to 128 bits. Rounding makes a float32 and a bfloat16 copy of the
+same checkpoint agree: between two plain slices it decides alone. Anything else is compared by its sketch
+(`method/sketch.py`): closely on the same grid, loosely between a quantised base and a plain one. What has no values (device
+meta, a part of a sharded weight) has no digest and is not checked. A fused adapter keeps the digest of each part of a slice:
+that of the union cannot be made without the base.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,24 +24,55 @@ import torch
 from torch import Tensor
 
 from s2ft.errors import S2FTError
+from s2ft.method.sketch import LIKE, SAME, cosine, sketch
 from s2ft.method.slices import Slice
 
 _COMPARABLE = (torch.bfloat16, torch.float32, torch.float64)
+_EXACT = re.compile(r"[0-9a-f]{32}")
 _ANY_BASE = ContextVar("s2ft_any_base", default=False)
 
 
-def slice_digest(base_slice: Tensor) -> str | None:
-    """32 hex digits; None where there is nothing to digest.
+def slice_digest(base_slice: Tensor, grid: str | None = None) -> str | None:
+    """The slice's digest as text; None where there is nothing to digest.
+
+    Args:
+        grid: What the values were rounded to, where they come from a quantised weight.
 
     Example:
         >>> weight = torch.arange(6.0).view(2, 3)
         >>> slice_digest(weight) == slice_digest(weight.bfloat16()), slice_digest(weight) == slice_digest(weight.T)
         (True, False)
     """
-    if base_slice.is_meta or base_slice.dtype not in _COMPARABLE:
+    if base_slice.is_meta or not base_slice.is_floating_point() or base_slice.itemsize < 2:
         return None
-    values = base_slice.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2")
-    return hashlib.sha256(f"{tuple(base_slice.shape)}".encode() + values.tobytes()).hexdigest()[:32]
+    found = sketch(base_slice)
+    exact = grid or ("" if base_slice.dtype not in _COMPARABLE else _exact(base_slice))
+    return None if found is None and not exact else f"{exact}~{found}" if found else exact
+
+
+def _exact(values: Tensor) -> str:
+    rounded = values.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2")
+    return hashlib.sha256(f"{tuple(values.shape)}".encode() + rounded.tobytes()).hexdigest()[:32]
+
+
+def agree(one: str, other: str) -> bool:
+    """Whether two digests of a slice may be of the same weights.
+
+    Example:
+        >>> weight = torch.randn(40, 30)
+        >>> agree(slice_digest(weight), slice_digest(weight + 0.1 * torch.randn(40, 30), grid="int4"))
+        True
+        >>> agree(slice_digest(weight), slice_digest(weight + 0.1 * torch.randn(40, 30)))
+        False
+    """
+    (exact, mine), (also, theirs) = (text.partition("~")[::2] for text in (one, other))
+    if _EXACT.fullmatch(exact) and _EXACT.fullmatch(also):
+        return exact == also
+    if not mine or not theirs:  # written before there were sketches, or all zero
+        return True
+    plain = [not kind or bool(_EXACT.fullmatch(kind)) for kind in (exact, also)]
+    alike = all(plain) or exact == also
+    return cosine(mine, theirs) >= (SAME if alike else LIKE)
 
 
 def digest_parts(text: str, whole: Slice) -> dict[str, str]:
@@ -88,10 +125,23 @@ def any_base() -> Iterator[None]:
 
 def check_base(expected: dict[str, str], found: dict[str, str | None], base: str | None) -> None:
     """Raises `S2FTError` where a digest of the base differs from the adapter's, unless inside `any_base()`."""
-    differing = [path for path, digest in expected.items() if found.get(path) not in (None, digest)]
+    differing = [path for path, digest in expected.items() if _differ(digest, found.get(path))]
     if differing and not _ANY_BASE.get():
         raise S2FTError(
             f"this adapter was made for another base{f' ({base})' if base else ''}: {len(differing)} of {len(expected)} "
             f"modules hold other weights than it was trained on, the first is {differing[0]}. Load its own base, or load "
             "inside `with s2ft.any_base():` if you know better."
         )
+
+
+def _differ(expected: str, found: str | None) -> bool:
+    if found is None:
+        return False
+    theirs, ours = _by_part(expected), _by_part(found)
+    return theirs.keys() != ours.keys() or not all(agree(theirs[part], ours[part]) for part in theirs)
+
+
+def _by_part(text: str) -> dict[str, str]:
+    """Part of the slice → its digest; "" is the whole."""
+    pairs = (part.rpartition("=") for part in text.split("; "))
+    return {part: digest for part, _, digest in pairs}

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError
-from s2ft.method.structure import Projection, Structure, as_matrix, is_plain, linear_layer, weight_matrix
+from s2ft.method.structure import Projection, Structure, as_matrix, linear_layer, weight_matrix, why_not_plain
 
 Scores = dict[str, NDArray[np.float32]]  # key of the structure → [units]
 Batch = Mapping[str, Any]
@@ -262,9 +262,9 @@ def _linear(projection: Projection, model: nn.Module) -> nn.Module:
 def _floating(projection: Projection, model: nn.Module) -> nn.Module:
     layer = _linear(projection, model)
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if not is_plain(layer):
+    if reason := why_not_plain(layer):
         raise S2FTError(
-            f"{projection.module} is quantised ({weight.dtype}); the strategies weight, product, gradient and lift read "
+            f"the weight of {projection.module} {reason}; the strategies weight, product, gradient and lift read "
             "plain weights. Choose strategy='random', 'activation' or 'saliency'."
         )
     if weight.is_meta:

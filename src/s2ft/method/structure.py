@@ -140,10 +140,25 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the layer's weight holds its values as they are, not packed or scaled by a quantisation."""
+    """Whether the layer's weight holds its values as they are: whole, and not packed, scaled or wrapped."""
+    return why_not_plain(module) is None
+
+
+def why_not_plain(module: nn.Module) -> str | None:
+    """What the layer's weight is instead of a plain tensor of its values, such as "is quantised (Linear4bit)"."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    full = weight.shape.numel() == features(module)[0] * features(module)[1]
-    return full and weight.is_floating_point() and weight.dtype.itemsize > 1
+    kind = type(weight.data).__name__
+    if hasattr(weight, "ds_id"):
+        return "is partitioned by DeepSpeed ZeRO-3"
+    if kind == "DTensor":
+        return "is a DTensor, sharded over devices (FSDP2 or tensor parallel)"
+    if not weight.is_floating_point() or weight.dtype.itemsize == 1 or hasattr(weight, "quant_state"):
+        return f"is quantised ({type(module).__name__}), stored as {weight.dtype}"
+    if type(weight.data) is not Tensor:  # whose dtype and shape may be those of the values it stands for
+        return f"is a {kind}, as quantisation libraries make them"
+    if weight.numel() != features(module)[0] * features(module)[1]:
+        return f"holds {weight.numel():,} of its values only (partitioned, as by FSDP, or packed)"
+    return None
 
 
 def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], a view

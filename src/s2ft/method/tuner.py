@@ -21,6 +21,7 @@ from s2ft.errors import S2FTError, raise_together
 from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
 from s2ft.method.depth import stop_below
+from s2ft.method.dequantise import dequantised, grid
 from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
@@ -285,11 +286,13 @@ def _base_digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]
 
 
 def _digest(linear: nn.Module, chosen: Slice) -> str | None:
-    weight = weight_matrix(linear)
-    if weight.is_meta or not is_plain(linear):
+    plain = is_plain(linear)
+    weight = weight_matrix(linear) if plain else dequantised(linear)
+    if weight is None or weight.is_meta:
         return None
     indices = torch.from_numpy(chosen.indices).to(weight.device)
-    return slice_digest(weight.index_select(1 if chosen.side == "in" else 0, indices))
+    part = weight.index_select(1 if chosen.side == "in" else 0, indices)
+    return slice_digest(part, None if plain else grid(linear))
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
