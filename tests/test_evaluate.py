@@ -330,7 +330,8 @@ class TestCommand:
     def run(self, *words: str):
         return CliRunner().invoke(app, ["eval", *words])
 
-    def test_it_prints_and_writes(self, base, data, tmp_path) -> None:
+    def test_it_prints_and_writes(self, base, data, tmp_path, monkeypatch) -> None:
+        monkeypatch.setenv("COLUMNS", "60")  # narrower than the table, which is whole all the same
         rows = tmp_path / "rows.json"
         words = [
             "--model",

@@ -1,6 +1,7 @@
 """Fusing adapter folders: the identity, exactness, what is refused, the report, and the command."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapter.file import open_adapter, read_adapter
 from s2ft.adapter.overlap import draw, table
 from s2ft.cli.app import app
+from s2ft.cli.tables import print_table
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.slices import Slice
 
@@ -271,6 +274,31 @@ def test_a_failure_while_writing_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_one_base_may_be_spelled_in_several_ways(
+    base: nn.Module, pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    (tmp_path / "other").mkdir()
+    for first, second, agree in [
+        ("base", "base/", True),
+        ("base", str(tmp_path / "base"), True),
+        ("./base", str(tmp_path / "link"), True),
+        ("org/model", "org/model/", True),  # not here
+        ("base", "other", False),
+        ("org/model", "org/other", False),
+    ]:
+        for folder, name in zip(pair, (first, second), strict=True):
+            fields = json.loads((folder / CONFIG).read_text())
+            (folder / CONFIG).write_text(json.dumps({**fields, "base_model_name_or_path": name}))
+        if agree:
+            s2ft.fuse(pair)
+        else:
+            with pytest.raises(S2FTError, match=f"base_model_name_or_path='{first}', but .* has '{second}'"):
+                s2ft.fuse(pair)
+
+
 def test_other_bases_fuse_for_those_who_know_better(base: nn.Module, pair: list[Path], tmp_path: Path) -> None:
     for folder in pair:
         edit(folder, base_model_name_or_path=f"somewhere/{folder.name}")
@@ -356,6 +384,19 @@ def test_the_command_reports_draws_and_writes(base: nn.Module, pair: list[Path],
     expected = s2ft.fuse(pair, [0.5, 0.25], "ties", 0.6).tensors()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(tmp_path / "ab" / WEIGHTS).items())
     assert torch.isfinite(load(base, tmp_path / "ab")(tokens(1, 4)).logits).all()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_table_is_whole_at_any_width(pair: list[Path], terminal: bool) -> None:
+    rows = s2ft.fuse(pair).overlaps
+    console = Console(file=io.StringIO(), width=40, force_terminal=terminal, no_color=True)
+    print_table(table(rows), console)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    assert printed.count("self_attn.o_proj") == printed.count("mlp.down_proj") == 3
+    for row in rows:
+        assert f"{row.interference_on_first:.2f}, {row.interference_on_second:.2f}" in printed
+    assert "interference" in printed
 
 
 def test_the_command_without_an_output_only_reports(pair: list[Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import s2ft
+from commands import contents
 from exported import SIDES, load, load_base, save_adapter, save_base
 from families import FAMILIES
 from s2ft import S2FTError
@@ -220,3 +221,38 @@ def test_the_command_line_merges_with_a_base_of_its_own(tmp_path: Path) -> None:
     assert json.loads(facts.read_text())["bytes"] == sum(path.stat().st_size for path in merged.iterdir())
     model = PeftModel.from_pretrained(load_base(moved), adapter).merge_and_unload()
     assert same(dict(load_base(merged).state_dict()), dict(model.state_dict()))
+
+
+def test_links_out_of_the_base_are_not_followed(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", max_shard_size="8KB")
+    adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not for others")
+    (base / "notes.txt").symlink_to(secret)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").symlink_to(secret)
+    with pytest.raises(
+        S2FTError, match=r"2 problems[^$]*notes.txt is a link out of its folder[^$]*tool.jinja is a link"
+    ):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_links_of_the_hubs_cache_and_within_the_base_are(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", max_shard_size="8KB")
+    adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})
+    merge(adapter, tmp_path / "expected")
+    snapshot, blobs = (
+        tmp_path / "hub" / "models--o--m" / "snapshots" / "0a1b",
+        tmp_path / "hub" / "models--o--m" / "blobs",
+    )
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(base.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    (tmp_path / "link").symlink_to(snapshot)
+    for name in (snapshot, tmp_path / "link"):
+        merged = merge(adapter, tmp_path / f"merged-{name.name}", str(name))
+        assert contents(merged) == contents(tmp_path / "expected")
+        assert not any(path.is_symlink() for path in merged.iterdir())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
 
     Raises:
         S2FTError: before anything is written, if the adapter is not whole or not for this base, the base is quantised
-            or incomplete, or there is something at `output`.
+            or incomplete, a file of the base is a link out of its folder, or there is something at `output`.
     """
     output = Path(output)
     check_free(output)
@@ -49,6 +50,7 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
     checkpoint = open_base(opened, base, weights=True)
     whole = _whole_tensors(opened, checkpoint)
     shards = {path.name: path for path in sorted(set(checkpoint.files.values()))}
+    _check_links(checkpoint, shards.values())
     with new_folder(output) as aside:
         for step in progress([*shards, *opened.slices]):
             if step in shards:
@@ -130,6 +132,19 @@ def _overwrite(file: Path, name: str, tensor: Tensor) -> None:
         assert len(data) == end - start  # shape and dtype are the file's own
         stream.seek(8 + size + start)
         stream.write(data)
+
+
+def _check_links(base: Checkpoint, shards: Iterable[Path]) -> None:
+    """A result may be published, so that nothing is copied from elsewhere; the Hub's cache links to the blobs beside."""
+    folder = base.folder.resolve()
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    settings = [file for path in settings_files(base.folder) for file in (path, *path.rglob("*"))]
+    copied = {path: path.resolve() for path in (*shards, *settings, *([base.index_file] if base.is_sharded else []))}
+    raise_together(
+        f"{path} is a link out of its folder, to {target}; a merge copies what lies in the base's folder alone"
+        for path, target in copied.items()
+        if not any(target.is_relative_to(home) for home in homes)
+    )
 
 
 def _copy_settings(base: Checkpoint, aside: Path) -> None:

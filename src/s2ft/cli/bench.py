@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.cli.tables import print_table
 from s2ft.files import replaced_file, write_json
 
 app = typer.Typer(help="Measure, beside the floor of what is measured.", no_args_is_help=True)
@@ -180,4 +181,4 @@ def show(rows: list[Row], console: Any, title: str | None = None) -> None:
     table.columns[0].min_width = max(len(str(next(iter(row.values())))) for row in rows)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
+    print_table(table, console)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.cli.tables import print_table
 from s2ft.errors import S2FTError
 from s2ft.files import write_json
 
@@ -224,7 +225,6 @@ def _share(value: float | None) -> str | None:
 
 def _table(title: str, rows: list[dict[str, Any]]) -> None:
     """Rows with the same keys, as a table; nothing without rows."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -236,7 +236,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         values = ("–" if value is None else value for value in row.values())
         table.add_row(*(Text(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in values))
-    Console().print(table)
+    print_table(table)
 
 
 def _write(report: dict[str, Any], json_file: Path | None) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.cli.tables import print_table
 from s2ft.errors import S2FTError
 from s2ft.files import check_free, replaced_file, write_json
 
@@ -44,20 +45,20 @@ def fuse(
         fusion = plan(adapters, numbers, method, density, seed)
         facts = summary(fusion.combination, fusion.overlaps)
     for number, adapter in enumerate(adapters):
-        console.print(f"adapter {number}: {adapter}", highlight=False, markup=False)
+        console.print(f"adapter {number}: {adapter}", highlight=False, markup=False, soft_wrap=True)
     if fusion.overlaps:
-        console.print(table(fusion.overlaps))
+        print_table(table(fusion.overlaps))
     console.print(f"\n{facts['shared']:,} of {facts['channels']:,} channels in {facts['modules']} modules are shared")
     if png is not None:
         with replaced_file(png) as aside:
             draw(fusion.overlaps, aside)
-        console.print(f"drawn: {png}", markup=False)
+        console.print(f"drawn: {png}", markup=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file, facts, allow_nan=False)
     if output is not None:
         with console.status("fusing ..."):
             fusion.save(output)
-        console.print(f"fused: {output}", markup=False)
+        console.print(f"fused: {output}", markup=False, soft_wrap=True)
 
 
 def _numbers(text: str) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from s2ft.cli.outputs import check_writable
+from s2ft.cli.tables import print_table
 from s2ft.files import replaced_file, write_json
 
 
@@ -39,7 +40,7 @@ def inspect(
         model = empty_model(base)
     facts = summary(read, model)
     console = Console()
-    console.print(table(read, model))
+    print_table(table(read, model))
     console.print(
         f"\n{facts['weights']:,} weights in {facts['modules']} modules change, ‖Δ‖ = {facts['norm']:.4g}; "
         f"{facts['file_bytes'] / 1e6:.2f} MB on disk\n"
@@ -52,6 +53,6 @@ def inspect(
     if png is not None:
         with replaced_file(png) as aside:
             draw(read, aside)
-        console.print(f"drawn: {png}", markup=False)
+        console.print(f"drawn: {png}", markup=False, soft_wrap=True)
     if json_file is not None:
         write_json(json_file, facts, allow_nan=False)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from numbers import Real
+from os.path import isdir, samefile
 from typing import Any, Protocol
 
 import numpy as np
@@ -208,7 +209,7 @@ def _option_problems(sources: Sequence[Source], weights: Sequence[Any], method: 
 def _config_problems(sources: Sequence[Source]) -> Any:
     for field in _KNOWN_OR_SAME:
         known = [(source.name, value) for source in sources if (value := getattr(source.config, field))]
-        differing = next((other for other in known if other[1] != known[0][1]), None)
+        differing = next((other for other in known if not _same_value(other[1], known[0][1])), None)
         about_base = field in ("base_model_name_or_path", "revision")
         if differing and not (about_base and bases_differ_knowingly()):
             yield f"{known[0][0]} has {field}={known[0][1]!r}, but {differing[0]} has {differing[1]!r}; they must agree"
@@ -295,6 +296,16 @@ def _combined_digests(sources: Sequence[Source], slices: dict[str, Slice]) -> di
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     raw = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*raw)
+
+
+def _same_value(ours: Any, theirs: Any) -> bool:
+    """A base may be spelled in several ways: with a slash at the end, from here or from the root, by a link."""
+    if ours == theirs:
+        return True
+    paths = isinstance(ours, str) and isinstance(theirs, str)
+    return paths and (
+        ours.rstrip("/") == theirs.rstrip("/") or (isdir(ours) and isdir(theirs) and samefile(ours, theirs))
+    )
 
 
 def _comparable(value: Any) -> Any:
