@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,13 @@ from torch import nn
 
 from s2ft.adapter.file import Adapter
 from s2ft.method.in_place import planned
-from s2ft.method.structure import layer_index
+from s2ft.method.structure import layer_index, layer_stack
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WHICH = 12  # characters of the list of channels that a row shows; JSON has them all
+_LABELS = 12  # layers that a panel of the picture names: more would run into each other
 
 
 @dataclass(frozen=True)
@@ -102,28 +106,53 @@ def table(adapter: Adapter, base: nn.Module | None = None) -> Table:
 
 
 def draw(adapter: Adapter, png: Path, bins: int = 256) -> None:
-    """One panel per projection: layers down, channels across, brightness is the norm of the change."""
-    from matplotlib.figure import Figure  # deferred: slow to import, and only pictures need it
+    """One panel per projection: layers down, channels across, brightness is the norm of the change.
 
-    panels: dict[str, list[str]] = {}
-    for path in adapter.slices:
-        panels.setdefault(".".join(path.split(".")[-2:]), []).append(path)
+    Panels of one stack of blocks have the same rows, from its first block to the last that any of them changes; a block
+    without a slice is grey.
+    """
+    picture(adapter, bins).savefig(png, dpi=120)
+
+
+def picture(adapter: Adapter, bins: int = 256) -> Figure:
+    """The figure that `draw` saves."""
+    from matplotlib import colormaps  # deferred: slow to import, and only pictures need it
+    from matplotlib.figure import Figure
+
+    panels = _panels(adapter)
+    colours = colormaps["magma"].with_extremes(bad="0.85")
     figure = Figure(figsize=(10, 0.8 + 2.2 * len(panels)), layout="constrained")
-    for axes, (name, paths) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        width = max(int(adapter.slices[path].indices[-1]) for path in paths) + 1
-        rows = np.stack([_binned(adapter, path, width, min(bins, width)) for path in paths])
-        image = axes.imshow(
-            rows, aspect="auto", interpolation="nearest", extent=(0, width, len(paths), 0), cmap="magma"
-        )
-        axes.set(
-            title=name,
-            ylabel="layer",
-            yticks=np.arange(len(paths)) + 0.5,
-            yticklabels=[layer_index(path) for path in paths],
-        )
+    for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        width = max(int(adapter.slices[path].indices[-1]) for path in rows if path) + 1
+        size = min(bins, width)
+        values = np.stack([_binned(adapter, path, width, size) if path else np.full(size, np.nan) for path in rows])
+        shape = (0, width, len(rows), 0)
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=shape, cmap=colours)
+        labelled = range(0, len(rows), -(-len(rows) // _LABELS))
+        names = [str(row) for row in labelled] if layer_index(next(filter(None, rows))) is not None else [""]
+        axes.set(title=title, ylabel="layer", yticks=[row + 0.5 for row in labelled], yticklabels=names)
         figure.colorbar(image, ax=axes, label="‖Δ‖")
     axes.set_xlabel("channel")
-    figure.savefig(png, dpi=120)
+    return figure
+
+
+def _panels(adapter: Adapter) -> dict[str, list[str | None]]:
+    """Title → the module of each row, None where a block has no slice; a row of its own for what is in no block."""
+    stacks: dict[str, int] = {}
+    for stack, layer in filter(None, map(layer_stack, adapter.slices)):
+        stacks[stack] = max(stacks.get(stack, 0), layer + 1)
+    panels: dict[str, list[str | None]] = {}
+    for path in adapter.slices:
+        place = layer_stack(path)
+        short = ".".join(path.split(".")[-2:])
+        if place is None:
+            panels[path] = [path]
+            continue
+        stack, layer = place
+        inside = path.removeprefix(f"{stack}.{layer}.".lstrip("."))
+        title = short if len(stacks) == 1 and inside.count(".") < 2 else f"{stack}.*.{inside}"
+        panels.setdefault(title, [None] * stacks[stack])[layer] = path
+    return panels
 
 
 def _binned(adapter: Adapter, path: str, width: int, bins: int) -> NDArray[np.float64]:  # [bins]
