@@ -366,6 +366,7 @@ class TestCommand:
             (["--task", "gsm8k", "--adapter", "."], "adapter='.' is a folder without adapter_config.json"),
             (["--task", "gsm8k", "--adapter", "./no"], "adapter='./no' is not a folder"),
             (["--suite", "commonsense"], "has nothing on piqa"),
+            (["--task", "gsm9k", "--adapter", "./no", "--model", "./none", "--beams", "0"], "4 problems"),
             (["--harness", "helm"], "leave out --suite and --output"),
             (["--task", "mt-bench", "--judge-url", "http://h/v1"], "judge_url='http://h/v1' alone is not enough"),
         ],

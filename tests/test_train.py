@@ -319,7 +319,8 @@ def test_all_wrong_options_are_reported_at_once():
         parse_options({**wrong, "data": "d.json", "output": "o", "epoch": 3})
     text = str(caught.value)
     for part in (
-        "6 problems:", "model is missing", "epochs='many'", "batch_size=0", "subset='best' is unknown; choose from largest",
+        "7 problems:", "data='d.json': there is no such file", "model is missing", "epochs='many'", "batch_size=0",
+        "subset='best' is unknown; choose from largest",
         "optim='sdg': unknown; choose from adamw_torch", "epoch=3: no such option; did you mean epochs?",
     ):  # fmt: skip
         assert part in text

@@ -14,10 +14,11 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, gathered, raise_together
 from s2ft.locks import locked
 from s2ft.work.environment import environment
 from s2ft.work.eval.answers import Answers
@@ -41,6 +42,7 @@ from s2ft.work.eval.tasks import (
 )
 from s2ft.work.eval.writing import answer_questions
 from s2ft.work.failures import clear_failures
+from s2ft.work.models import check_folder
 from s2ft.work.precision import choose_precision
 
 log = logging.getLogger("s2ft")
@@ -139,6 +141,12 @@ def evaluate(options: EvalOptions, tell: Tell = lambda *_: None) -> EvalReport:
 
 
 def _evaluate(options: EvalOptions, tell: Tell) -> EvalReport:
+    checks = (
+        partial(check_options, options),
+        partial(check_folder, options.model),
+        partial(find_subjects, options.adapters),
+    )
+    raise_together(gathered(*checks))
     tasks = check_options(options)
     subjects = find_subjects(options.adapters)
     words = {subject: choose_words(options.prompt, subject) for subject in subjects}
@@ -177,25 +185,20 @@ def check_options(options: EvalOptions) -> list[Task]:
         value = getattr(options, name)
         problems += [f"{name}={value!r} is unknown; choose from {', '.join(known)}"] if value not in known else []
     problems += _output_problems(options.output)
-    tasks: list[Task] = []
-    try:
-        tasks = find_tasks(options.tasks)
-        problems += missing(tasks, options.data)
-    except S2FTError as error:
-        problems += str(error).split("\n  - ")[1:] or [str(error)]
+    problems += gathered(lambda: raise_together(missing(find_tasks(options.tasks), options.data)))
     raise_together(problems)
+    tasks = find_tasks(options.tasks)
     if options.engine == "vllm":
         check_vllm()
     return tasks
 
 
 def needs_judge(names: Sequence[str]) -> bool:
-    """Whether a task of these names is rated by a judge.
-
-    Raises:
-        S2FTError: for unknown names.
-    """
-    return MT_BENCH in find_tasks(names)
+    """Whether a task of these names is rated by a judge; `evaluate` has something to say about unknown ones."""
+    try:
+        return MT_BENCH in find_tasks(names)
+    except S2FTError:
+        return False
 
 
 def _output_problems(output: Path) -> list[str]:
