@@ -194,10 +194,13 @@ def test_a_budget_on_partitioned_parameters_is_that_of_the_whole_ones() -> None:
     for family in ("llama", "gpt2"):
         whole, parted = build(family), build(family)
         for parameter in parted.parameters():
-            parameter.ds_numel, parameter.ds_shape = parameter.numel(), parameter.shape
+            parameter.ds_id, parameter.ds_numel, parameter.ds_shape = id(parameter), parameter.numel(), parameter.shape
             parameter.data = torch.empty(0, dtype=parameter.dtype)
         config = S2FTConfig(budget=0.05, seed=0)
         assert select(parted, config).config.slices == select(whole, config).config.slices
+        with pytest.raises(S2FTError, match=r"weight of .* is partitioned by DeepSpeed ZeRO-3; the strategies weight"):
+            select(parted, S2FTConfig(budget=0.05, strategy="weight"))
+        assert get_peft_model(parted, S2FTConfig(budget=0.05, seed=0)).peft_config["default"].base_digest is None
 
 
 def test_a_copy_that_is_kept_whole_does_not_raise_the_budget() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from families import build
 from quantised import QUANTISED, Grid, stand_in
@@ -98,6 +99,36 @@ def test_scores_of_weights_name_what_the_weight_is() -> None:
         S2FTError, match=r"the weight of model\.layers\.0\.self_attn\.q_proj is a Grid, as quantisation"
     ):
         select(stand_in(plain()), S2FTConfig(ratios=0.5, strategy="weight"))
+
+
+def test_distributed_weights_are_named_and_have_no_digest(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = plain()
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            down = layer.mlp.down_proj
+            down.weight = nn.Parameter(distribute_tensor(down.weight.data, mesh, [Shard(0)]))
+        for strategy in ("weight", "lift", "product", "gradient"):
+            config = S2FTConfig(ratios={"down_proj": 0.5}, strategy=strategy)
+            with pytest.raises(S2FTError, match=r"down_proj is a DTensor, sharded over devices"):
+                select(model, config, iter([{"input_ids": "not read"}]))
+        config = get_peft_model(model, S2FTConfig(budget=0.05, seed=0)).peft_config["default"]
+        assert {path.rpartition(".")[2] for path in config.base_digest} == {"o_proj"}
+        assert config.slices == select(plain(), S2FTConfig(budget=0.05, seed=0)).config.slices
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("strategy", ["activation", "saliency"])
+def test_a_part_of_the_activations_is_not_taken_for_the_whole(strategy: str) -> None:
+    """As under tensor parallelism: each process feeds its part of the heads into its part of o."""
+    model = plain()
+    output = model.model.layers[1].self_attn.o_proj
+    output.forward = lambda x: nn.functional.linear(x, output.weight[:, : x.shape[-1]], output.bias)
+    output.register_forward_pre_hook(lambda _, given: (given[0][..., :20],))
+    with pytest.raises(S2FTError, match=r"1\.self_attn\.o_proj gets 20 of its 40 input channels in this process"):
+        select(model, S2FTConfig(ratios=0.5, strategy=strategy), [{"input_ids": torch.randint(3, 60, (1, 5))}])
 
 
 def test_digests_of_before_are_read_and_damaged_sketches_agree_with_nothing() -> None:

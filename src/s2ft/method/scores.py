@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError
-from s2ft.method.structure import Projection, Structure, as_matrix, linear_layer, weight_matrix, why_not_plain
+from s2ft.method.structure import Projection, Structure, as_matrix, features, linear_layer, weight_matrix, why_not_plain
 
 Scores = dict[str, NDArray[np.float32]]  # key of the structure → [units]
 Batch = Mapping[str, Any]
@@ -69,10 +69,11 @@ def score_units(
     if strategy in ("gradient", "saliency"):
         squares = gradient_squares if strategy == "gradient" else saliency_squares
         return {name: _root(sums) for name, sums in squares(structures, model, batches).items()}
+    factors: Scores = {}
+    if strategy == "product":  # before any data is read: weights may be refused
+        factors = {key(s): _root(weight_squares(s, model)) for s in structures}
     activation = {name: _root(sums) for name, sums in activation_squares(structures, model, batches).items()}
-    if strategy == "activation":
-        return activation
-    return {key(s): activation[key(s)] * _root(weight_squares(s, model)) for s in structures}
+    return {name: activation[name] * factors.get(name, np.float32(1)) for name in activation}
 
 
 def key(structure: Structure) -> str:
@@ -132,6 +133,7 @@ def activation_squares(structures: list[Structure], model: nn.Module, batches: I
     mask: Tensor | None = None
 
     def add(name: str, x: Tensor) -> None:  # x: [*, in_features]
+        _check_whole(x, inputs[name], model)
         rows = x.flatten(0, -2)  # some models (OPT) flatten them before the layer
         kept = rows[mask.flatten()] if mask is not None and mask.numel() == len(rows) else rows
         squares = kept.detach().float().square().sum(0, dtype=torch.float64).cpu()
@@ -185,6 +187,7 @@ def saliency_squares(structures: list[Structure], model: nn.Module, batches: Ite
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
 
     def watch(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        _check_whole(args[0], inputs[name], model)
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # nothing below it wants a gradient
         values = x.detach()
 
@@ -218,6 +221,16 @@ def _backward(model: nn.Module, batches: Iterable[Batch]) -> None:
 def _fed(structures: list[Structure]) -> dict[str, Projection]:
     """Structure → the projection that its units feed into: o or down, or an uncoupled linear layer."""
     return {key(s): next(p for p in s.projections if p.side == "in") for s in structures}
+
+
+def _check_whole(x: Tensor, projection: Projection, model: nn.Module) -> None:
+    """The units are counted in the whole input; under tensor parallelism each process has a part of it."""
+    expected = features(_linear(projection, model))[0]
+    if x.shape[-1] != expected:
+        raise S2FTError(
+            f"{projection.module} gets {x.shape[-1]} of its {expected} input channels in this process (tensor parallelism); "
+            "choose channels before the model is split, or strategy='random'"
+        )
 
 
 def unit_sums(channels: Tensor, projection: Projection, units: int) -> Tensor:  # [units * width] → [units]
