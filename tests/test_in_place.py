@@ -29,6 +29,7 @@ from s2ft import S2FTConfig, S2FTError, in_place
 from s2ft.method import in_place as module_under_test
 from s2ft.method.in_place import Layout
 from s2ft.method.lean import Patches
+from s2ft.method.linear import S2FTLinear
 
 DEFAULT = {"o_proj": 0.25, "down_proj": 0.1}
 NESTED = {"q_proj": 0.5, "k_proj": 0.5, "v_proj": 0.5, "o_proj": 0.25, "up_proj": 0.2, "down_proj": 0.1}
@@ -470,11 +471,23 @@ class TestWhatIsRefusedInside:
         model = adapted()
         model.add_adapter("other", S2FTConfig(ratios=DEFAULT, seed=5))
         with in_place(model):
-            model.set_adapter("other")
-            with pytest.raises(S2FTError, match=r"'default'.*asked for: other"):
-                model(tokens(2, 5))
+            with pytest.raises(S2FTError, match=r"'default' is active; asked for: 'other'"):
+                model.set_adapter("other")
+            model(tokens(2, 5))
             model.set_adapter("default")
             model(tokens(2, 5))
+
+    @pytest.mark.parametrize("ratios", [DEFAULT, {"up_proj": 0.2}], ids=["the same modules", "others of the same FFN"])
+    def test_a_second_active_adapter(self, ratios: Any) -> None:
+        model, ids = adapted(), tokens(2, 5)
+        model.add_adapter("other", S2FTConfig(ratios=ratios, seed=5, init_weights=False))
+        expected = model(ids).logits
+        with in_place(model):
+            for target in (model.base_model, *(m for m in model.modules() if isinstance(m, S2FTLinear))):
+                with pytest.raises(S2FTError, match="asked for: 'default', 'other'"):
+                    target.set_adapter(["default", "other"])
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+            assert model.base_model.active_adapters == ["default"]
 
 
 class TestWhatIsRefusedOnEntering:
@@ -643,7 +656,7 @@ class TestObstacles:
         base.model.layers[1].mlp.down_proj = Packed(base.model.layers[1].mlp.down_proj)
         model = get_peft_model(base, S2FTConfig(ratios=DEFAULT, init_weights=False))
         layout = self.same_inside(model)
-        assert ("added", "its base layer is quantised or partitioned (Packed)") in hows(
+        assert ("added", "its weight is quantised (Packed), stored as torch.uint8") in hows(
             layout, "layers.1.mlp.down_proj"
         )
 

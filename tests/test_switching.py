@@ -14,9 +14,10 @@ import s2ft
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.switching import park
-from s2ft.method import switchable
+from s2ft.method import base_weight
+from s2ft.method.base_weight import put_slice, take_slice
 from s2ft.method.linear import S2FTLinear
-from s2ft.method.switchable import Switchable, put_slice, take_slice
+from s2ft.method.switchable import Switchable
 
 RATIOS = {"o_proj": 0.5, "v_proj": 0.5, "down_proj": 0.4}
 ADAPTERS = ("a", "b", "c")
@@ -129,18 +130,18 @@ def test_a_compiled_model_is_compiled_once() -> None:
 
 
 def failing_at(monkeypatch: pytest.MonkeyPatch, call: int, error: type[BaseException], after: bool) -> None:
-    """`Switchable.write` raises in its `call`-th call, before or after the weight has changed."""
-    write, count = Switchable.write, iter(range(10**6))
+    """`Switchable.settle` raises in its `call`-th call, before or after the weight has changed."""
+    settle, count = Switchable.settle, iter(range(10**6))
 
-    def fail(self: Switchable, name: str | None) -> None:
+    def fail(self: Switchable) -> None:
         number = next(count)
         if number == call and not after:
             raise error("half-way")
-        write(self, name)
+        settle(self)
         if number == call:
             raise error("half-way")
 
-    monkeypatch.setattr(Switchable, "write", fail)
+    monkeypatch.setattr(Switchable, "settle", fail)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -178,7 +179,7 @@ def test_a_write_that_stops_inside_a_layer_is_undone(monkeypatch: pytest.MonkeyP
         put_slice(weight, dim, indices, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(switchable, "put_slice", fail)
+        patch.setattr(base_weight, "put_slice", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             s2ft.switch(model, "b")
     assert same(base_weights(model), before)
@@ -190,13 +191,13 @@ def test_where_not_even_the_earlier_adapter_can_be_written_the_base_remains(monk
     s2ft.switch(model, None)
     logits = model(x).logits
     s2ft.switch(model, "a")
-    write = Switchable.write
+    settle = Switchable.settle
     count = iter(range(10**6))
     with monkeypatch.context() as patch:
         patch.setattr(
             Switchable,
-            "write",
-            lambda self, name: write(self, name) if next(count) < 5 else (_ for _ in ()).throw(OSError("no memory")),
+            "settle",
+            lambda self: settle(self) if next(count) < 5 else (_ for _ in ()).throw(OSError("no memory")),
         )
         with pytest.raises(OSError, match="no memory"):
             s2ft.switch(model, "b")

@@ -1,5 +1,6 @@
 """Switching, merging, pools, names and state dicts: what each does while another is under way."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from families import build, tokens
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.pool import AdapterPool
 from s2ft.files import check_free, new_file, staged
+from s2ft.method.linear import S2FTLinear
 
 
 def model() -> PeftModel:
@@ -22,9 +24,19 @@ def model() -> PeftModel:
     return made.eval()
 
 
+@torch.no_grad()
+def logits(made: nn.Module, ids: Tensor) -> Tensor:
+    found: Tensor = made(ids).logits
+    return found
+
+
 def base_output(made: PeftModel, ids: Tensor) -> Tensor:
-    with made.disable_adapter(), torch.no_grad():
-        return made(ids).logits
+    with made.disable_adapter():
+        return logits(made, ids)
+
+
+def layers(made: nn.Module) -> list[S2FTLinear]:
+    return [module for module in made.modules() if isinstance(module, S2FTLinear)]
 
 
 def test_disabling_gives_the_base_when_an_adapter_was_merged_after_switching_to_none() -> None:
@@ -89,6 +101,186 @@ def test_a_name_of_the_pool_is_not_loaded_into_the_model(tmp_path: Path) -> None
     made.set_adapter("default")
     made.unload()
     pool.close()
+
+
+class TestAdaptersOfDifferentModules:
+    """One model, one answer: a layer without the adapter runs its base."""
+
+    def made(self) -> PeftModel:
+        """ "default" on o, "b" on down, "c" on down and up."""
+        made = get_peft_model(build("llama"), S2FTConfig(ratios={"o_proj": 0.5}, init_weights=False), "default")
+        for name, ratios in {"b": {"down_proj": 0.4}, "c": {"down_proj": 0.4, "up_proj": 0.3}}.items():
+            made.add_adapter(name, S2FTConfig(ratios=ratios, init_weights=False))
+        return made.eval()
+
+    def alone(self, made: PeftModel, name: str, ids: Tensor) -> Tensor:
+        twin = copy.deepcopy(made)
+        twin.set_adapter(name)
+        return logits(twin, ids)
+
+    def test_after_deleting_the_active_one_all_layers_run_the_same(self) -> None:
+        made, ids = self.made(), tokens(2, 7)
+        expected = self.alone(made, "b", ids)
+        made.delete_adapter("default")
+        assert made.active_adapters == ["b"]
+        assert {tuple(layer.active_adapters) for layer in layers(made)} == {("b",)}
+        torch.testing.assert_close(logits(made, ids), expected)
+
+    def test_by_transformers_own_calls_too(self) -> None:
+        made, ids = build("llama"), tokens(2, 7)
+        for name, ratios in {"a": {"o_proj": 0.5}, "b": {"down_proj": 0.4}, "c": {"up_proj": 0.4}}.items():
+            made.add_adapter(S2FTConfig(ratios=ratios, init_weights=False), adapter_name=name)
+        made.set_adapter("b")
+        expected = logits(made, ids)
+        made.set_adapter("a")
+        made.delete_adapter("a")
+        assert {tuple(layer.active_adapters) for layer in layers(made)} == {("b",)}
+        torch.testing.assert_close(logits(made, ids), expected)
+
+    def test_merging_one_while_another_is_active_shows_that_one(self) -> None:
+        made, ids = self.made(), tokens(2, 7)
+        expected = self.alone(made, "b", ids)
+        made.merge_adapter(["b"])
+        torch.testing.assert_close(logits(made, ids), expected)
+        assert made.get_model_status().merged_adapters == ["b"]
+        made.unmerge_adapter()
+        torch.testing.assert_close(logits(made, ids), self.alone(made, "default", ids))
+
+    def test_a_name_counts_once(self) -> None:
+        made, ids = self.made(), tokens(2, 7)
+        expected = self.alone(made, "c", ids)
+        made.merge_adapter(["c", "c"])
+        torch.testing.assert_close(logits(made, ids), expected)
+        made.base_model.set_adapter(["c", "c"])
+        torch.testing.assert_close(logits(made, ids), expected)
+
+    @pytest.mark.parametrize("call", ["merge_adapter", "set_adapter"])
+    def test_a_name_that_is_not_loaded_is_refused(self, call: str) -> None:
+        made, ids = self.made(), tokens(2, 7)
+        expected = logits(made, ids)
+        with pytest.raises(S2FTError, match=r"adapter 'z' is not loaded; loaded are 'default', 'b', 'c'"):
+            getattr(made.base_model, call)(["b", "z"])
+        assert torch.equal(logits(made, ids), expected)
+
+
+class TestWhileAdaptersAreDisabled:
+    """The base inside; what is done there shows after it."""
+
+    @pytest.mark.parametrize("switched", [False, True])
+    def test_merging(self, switched: bool) -> None:
+        made, ids = model(), tokens(2, 7)
+        base = base_output(made, ids)
+        made.set_adapter("b")
+        expected = logits(made, ids)
+        made.set_adapter("default")
+        if switched:
+            s2ft.switch(made, None)
+        with made.disable_adapter():
+            made.merge_adapter(["b"])
+            assert torch.equal(logits(made, ids), base)
+        torch.testing.assert_close(logits(made, ids), expected)
+        made.unmerge_adapter()
+        assert torch.equal(base_output(made, ids), base)
+
+    def test_a_merged_adapter_comes_back(self) -> None:
+        made, ids = model(), tokens(2, 7)
+        base = base_output(made, ids)
+        made.merge_adapter(["b"])
+        merged = logits(made, ids)
+        with made.disable_adapter():
+            assert torch.equal(logits(made, ids), base)
+        assert torch.equal(logits(made, ids), merged)
+
+    def test_an_adapter_that_is_added_there_is_disabled_too(self) -> None:
+        made, ids = model(), tokens(2, 7)
+        base = base_output(made, ids)
+        with made.disable_adapter():
+            made.add_adapter("c", S2FTConfig(ratios={"k_proj": 0.5}, init_weights=False))
+            made.set_adapter("c")
+            assert torch.equal(logits(made, ids), base)
+        assert not torch.allclose(logits(made, ids), base)
+
+    def test_merging_for_good(self) -> None:
+        made, ids = model(), tokens(2, 7)
+        expected = logits(made, ids)
+        made.base_model.disable_adapter_layers()
+        torch.testing.assert_close(logits(made.merge_and_unload(), ids), expected)
+
+
+class TestSharedWeights:
+    """What another module reads is left to it."""
+
+    def tied(self) -> PeftModel:
+        base = build("llama-mqa", torch.float32)
+        assert base.lm_head.weight is base.model.embed_tokens.weight
+        config = S2FTConfig(ratios=0.4, target_modules=["lm_head", "down_proj"], init_weights=False)
+        made = get_peft_model(base, config).eval()
+        nn.init.normal_(made.get_base_model().lm_head.s2ft_block["default"].weight)
+        return made
+
+    @pytest.mark.parametrize("change", ["merge", "switch"])
+    def test_a_tied_head_changes_without_its_embedding(self, change: str) -> None:
+        made, ids = self.tied(), tokens(2, 7)
+        embedding = made.get_base_model().model.embed_tokens.weight
+        before, expected = embedding.clone(), logits(made, ids)
+        assert not torch.allclose(base_output(made, ids), expected, rtol=1e-2, atol=1e-2)
+        made.merge_adapter() if change == "merge" else s2ft.switch(made, "default")
+        torch.testing.assert_close(logits(made, ids), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(embedding, before)
+        made.to(torch.bfloat16)
+        made.unmerge_adapter() if change == "merge" else s2ft.switch(made, None)
+        assert made.get_base_model().lm_head.weight is made.get_base_model().model.embed_tokens.weight
+        assert torch.equal(embedding, before.bfloat16())
+
+    def test_the_merged_model_is_untied_and_says_so(self, tmp_path: Path) -> None:
+        made, ids = self.tied(), tokens(2, 7)
+        expected = logits(made, ids)
+        with pytest.warns(UserWarning, match="no longer tied"):
+            merged = made.merge_and_unload()
+        torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+        merged.save_pretrained(tmp_path)
+        torch.testing.assert_close(
+            logits(type(merged).from_pretrained(tmp_path).eval(), ids), expected, rtol=1e-4, atol=1e-4
+        )
+
+    def test_two_layers_with_one_weight(self) -> None:
+        pair = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+        pair[1].weight = pair[0].weight
+        before, x = pair[0].weight.detach().clone(), torch.randn(4, 6)
+        made = get_peft_model(pair, S2FTConfig(ratios=None, budget=0.9, target_modules=["0", "1"])).eval()
+        for layer in layers(made):
+            nn.init.normal_(layer.s2ft_block["default"].weight)
+        expected = made(x)
+        made.merge_adapter()
+        torch.testing.assert_close(made(x), expected)
+        twin = copy.deepcopy(made)
+        for one in (made, twin):
+            one.to(torch.float64).to(torch.float32)
+            one.unmerge_adapter()
+            first, second = layers(one)
+            assert first.weight is second.weight
+            assert torch.equal(first.weight, before)
+
+
+def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ids = model(), tokens(2, 7)
+    own, expected = made.state_dict(), logits(made, ids)
+    own = {name: value.clone() for name, value in own.items()}
+    settle, count = S2FTLinear.settle, iter(range(10**6))
+
+    def fail(self: S2FTLinear) -> None:
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        settle(self)
+
+    for merging in (made.merge_adapter, made.merge_and_unload):
+        with monkeypatch.context() as patch:
+            patch.setattr(S2FTLinear, "settle", fail)
+            with pytest.raises(KeyboardInterrupt):
+                merging()
+        count = iter(range(-6, 10**6))
+        assert all(torch.equal(value, own[name]) for name, value in made.state_dict().items())
+        assert torch.equal(logits(made, ids), expected)
 
 
 def test_two_files_can_be_written_into_one_folder_at_a_time(tmp_path: Path) -> None:

@@ -200,9 +200,8 @@ def _on_host(one: LooseSlice) -> LooseSlice:
 
 def _wrap(tuner: S2FTModel, path: str, target: nn.Module, chosen: Slice) -> S2FTLinear:
     """A layer without adapters of its own in the module's place."""
-    layer = S2FTLinear(target, BASE, chosen)
+    layer = S2FTLinear(target, BASE, chosen, tuner.shared)
     del layer.s2ft_block[BASE]
-    layer.set_adapter(tuner.active_adapters)
     parent, _, name = path.rpartition(".")
     tuner._replace_module(tuner.model.get_submodule(parent), name, layer.train(tuner.training), target)
     return layer

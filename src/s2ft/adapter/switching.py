@@ -18,8 +18,8 @@ from s2ft.errors import S2FTError, raise_together
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTBlock, S2FTLinear
 from s2ft.method.slices import all_finite
-from s2ft.method.structure import is_plain
-from s2ft.method.switchable import enter
+from s2ft.method.structure import why_not_plain
+from s2ft.method.switchable import enter, mark_shared, turns_of
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:
@@ -52,12 +52,14 @@ def switch(model: nn.Module, adapter: str | None) -> None:
         >>> torch.equal(weight, before)
         True
     """
-    layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
-    if not layers:
-        raise S2FTError(f"{type(model).__name__} holds no S²FT adapter; load one before switching")
-    refuse_inside(model, "switching")
-    raise_together(_problems(model, layers, adapter))
-    enter(layers, adapter)
+    with turns_of(model).alone():
+        layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+        if not layers:
+            raise S2FTError(f"{type(model).__name__} holds no S²FT adapter; load one before switching")
+        refuse_inside(model, "switching")
+        raise_together(_problems(model, layers, adapter))
+        mark_shared(model)
+        enter(layers, adapter)
 
 
 def park(model: nn.Module, adapter: str) -> None:
@@ -68,14 +70,15 @@ def park(model: nn.Module, adapter: str) -> None:
     Raises:
         S2FTError: if the name is not loaded.
     """
-    layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
-    if not any(adapter in layer.s2ft_block for layer in layers):
-        raise S2FTError(_unknown(layers, adapter))
-    for block in (cast(S2FTBlock, layer.s2ft_block[adapter]) for layer in layers if adapter in layer.s2ft_block):
-        for tensor in (block.weight, block.indices):
-            host = tensor.data.cpu()
-            tensor.data = host.pin_memory() if torch.cuda.is_available() else host
-        block.is_parked = True
+    with turns_of(model).alone():
+        layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+        if not any(adapter in layer.s2ft_block for layer in layers):
+            raise S2FTError(_unknown(layers, adapter))
+        for block in (cast(S2FTBlock, layer.s2ft_block[adapter]) for layer in layers if adapter in layer.s2ft_block):
+            for tensor in (block.weight, block.indices):
+                host = tensor.data.cpu()
+                tensor.data = host.pin_memory() if torch.cuda.is_available() else host
+            block.is_parked = True
 
 
 def _problems(model: nn.Module, layers: list[S2FTLinear], adapter: str | None) -> list[str]:
@@ -90,13 +93,14 @@ def _problems(model: nn.Module, layers: list[S2FTLinear], adapter: str | None) -
     whole = [path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if whole:
         return [f"{whole[0]} is kept whole by an adapter; `switch` writes slices only: use `set_adapter` on this model"]
-    return [problem for layer, block in chosen if (problem := _layer_problem(layer, block, adapter))]
+    found = (_layer_problem(layer, block, adapter) for layer, block in chosen)
+    return list(dict.fromkeys(problem for problem in found if problem))  # the same in many layers: said once
 
 
 def _layer_problem(layer: S2FTLinear, block: S2FTBlock, adapter: str) -> str | None:
     base = layer.get_base_layer()
-    if not is_plain(base):
-        return f"a base layer is quantised ({type(base).__name__}); switching writes into plain weights only"
+    if reason := why_not_plain(base):
+        return f"the base layers' weight {reason}; switching writes into plain weights only"
     if base.weight.is_meta or block.weight.is_meta:
         return f"a weight of {adapter!r} or of its base layer has no values here (device meta: offloaded, or not loaded yet)"
     return None if _is_finite(block) else f"the adapter {adapter!r} holds values that are not finite; nothing changed"

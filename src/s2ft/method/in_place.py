@@ -78,7 +78,7 @@ class Layout:
     def leave(self) -> None:
         """The base weights as they were, bit for bit."""
         while self._layers:
-            self._layers.pop().leave_slot()
+            self._layers.pop().leave_layout()
         self.put_back()
         if self._patches is not None:
             self._patches.undo()
@@ -142,9 +142,11 @@ def enter(model: nn.Module, permute: bool = True, activations: bool = True) -> L
     try:
         orders = _permute(layout, model, structures, slices, unmovable, norms)
         layout.placements = _placements(slices, orders, unmovable, unwritable)
-        for place in layout.placements:
-            if place.how != "added":
-                _hold(layout, layers[place.module], slices[place.module], orders.get(place.module))
+        slots = {place.module for place in layout.placements if place.how != "added"}
+        for path, layer in layers.items():
+            slot = _slot(layer, slices[path], orders.get(path)) if path in slots else None
+            layer.enter_layout(layout, slot)
+            layout._layers.append(layer)
         layout._patches = lean(model) if activations else None
     except BaseException:
         layout.leave()
@@ -243,13 +245,11 @@ def _move(layout: Layout, module: nn.Module, order: Indices, dim: int) -> None:
     layout._moves.append(move)
 
 
-def _hold(layout: Layout, layer: S2FTLinear, chosen: Slice, order: Indices | None) -> None:
+def _slot(layer: S2FTLinear, chosen: Slice, order: Indices | None) -> Slot:
     positions = chosen.indices if order is None else np.argsort(order)[chosen.indices]
     linear = layer.get_base_layer()
     dim = 1 if chosen.side == "in" else 0
-    slot = Slot(linear, dim, torch.from_numpy(positions).to(weight_matrix(linear).device))
-    layer.enter_slot(slot, layout)
-    layout._layers.append(layer)
+    return Slot(linear, dim, torch.from_numpy(positions).to(weight_matrix(linear).device))
 
 
 def _module_orders(

@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from s2ft.errors import S2FTError
 from s2ft.method.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad, may_change
+from s2ft.method.base_weight import BaseWeight
 from s2ft.method.mixed import LooseSlice, add_mixed, forget
 from s2ft.method.slices import Slice
 from s2ft.method.slot import Slot
-from s2ft.method.structure import as_matrix, features, is_plain, linear_layer, weight_matrix
-from s2ft.method.switchable import Switchable, put_slice, take_slice
+from s2ft.method.structure import as_matrix, features, is_plain, linear_layer
+from s2ft.method.switchable import Shared, Switchable
 
 
 class S2FTBlock(nn.Module):
@@ -109,7 +110,9 @@ class S2FTLinear(nn.Module, Switchable):
     adapter_layer_names = ("s2ft_block",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, chosen: Slice, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, chosen: Slice, shared: Shared | None = None, **options: Any
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         linear = linear_layer(base_layer)
@@ -121,17 +124,17 @@ class S2FTLinear(nn.Module, Switchable):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.pooled: dict[str, LooseSlice] = {}  # adapters that an `AdapterPool` holds beside the model's own
-        self._stash: list[Tensor] = []  # of each merged adapter, in order: the base slice before it
-        # Inside `in_place`: the model's Layout, and where the slice of its adapter lies in the base weight
-        self.layout: Any = None
-        self._slot: Slot | None = None
+        self.base_weight, self.held = BaseWeight(), ()
+        self._slot: Slot | None = None  # inside `in_place`: where the slice of its adapter lies in the base weight
+        self.join(shared or Shared())
         self.update_layer(adapter_name, chosen, **options)
 
     def update_layer(
         self, adapter_name: str, chosen: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
     ) -> None:
         """Adds an adapter with the slice `chosen`."""
-        self._refuse_in_place("adding an adapter")
+        if self.layout is not None:
+            raise S2FTError("adding an adapter is not possible inside `s2ft.in_place(model)`; leave it first")
         size, across = (
             (self.in_features, self.out_features) if chosen.side == "in" else (self.out_features, self.in_features)
         )
@@ -142,7 +145,7 @@ class S2FTLinear(nn.Module, Switchable):
         dtype = torch.float64 if self.get_base_layer().weight.dtype == torch.float64 else torch.float32
         self.s2ft_block[adapter_name] = S2FTBlock(chosen, across, dtype, zero=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self._activate(self.active_adapters, inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base layer's device, but not, as PEFT would have it, to its dtype: deltas stay fp32."""
@@ -151,13 +154,11 @@ class S2FTLinear(nn.Module, Switchable):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """[*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter or `__base__`."""
-        if self._slot is not None:
-            return self._forward_in_place(self._slot, x, *args, adapter_names=adapter_names, **kwargs)
+        if self.layout is not None:
+            return self._forward_in_place(x, *args, adapter_names=adapter_names, **kwargs)
         if self.is_switched:
             return self._forward_switched(x, *args, adapter_names=adapter_names, **kwargs)
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
@@ -166,31 +167,45 @@ class S2FTLinear(nn.Module, Switchable):
         blocks = [self._block(name) for name in self.active_adapters if name in self.s2ft_block]
         return self._with_slices(x, blocks, *args, **kwargs)
 
-    def _forward_in_place(
-        self, slot: Slot, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any
-    ) -> Tensor:
-        active, held = [name for name in self.active_adapters if name in self.s2ft_block], self.layout.adapter
-        if adapter_names is not None or not (self.disable_adapters or active == [held]):
+    def _forward_in_place(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
+        held = self.layout.adapter
+        if adapter_names is not None or not (self.disable_adapters or self.active_adapters == [held]):
             raise S2FTError(
                 f"inside `s2ft.in_place(model)` the model runs the adapter {held!r} or none (disable_adapter); "
-                f"asked for: {', '.join(map(str, adapter_names or active)) or 'none of them active'}. Leave it first"
+                f"asked for: {', '.join(map(str, adapter_names or self.active_adapters)) or 'none'}. Leave it first"
             )
-        delta = None if self.disable_adapters else self._block(held).weight
+        block = None if self.disable_adapters or held not in self.s2ft_block else self._block(held)
+        if self._slot is None:
+            return self._with_slices(x, [] if block is None else [block], *args, **kwargs)
 
         def base(x: Tensor) -> Tensor:
             return self.base_layer(x, *args, **kwargs)
 
-        return slot.forward(base, self.get_base_layer(), x, delta, self.training)
+        delta = None if block is None else block.weight
+        return self._slot.forward(base, self.get_base_layer(), x, delta, self.training)
 
-    def enter_slot(self, slot: Slot, layout: Any) -> None:
-        """From here on the slice of the layout's adapter is held in the base weight."""
+    def enter_layout(self, layout: Any, slot: Slot | None) -> None:
+        """From here on the slice of the layout's adapter is held in the base weight, or (without a slot) around it."""
         self._slot, self.layout = slot, layout
 
-    def leave_slot(self) -> None:
+    def leave_layout(self) -> None:
         """The base weight holds its own values again."""
         if self._slot is not None:
             self._slot.close(self.get_base_layer())
         self._slot = self.layout = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> S2FTLinear:
+        """As in every module; what the base weight gets back later is moved and cast with it."""
+        super()._apply(fn, recurse)
+        self.base_weight.apply(fn)
+        if self._slot is not None:
+            self._slot.apply(fn)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy joins the other layers of the copied model."""
+        super().__setstate__(state)
+        self.shared.layers.add(self)
 
     def train(self, mode: bool = True) -> S2FTLinear:
         """As in every module; the slot is written anew after each change of mode, and so is the table of a mixed batch."""
@@ -204,26 +219,10 @@ class S2FTLinear(nn.Module, Switchable):
         """The adapter's slice of this layer, such as "in 3,17,40-41"."""
         return self._block(adapter_name).chosen
 
-    def refuse_base(self) -> None:
-        """Raises `S2FTError` where the base weight does not hold its own values, and new ones would be lost or mixed up."""
-        self._refuse_in_place("loading base weights")
-        self.refuse_switched("loading base weights")
-        if self.merged:
-            raise S2FTError(f"loading base weights is not possible while {', '.join(self.merged_adapters)} is merged")
-
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            self.refuse_base()
+            self.require_own("loading base weights")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; not inside `in_place`."""
-        self._refuse_in_place("deleting an adapter")
-        super().delete_adapter(adapter_name)
-
-    def _refuse_in_place(self, what: str) -> None:
-        if self._slot is not None:
-            raise S2FTError(f"{what} is not possible inside `s2ft.in_place(model)`; leave it first")
 
     def _forward_switched(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
         """Straight through the base layer; rows can be mixed while no adapter stands in its weight."""
@@ -263,40 +262,14 @@ class S2FTLinear(nn.Module, Switchable):
         y = self.base_layer(x, *args, **kwargs)
         return add_mixed(self, y, x, adapter_names)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the active (or named) adapters' slices into the base weight; what was there is stashed for `unmerge`.
-
-        Args:
-            safe_merge: Check that the new values are finite before any is written.
-        """
-        self._refuse_in_place("merging")
-        self.refuse_switched("merging")
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.s2ft_block:
-                continue
-            block = self._block(name)
-            base = self.base_slice(block)
-            merged = (base.to(block.weight.dtype) + block.weight.data).to(base.dtype)
-            if safe_merge and not merged.isfinite().all():
-                raise S2FTError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._write(block, merged)
-            self._stash.append(base)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Puts the stashed base slices back, last merged first: bit for bit what they were."""
-        while self.merged_adapters:
-            self._write(self._block(self.merged_adapters.pop()), self._stash.pop())
-
-    def base_slice(self, block: S2FTBlock) -> Tensor:  # a copy, shaped like block.weight
-        """The base weight's own values where `block` has its delta."""
-        return take_slice(self._plain_weight(), block.dim, block.indices)
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion, never on a hot path."""
-        block = self._block(adapter)
-        delta = torch.zeros_like(self.weight, dtype=block.weight.dtype, device=block.weight.device)
-        as_matrix(self.get_base_layer(), delta).index_copy_(block.dim, block.indices, block.weight.detach())
+        if adapter not in self.s2ft_block:
+            raise S2FTError(f"adapter {adapter!r} has no slice of this layer; it has {', '.join(self.s2ft_block)}")
+        block, base = self._block(adapter), self.get_base_layer()
+        shape = (self.out_features, self.in_features)  # not that of the weight, which may be packed
+        delta = block.weight.new_zeros(shape[::-1] if isinstance(base, Conv1D) else shape)
+        as_matrix(base, delta).index_copy_(block.dim, block.indices, block.weight.detach())
         return delta
 
     def take_base_dtype(self, adapter_name: str) -> None:
@@ -307,23 +280,6 @@ class S2FTLinear(nn.Module, Switchable):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW has rank s at most, so PEFT's `convert_to_lora` is exact from rank s on."""
         return True
-
-    def _block(self, adapter_name: str) -> S2FTBlock:
-        block = self.s2ft_block[adapter_name]
-        assert isinstance(block, S2FTBlock)
-        return block
-
-    def _plain_weight(self) -> Tensor:
-        if not is_plain(self.get_base_layer()):
-            raise S2FTError(
-                f"the base layer is quantised ({type(self.get_base_layer()).__name__}); s2ft trains on it, but merges into "
-                "plain weights only"
-            )
-        return weight_matrix(self.get_base_layer()).data
-
-    def _write(self, block: S2FTBlock, values: Tensor) -> None:
-        weight = self._plain_weight()
-        put_slice(weight, block.dim, block.indices.to(weight.device), values.to(weight.device, weight.dtype))
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from s2ft.method.structure import Projection, Structure, is_plain, linear_layer
+from s2ft.method.structure import Projection, Structure, linear_layer, why_not_plain
 
 HEAD_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}  # norms over all heads' channels, which move along
 
@@ -50,10 +50,8 @@ def find_obstacles(
 
 def _why_unwritable(linear: nn.Module, counts: Mapping[int, int], live: bool) -> str | None:
     weight: Tensor = linear.weight  # type: ignore[assignment]
-    if not is_plain(linear):
-        return f"its base layer is quantised or partitioned ({type(linear).__name__})"
-    if type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight.data).__name__}"
+    if reason := why_not_plain(linear):
+        return f"its weight {reason}"
     if counts[id(weight)] > 1:
         return "its weight is shared with another layer"
     if live and weight.is_meta:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from s2ft.errors import S2FTError
 from s2ft.method.backprop import BeforeBackward, SliceGradient, may_change
+from s2ft.method.base_weight import add_delta
 from s2ft.method.structure import weight_matrix
 
 _UNKNOWN = (0, -1)  # the slot holds some delta
@@ -125,8 +126,8 @@ class Slot:
     @torch.no_grad()
     def _write(self, weight: Tensor, delta: Tensor | None) -> None:
         if self.stash.device != weight.device:
-            self._move(weight.device)
-        values = self.stash if delta is None else self.stash.to(delta.dtype) + delta.detach().to(weight.device)
+            self.apply(lambda kept: kept.to(weight.device))
+        values = self.stash if delta is None else add_delta(self.stash, delta.detach().to(weight.device))
         values = values.to(weight.dtype)
         if self.start is None:
             weight.index_copy_(self.dim, self.positions, values)
@@ -134,7 +135,9 @@ class Slot:
         part = weight.narrow(self.dim, self.start, len(self.positions))
         part.copy_(values if self.order is None else values.index_select(self.dim, self.order))
 
-    def _move(self, device: torch.device) -> None:
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module.to` and its like do to the layer's tensors is done to the kept ones too."""
         for name in ("positions", "order", "back", "stash"):
             value = getattr(self, name)
-            setattr(self, name, None if value is None else value.to(device))
+            setattr(self, name, None if value is None else change(value))
+        self.expire()

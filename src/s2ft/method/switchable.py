@@ -1,142 +1,283 @@
-"""The switched state of a layer: one adapter's slice stands in the base weight, what it replaced is kept.
+"""What an S²FT layer runs, and what stands in its base weight for it.
 
     ordinary    y = base(x) + the active adapters' slices                  PEFT's way
+    merged      y = base(x)                                                base holds W + ΔW of every merged adapter
     switched    y = base(x)                                                base holds W + ΔW of one adapter, or W of none
+    disabled    y = base(x)                                                base holds W, for as long as that lasts
 
-    W[:, idx] ──take──▶ kept          restore: kept ──copy──▶ W[:, idx], bit for bit
-         └──── + V ──copy──▶ W[:, idx]
+What should stand in the weight follows from the layer's state; after every change of it, `settle` makes the weight hold
+that (`method/base_weight.py`). A layer without a slice of an adapter takes part all the same: it runs its base. All layers
+of a model share `Shared`, so that they agree where PEFT asks them one by one.
 
-The forward pass reads one flag, the same for every adapter and for none: a compiled model is compiled once. `switch` in
-`adapter/switching.py` is what people call; here is what a layer does, and what PEFT's own calls mean to a switched one.
+The forward pass of a switched model reads one flag, the same for every adapter and for none: a compiled model is compiled once.
+`switch` in `adapter/switching.py` is what people call.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError
+from s2ft.method.base_weight import BaseWeight, add_delta, plain_matrix, shared_weights, take_slice
+from s2ft.method.structure import why_not_plain
+from s2ft.method.turns import Turns
 
 if TYPE_CHECKING:
     from s2ft.method.linear import S2FTBlock
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+class Shared:
+    """What the layers of one model have in common."""
+
+    def __init__(self) -> None:
+        self.layers: WeakSet[Switchable] = WeakSet()
+        self.turns = Turns()
+
+    def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
+        """For copies and pickles: layers that are copied join anew."""
+        return Shared, ()
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the model's adapters, sorted."""
+        return sorted({name for layer in self.layers for name in layer.s2ft_block})
 
 
 class Switchable(BaseTunerLayer):
-    """What `S2FTLinear` is besides: a layer whose base weight can take an adapter in, and give it back."""
+    """What `S2FTLinear` is besides: a layer whose base weight can take adapters in, and give them back."""
 
     is_switched = False
     switched_to: str | None = None
-    _kept: tuple[int, Tensor, Tensor] | None = None  # dimension, channels, and the base weight's own values there
+    shares_weight = False  # with another module that reads it
+    layout: Any = None  # the model's Layout, inside `in_place`
 
     base_layer: nn.Module
     s2ft_block: nn.ModuleDict
     training: bool
+    merged_adapters: list[str]  # in their order; also those without a slice here
+    shared: Shared
+    base_weight: BaseWeight
+    held: tuple[str, ...]  # what `base_weight` holds now
 
-    def write(self, adapter_name: str | None) -> None:
-        """Adds the adapter's delta to the base weight; for None, an adapter without a slice here, and while adapters
-        are disabled, the weight stays as it is.
-        """
-        if adapter_name is None or adapter_name not in self.s2ft_block or self.disable_adapters:
+    def join(self, shared: Shared) -> None:
+        """Becomes one of a model's layers: active, merged and disabled is what is so in the others."""
+        peer = next(iter(shared.layers), None)
+        if peer is not None:
+            self._active_adapter, self._disable_adapters = peer._active_adapter, peer._disable_adapters
+            self.merged_adapters = list(peer.merged_adapters)
+            self.is_switched, self.switched_to = peer.is_switched, peer.switched_to
+        self.shared = shared
+        shared.layers.add(self)
+
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """The adapters that should stand in the base weight."""
+        if self.disable_adapters:
+            return ()
+        return tuple(self.merged_adapters) or (() if self.switched_to is None else (self.switched_to,))
+
+    def settle(self) -> None:
+        """Makes the base weight hold what should stand in it; if anything is raised, it holds its own values."""
+        wanted = self.standing
+        if wanted == self.held:
             return
-        block = cast("S2FTBlock", self.s2ft_block[adapter_name])
-        weight = self._plain_weight()
-        delta = block.weight.data.to(weight.device, non_blocking=weight.is_cuda)  # from a GPU, waiting is a must
-        indices = block.indices.to(weight.device, non_blocking=weight.is_cuda)
-        base = take_slice(weight, block.dim, indices)
-        values = (base.to(delta.dtype) + delta).to(base.dtype)
-        self._kept = (block.dim, indices, base)  # before the weight changes: from here on `restore` can undo it
-        put_slice(weight, block.dim, indices, values)
+        with self._onloaded():
+            try:
+                if wanted[: len(self.held)] != self.held:
+                    self._restore()
+                for name in wanted[len(self.held) :]:
+                    if name in self.s2ft_block:
+                        self.base_weight.put(self.get_base_layer(), self._block(name), self.shares_weight)
+                    self.held = (*self.held, name)
+            except BaseException:
+                self._restore()
+                raise
 
-    def restore(self) -> None:
-        """Puts the base weight's own values back."""
-        if self._kept is not None:
-            weight = self._plain_weight()
-            dim, indices, base = self._kept
-            put_slice(weight, dim, indices.to(weight.device), base.to(weight.device, weight.dtype))
-            self._kept = None
+    def take_out(self) -> None:
+        """The base weight's own values again, until the layer settles anew."""
+        if self.held or not self.base_weight.is_own:
+            with self._onloaded():
+                self._restore()
+
+    def _restore(self) -> None:
+        self.base_weight.restore(self.get_base_layer())
+        self.held = ()
+
+    def _onloaded(self) -> Any:
+        """With the base weight's values here, where accelerate has offloaded them."""
+        return onload_layer(self) if hasattr(self.get_base_layer(), "_hf_hook") else nullcontext()
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the active (or named) adapters' slices into the base weight; while adapters are disabled, from then on.
+
+        Args:
+            safe_merge: Check that the new values are finite.
+
+        Raises:
+            S2FTError: and the weight is what it was.
+        """
+        names = self.new_names(adapter_names)
+        for problem in self.merge_problems(names):
+            raise S2FTError(problem)
+        before = self.merged_adapters
+        self.merged_adapters = [*before, *names]
+        try:
+            self.settle()
+            for name in names if safe_merge else ():
+                if name in self.s2ft_block and not self._merged_values(name).isfinite().all():
+                    raise S2FTError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        except BaseException:
+            self.merged_adapters = before
+            self.settle()
+            raise
+
+    def new_names(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters to be merged that are not, each once; as PEFT's `check_adapters_to_merge`, says what is already."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        wanted = dict.fromkeys(self.active_adapters if adapter_names is None else adapter_names)
+        names = [name for name in wanted if name not in self.merged_adapters]
+        if self.merged_adapters and not names:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        elif self.merged_adapters:
+            merged, more = ",".join(self.merged_adapters), ",".join(names)
+            message = f"Already following adapters were merged {merged}. You are now additionally merging {more}."
+            warnings.warn(message, stacklevel=3)
+        return names
+
+    def merge_problems(self, names: Sequence[str]) -> Iterator[str]:
+        """Why these adapters cannot be merged."""
+        if problem := self.why_not_own("merging", merged=False):
+            yield problem
+        elsewhere = [name for name in names if name not in self.s2ft_block]
+        if elsewhere and (unknown := set(elsewhere) - set(adapters := self.shared.adapters)):
+            missing = ", ".join(map(repr, sorted(unknown)))
+            yield f"adapter {missing} is not loaded; loaded are {', '.join(map(repr, adapters))}"
+        reason = why_not_plain(self.get_base_layer())
+        if reason and len(elsewhere) < len(names):
+            yield f"the base layer's weight {reason}; s2ft trains on it, but merges into plain weights only"
+
+    def _merged_values(self, name: str) -> Tensor:
+        block = self._block(name)
+        weight = plain_matrix(self.get_base_layer(), "merging")
+        values = take_slice(weight, block.dim, block.indices.to(weight.device))
+        return values if name in self.held else add_delta(values, block.weight.data.to(weight.device))
+
+    def unmerge(self) -> None:
+        """The base weight's own values again: bit for bit what they were."""
+        self.merged_adapters = []
+        self.settle()
+
+    # ---- PEFT's own calls --------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT; it ends the switched state."""
+        names = list(dict.fromkeys([adapter_names] if isinstance(adapter_names, str) else adapter_names))
+        self.refuse_beside_layout(names)
         leave([self])
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.s2ft_block and (block := cast("S2FTBlock", self.s2ft_block[name])).is_parked:
+        self._activate(names, inference_mode)
+
+    def refuse_beside_layout(self, names: Sequence[str]) -> None:
+        """Raises `S2FTError` inside `in_place`, where other adapters than its own would be active."""
+        if self.layout is not None and list(names) != [self.layout.adapter]:
+            raise S2FTError(
+                f"inside `s2ft.in_place(model)` its adapter {self.layout.adapter!r} is active; "
+                f"asked for: {', '.join(map(repr, names)) or 'none'}. Leave it first"
+            )
+
+    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(names, inference_mode=inference_mode)
+        for name in names:
+            if name in self.s2ft_block and self._block(name).is_parked:
                 self._move_adapter_to_device_of_base_layer(name)
-                block.is_parked = False
+                self._block(name).is_parked = False
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As in PEFT; in a switched layer, what stands in the base weight goes out of it, and a switched adapter comes back."""
+        """As in PEFT; what stands in the base weight goes out of it while adapters are disabled, and comes back after."""
+        before = self._disable_adapters
         if not self.is_switched:
             super().enable_adapters(enabled)
-            return
-        if not enabled and self.merged:
-            self.unmerge()  # as a forward pass without adapters does
-        self.restore()
         self._disable_adapters = not enabled
-        self.write(self.switched_to)
+        try:
+            self.settle()
+        except BaseException:
+            self._disable_adapters = before
+            raise
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; a layer that is switched to the adapter gets its base weight back first."""
+        """As in PEFT; a layer that is switched to the adapter gets its base weight back first.
+
+        Where it was the only active one, the next is chosen among the model's adapters, not among this layer's.
+        """
+        if self.layout is not None:
+            raise S2FTError("deleting an adapter is not possible inside `s2ft.in_place(model)`; leave it first")
+        if adapter_name in self.merged_adapters:
+            raise S2FTError(f"the adapter {adapter_name!r} is merged; call `unmerge_adapter()` before deleting it")
         if self.switched_to == adapter_name:
-            self.restore()
             self.switched_to = None
+            self.settle()
+        if adapter_name in self.active_adapters:
+            self._activate(self._successors(adapter_name))
         super().delete_adapter(adapter_name)
 
-    def refuse_switched(self, what: str) -> None:
-        """Raises `S2FTError` while an adapter stands in the base weight."""
+    def _successors(self, adapter_name: str) -> list[str]:
+        """Who is active after the adapter is gone; PEFT's rule, for the model as a whole."""
+        others = [name for name in self.active_adapters if name != adapter_name]
+        if not others:
+            others = [name for name in self.shared.adapters if name != adapter_name][:1]
+            if others:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {others[0]}.",
+                    stacklevel=3,
+                )
+        return others
+
+    # ---- refusing ----------------------------------------------------------------------------------------------------
+
+    def why_not_own(self, what: str, merged: bool = True) -> str | None:
+        """Why `what` is not possible: the base weight does not hold its own values.
+
+        Args:
+            merged: Whether merged adapters are a reason, too.
+        """
+        if self.layout is not None:
+            return f"{what} is not possible inside `s2ft.in_place(model)`; leave it first"
         if self.is_switched and self.switched_to is not None:
-            raise S2FTError(
+            return (
                 f"{what} is not possible while the model is switched to {self.switched_to!r}; call "
                 "`s2ft.switch(model, None)` or `model.set_adapter(name)` first"
             )
+        if merged and self.merged_adapters:
+            return f"{what} is not possible while {', '.join(self.merged_adapters)} is merged"
+        return None
+
+    def require_own(self, what: str, merged: bool = True) -> None:
+        """Raises `S2FTError` with that reason."""
+        if problem := self.why_not_own(what, merged):
+            raise S2FTError(problem)
 
     def check_switched_forward(self, adapter_names: list[str] | None) -> None:
         """Raises `S2FTError` for a mixed batch while an adapter stands in the base weight, and for training."""
         if adapter_names is not None:
-            self.refuse_switched("`adapter_names`")
+            self.require_own("`adapter_names`", merged=False)
         if self.training and torch.is_grad_enabled():
             raise S2FTError(
                 f"the model is switched to {self.switched_to!r}, and its adapters do not train: call "
                 "`model.set_adapter(name)` to train, or `model.eval()` to run it"
             )
 
-    def _plain_weight(self) -> Tensor:
-        raise NotImplementedError
-
-
-def take_slice(weight: Tensor, dim: int, indices: Tensor) -> Tensor:  # weight: [out_features, in_features]
-    """A copy of the weight's channels `indices`. Columns on a CPU go by `gather` of integers: up to twice as fast."""
-    if not _lies_in_columns(weight, dim):
-        return weight.index_select(dim, indices)
-    bits = _INTEGERS[weight.itemsize]
-    return weight.view(bits).gather(dim, _every_entry(weight, dim, indices)).view(weight.dtype)
-
-
-def put_slice(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> None:
-    """`weight.index_copy_(dim, indices, values)`; columns on a CPU go by `scatter_` of integers, up to twice as fast."""
-    if _lies_in_columns(weight, dim):
-        bits = _INTEGERS[weight.itemsize]
-        weight.view(bits).scatter_(dim, _every_entry(weight, dim, indices), values.view(bits))
-    else:
-        weight.index_copy_(dim, indices, values)
-
-
-def _lies_in_columns(weight: Tensor, dim: int) -> bool:
-    return weight.device.type == "cpu" and weight.stride(dim) == 1
-
-
-def _every_entry(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """The index of each entry of the slice, as `gather` and `scatter_` want it; no memory is taken."""
-    if dim == 1:
-        return indices.expand(weight.shape[0], -1)
-    return indices[:, None].expand(-1, weight.shape[1])
+    def _block(self, adapter_name: str) -> S2FTBlock:
+        return cast("S2FTBlock", self.s2ft_block[adapter_name])
 
 
 def switchable_layers(model: nn.Module) -> list[Switchable]:
@@ -144,14 +285,40 @@ def switchable_layers(model: nn.Module) -> list[Switchable]:
     return [module for module in model.modules() if isinstance(module, Switchable)]
 
 
+def turns_of(model: nn.Module) -> Turns:
+    """The lock of a model with S²FT layers; one without gets one of its own."""
+    return next((layer.shared.turns for layer in switchable_layers(model)), Turns())
+
+
+def mark_shared(model: nn.Module) -> None:
+    """Tells each layer whether its weight is read by another module too; before slices are put into it."""
+    shared = shared_weights(model)
+    for layer in switchable_layers(model):
+        if layer.base_weight.is_own:
+            linear = layer.get_base_layer()
+            layer.shares_weight = why_not_plain(linear) is None and layer.weight.data_ptr() in shared
+
+
+@contextmanager
+def all_or_nothing(layers: Sequence[Switchable]) -> Iterator[None]:
+    """What is merged and disabled; if anything is raised, all layers are as they were before."""
+    before = [(layer.merged_adapters, layer._disable_adapters) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, (merged, disabled) in zip(layers, before, strict=True):
+            layer.merged_adapters, layer._disable_adapters = merged, disabled
+            layer.settle()
+        raise
+
+
 def enter(layers: Sequence[Switchable], adapter_name: str | None) -> None:
     """Switches all layers to an adapter, or to none. If anything is raised, they are as they were before."""
     before = [(layer.is_switched, layer.switched_to) for layer in layers]
     try:
-        _restore(layers)
         for layer in layers:
             layer.is_switched, layer.switched_to = True, adapter_name
-            layer.write(adapter_name)
+            layer.settle()
     except BaseException:
         _go_back(layers, before)
         raise
@@ -159,40 +326,38 @@ def enter(layers: Sequence[Switchable], adapter_name: str | None) -> None:
 
 def leave(layers: Sequence[Switchable]) -> None:
     """Back to the ordinary state: the base weights are their own again."""
-    _restore(layers)
     for layer in layers:
         if layer.is_switched:
             layer.is_switched, layer.switched_to = False, None
+            layer.settle()
 
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """The ordinary state while adapters are added or deleted; afterwards the same adapter as before, if it still exists."""
+    """Base weights of their own while adapters are added or deleted; afterwards what was there, as far as it still exists."""
     layers = switchable_layers(model)
     switched = [layer for layer in layers if layer.is_switched]
     name = switched[0].switched_to if switched else None
     leave(switched)
+    for layer in layers:
+        layer.take_out()
     try:
         yield
     finally:
+        layers = switchable_layers(model)
         if switched:
-            layers = switchable_layers(model)
             enter(layers, name if any(str(name) in layer.s2ft_block for layer in layers) else None)
-
-
-def _restore(layers: Sequence[Switchable]) -> None:
-    for layer in reversed(layers):  # the last written first: layers may share a weight
-        layer.restore()
+        for layer in layers:
+            layer.settle()
 
 
 def _go_back(layers: Sequence[Switchable], before: Sequence[tuple[bool, Any]]) -> None:
-    _restore(layers)
     for layer, (was_switched, name) in zip(layers, before, strict=True):
         layer.is_switched, layer.switched_to = was_switched, name
     try:
         for layer in layers:
-            layer.write(layer.switched_to)
+            layer.settle()
     except BaseException:  # not even the earlier adapter can be written: the base by itself is always possible
-        _restore(layers)
         for layer in layers:
             layer.switched_to = None
+            layer.take_out()

@@ -6,14 +6,15 @@ merge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -30,7 +31,15 @@ from s2ft.method.registration import PREFIX, register
 from s2ft.method.selection import select
 from s2ft.method.slices import Slice
 from s2ft.method.structure import features, is_plain, linear_layer, weight_matrix
-from s2ft.method.switchable import leave, suspended, switchable_layers
+from s2ft.method.switchable import (
+    Shared,
+    Switchable,
+    all_or_nothing,
+    leave,
+    mark_shared,
+    suspended,
+    switchable_layers,
+)
 from s2ft.method.weighted import add_weighted, name_problem
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
@@ -49,6 +58,7 @@ class S2FTModel(BaseTuner):
     tuner_layer_cls = S2FTLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; targets are read off the model instead
     pool: Any = None  # an AdapterPool, where one is attached: further names for `adapter_names`
+    shared: Shared  # of all S²FT layers of the model
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         raise_together(
@@ -58,6 +68,11 @@ class S2FTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
+        self.shared = next((layer.shared for layer in switchable_layers(model)), Shared())
+        with self.shared.turns.alone():
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         refuse_inside(model, f"adding the adapter {adapter_name!r}")
         raise_together(filter(None, [name_problem(adapter_name)]))
         if self.pool is not None and adapter_name in self.pool:
@@ -92,14 +107,26 @@ class S2FTModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; not inside `in_place`."""
-        refuse_inside(self.model, f"deleting the adapter {adapter_name!r}")
-        with suspended(self.model):
-            super().delete_adapter(adapter_name)
+        with self.shared.turns.alone():
+            refuse_inside(self.model, f"deleting the adapter {adapter_name!r}")
+            with suspended(self.model):
+                super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT; it ends the switched state (`method/switchable.py`)."""
-        leave(switchable_layers(self.model))
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        """As in PEFT; it ends the switched state (`method/switchable.py`).
+
+        Raises:
+            S2FTError: before anything is changed, if a name is not loaded, or is not the one that `in_place` trains.
+        """
+        names = list(dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name))
+        with self.shared.turns.alone():
+            layers = switchable_layers(self.model)
+            raise_together(_unknown(names, self.peft_config))
+            for layer in layers[:1]:
+                layer.refuse_beside_layout(names)
+            leave(layers)
+            super().set_adapter(names, inference_mode=inference_mode)
+            self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
     def add_weighted_adapter(
         self,
@@ -121,25 +148,65 @@ class S2FTModel(BaseTuner):
         Raises:
             S2FTError: before anything is changed, if a name is not loaded or the adapters cannot be combined.
         """
-        add_weighted(self, adapters, weights, adapter_name, combination_type, density, seed)
+        with self.shared.turns.alone():
+            add_weighted(self, adapters, weights, adapter_name, combination_type, density, seed)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; not inside `in_place`."""
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT, in every layer or in none; while adapters are disabled, it shows when they are enabled again.
+
+        A weight that another module reads too, as a tied `lm_head`'s, is a copy of the layer's own until it is unmerged.
+
+        Raises:
+            S2FTError: and nothing has changed, if a name is not loaded, a weight is not plain, the model is switched to an
+                adapter or inside `in_place`, or (with `safe_merge`) the result is not finite.
+        """
+        with self.shared.turns.alone():
+            layers = switchable_layers(self.model)
+            self._refuse_merging(layers, adapter_names)
+            mark_shared(self.model)
+            with all_or_nothing(layers):
+                super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT: the base weights are what they were, bit for bit."""
+        with self.shared.turns.alone():
+            super().unmerge_adapter()
+
+    def _refuse_merging(self, layers: list[Switchable], adapter_names: list[str] | None) -> None:
         refuse_inside(self.model, "merging")
-        super().merge_adapter(*args, **kwargs)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        raise_together(_unknown(names, self.peft_config))
+        raise_together(dict.fromkeys(problem for layer in layers for problem in layer.merge_problems(names)))
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns of tied weights here; a layer whose weight is shared gets one of its own."""
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with self.shared.turns.alone():
+            super()._enable_adapter_layers(enabled)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Before any module below takes what is its own: base weights that hold something else must not be loaded into."""
         if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
             for layer in switchable_layers(self.model):
-                cast(S2FTLinear, layer).refuse_base()
+                layer.require_own("loading base weights")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_inside(self.model, "unloading")
-        if kwargs.get("merge") is False:
-            leave(switchable_layers(self.model))
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        with self.shared.turns.alone():
+            refuse_inside(self.model, "unloading")
+            layers = switchable_layers(self.model)
+            if not merge:
+                leave(layers)
+                return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            self._refuse_merging(layers, kwargs.get("adapter_names"))
+            with all_or_nothing(layers):
+                for layer in layers:  # what is merged is to stay, also while adapters are disabled
+                    layer.enable_adapters(True)
+                self.merge_adapter(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All adapters are already merged")
+                return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     @staticmethod
     def _check_target_module_exists(config: S2FTConfig, key: str) -> Any:  # bool, or PEFT's mark of an excluded one
@@ -163,7 +230,7 @@ class S2FTModel(BaseTuner):
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, chosen, **options)
             return
-        layer = S2FTLinear(target, adapter_name, chosen, **options)
+        layer = S2FTLinear(target, adapter_name, chosen, self.shared, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained by itself
         self._replace_module(parent, target_name, layer, target)
@@ -184,6 +251,8 @@ class S2FTModel(BaseTuner):
         """Hands `adapter_names` (one per row of the batch) to every adapted layer for the time of one call."""
         names = kwargs.pop("adapter_names", None)
         with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                stack.enter_context(self.shared.turns.together() if names is None else self.shared.turns.alone())
             if names is not None:
                 self._check_adapter_names(names)
                 beams = kwargs.get("num_beams") or 1
@@ -191,7 +260,7 @@ class S2FTModel(BaseTuner):
                 once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
                 if self.pool is not None:
                     for layer in switchable_layers(self.model):
-                        layer.refuse_switched("`adapter_names`")
+                        layer.require_own("`adapter_names`", merged=False)
                     self.pool.bring(names)
                 alone, beamed = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))
                 for module in self.modules():
@@ -210,6 +279,12 @@ class S2FTModel(BaseTuner):
         unknown = sorted(set(names) - {BASE} - set(self.peft_config) - set(self.pool or ()))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+
+def _unknown(names: Iterable[str], loaded: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        if name not in loaded:
+            yield f"adapter {name!r} is not loaded; loaded are {', '.join(map(repr, loaded)) or 'none'}"
 
 
 def _give(names: list[str]) -> Any:
@@ -269,19 +344,16 @@ def _slice_problem(module: nn.Module | None, path: str, text: str) -> str | None
 
 
 def _base_digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
-    """Module → digest of the base slice that the config's slice changes; None where it holds a merged adapter or has no
-    plain values.
-    """
+    """Module → digest of the base slice that the config's slice changes; None where it has no plain values."""
     digests: dict[str, str | None] = {}
     for path, text in (config.slices or {}).items():
         module = model.get_submodule(path)
-        merged = isinstance(module, BaseTunerLayer) and module.merged
         linear = linear_layer(module)
         assert linear is not None
         whole = Slice.parse(text)
         parts = digest_parts((config.base_digest or {}).get(path, ""), whole)
         found = {part: _digest(linear, Slice.parse(part)) for part in parts}
-        digests[path] = None if merged else join_digests(found, whole)
+        digests[path] = join_digests(found, whole)
     return digests
 
 

@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -28,7 +28,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from s2ft.adapter.switching import switch
-from s2ft.method.linear import S2FTLinear
+from s2ft.method.linear import S2FTBlock, S2FTLinear
 from s2ft.method.slices import Slice
 from s2ft.work.bench.report import Report
 from s2ft.work.timing import bytes_per_ms, free_bytes, milliseconds, no_spread, spread
@@ -104,14 +104,17 @@ def contestants(device: str, dim: int) -> dict[str, Turn]:
     down, up = (0.02 * torch.randn(*shape, device=device).to(weight) for shape in ((RANK, dim), (dim, RANK)))
 
     def write() -> None:
-        layer.write("a")
+        layer.base_weight.put(linear, cast(S2FTBlock, layer.s2ft_block["a"]), is_shared=False)
+
+    def restore() -> None:
+        layer.base_weight.restore(linear)
 
     def add() -> None:
         weight.add_(up @ down * 0.5)
 
     return {
-        "s2ft": (_nothing, write, layer.restore),
-        "s2ft_back": (write, layer.restore, _nothing),
+        "s2ft": (_nothing, write, restore),
+        "s2ft_back": (write, restore, _nothing),
         "s2ft_call": (_nothing, lambda: switch(model, "a"), lambda: switch(model, None)),
         "lora": (_nothing, add, _nothing),
         "lora_fused": (_nothing, lambda: weight.addmm_(up, down, alpha=-0.5), _nothing),
