@@ -12,12 +12,15 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     Adafactor,
+    CLIPVisionConfig,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Olmo2Config,
     Olmo2ForCausalLM,
     StableLmConfig,
@@ -33,6 +36,10 @@ from s2ft.method.linear import S2FTLinear
 
 DEFAULT = {"o_proj": 0.25, "down_proj": 0.1}
 NESTED = {"q_proj": 0.5, "k_proj": 0.5, "v_proj": 0.5, "o_proj": 0.25, "up_proj": 0.2, "down_proj": 0.1}
+
+
+class Wrapped(Tensor):
+    """What sharding and quantisation make of a weight: another class of tensor."""
 
 
 def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
@@ -634,6 +641,31 @@ class TestObstacles:
         monkeypatch.setattr("s2ft.method.in_place.Probe", fail)
         layout = self.same_inside(model)
         assert any("cannot be run on its dummy input" in place.reason for place in layout.placements)
+
+    def test_a_tower_that_the_dummy_input_never_reaches(self) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+        config = LlavaConfig(
+            vision_config=vision, text_config=LlamaConfig(vocab_size=64, **sizes), image_token_index=60
+        )
+        targets = r".*(fc2|down_proj)"
+        model = get_peft_model(LlavaForConditionalGeneration(config), S2FTConfig(ratios=0.3, target_modules=targets))
+        with in_place(model) as layout:
+            assert hows(layout, "fc2") == {
+                ("gathered", "the model's dummy input never gets there, so its order cannot be checked")
+            }
+            assert hows(layout, "down_proj") == {("contiguous", "")}
+
+    def test_a_weight_that_is_sharded_inside(self) -> None:
+        model = adapted()
+        layout = module_under_test.enter(model)
+        linear = model.get_base_model().model.layers[1].mlp.down_proj.base_layer
+        whole = linear.weight
+        linear.weight = nn.Parameter(whole.data.as_subclass(Wrapped), requires_grad=False)
+        with pytest.raises(S2FTError, match=r"has become a Wrapped inside `s2ft\.in_place"):
+            model(tokens(2, 5))
+        linear.weight = whole
+        layout.leave()
 
     def test_a_shared_weight_is_not_written_to(self) -> None:
         base = build("llama", torch.float32)

@@ -1,6 +1,7 @@
 """The trained slice against full autograd: its forward, its gradient, what it keeps for backward, and its merge."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +208,57 @@ def test_a_backward_hook_on_the_base_layer_changes_nothing() -> None:
     layer.base_layer.register_full_backward_hook(lambda *_: None)
     layer(x.requires_grad_()).square().sum().backward()
     torch.testing.assert_close(layer.s2ft_block["default"].weight.grad, expected)
+
+
+class _Dequantised(torch.autograd.Function):
+    """x Wᵀ as a view that is made inside a Function, which is what bitsandbytes and quanto return."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return (x.reshape(-1, x.shape[-1]) @ weight.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.saved_tensors[0], None
+
+
+class _Quantised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Dequantised.apply(x, self.weight)
+        return y if self.bias is None else y.view(y.shape) + self.bias
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["first layer", "further layer"])
+@pytest.mark.parametrize("in_no_grad", [False, True])
+def test_an_output_that_autograd_does_not_let_change(side: str, bias: bool, needs_grad: bool, in_no_grad: bool) -> None:
+    base = _Quantised(9, 8, bias=bias).double().requires_grad_(False)
+    if in_no_grad and not needs_grad:
+        base.forward = torch.no_grad()(
+            lambda x: nn.functional.linear(x, base.weight, base.bias).view(x.shape[0], -1, 8)
+        )
+    layer = S2FTLinear(base, "default", Slice(side, np.array([1, 4, 5])), init_weights=False)
+    x = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=needs_grad)
+    block = layer.s2ft_block["default"]
+    expected = x @ (base.weight + layer.get_delta_weight("default")).T + (0 if base.bias is None else base.bias)
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+    dense = cotangent.flatten(0, 1).T @ x.detach().flatten(0, 1)
+    torch.testing.assert_close(block.weight.grad, dense.index_select(block.dim, block.indices))
+    if needs_grad:
+        torch.testing.assert_close(x.grad, cotangent @ (base.weight + layer.get_delta_weight("default")))
+
+
+def test_an_output_that_is_a_leaf_with_a_gradient() -> None:
+    base = nn.Linear(9, 8, bias=False).requires_grad_(False)
+    base.forward = lambda x: (x @ base.weight.T).requires_grad_()  # what bitsandbytes' Linear4bit gives on a CPU
+    layer = S2FTLinear(base, "default", Slice("in", np.array([1, 4, 5])), init_weights=False)
+    x = torch.randn(2, 3, 9)
+    torch.testing.assert_close(layer(x), x @ (base.weight + layer.get_delta_weight("default")).T)
 
 
 def test_two_active_adapters_on_different_sides() -> None:

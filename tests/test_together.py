@@ -8,13 +8,15 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2ft
-from families import build, tokens
+from families import VOCABULARY, build, tokens
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.pool import AdapterPool
 from s2ft.files import check_free, new_file, staged
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.slices import Slice
 
 
 def model() -> PeftModel:
@@ -260,6 +262,97 @@ class TestSharedWeights:
             first, second = layers(one)
             assert first.weight is second.weight
             assert torch.equal(first.weight, before)
+
+
+class Coded(Tensor):
+    """A stand-in for what quanto and torchao make of a weight: looks like float32, holds integers and a scale."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> "Coded":
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        values = [one.codes * one.scale if isinstance(one, Coded) else one for one in args]  # writes are lost
+        return func(*values, **(kwargs or {}))
+
+
+class TestQuantisedWeights:
+    def coded(self, path: Path) -> tuple[PeftModel, nn.Module]:
+        base = build("llama", torch.float32)
+        plain = copy.deepcopy(base)
+        for block in base.model.layers:
+            linear = block.mlp.down_proj
+            scale = linear.weight.abs().amax(1, keepdim=True) / 127
+            codes = (linear.weight / scale).round().to(torch.int8)
+            linear.weight = nn.Parameter(Coded(codes, scale.detach()), requires_grad=False)
+        made = get_peft_model(base, S2FTConfig(ratios={"down_proj": 0.3}, init_weights=False)).eval()
+        made.save_pretrained(path)
+        return made, plain
+
+    def test_writing_into_them_is_refused_by_name(self, tmp_path: Path) -> None:
+        made, plain = self.coded(tmp_path)
+        ids = tokens(2, 7)
+        expected = logits(made, ids)
+        message = r"down_proj has a weight that is a Coded, as quantisation libraries make them.*\(and 2 more like it\)"
+        for change in (made.merge_adapter, made.merge_and_unload, lambda: s2ft.switch(made, "default")):
+            with pytest.raises(S2FTError, match=message):
+                change()
+        assert torch.equal(logits(made, ids), expected)
+        made(ids, labels=ids).loss.backward()
+        with s2ft.in_place(made) as layout:
+            assert {place.how for place in layout.placements} == {"added"}
+            torch.testing.assert_close(logits(made, ids), expected)
+        on_plain = PeftModel.from_pretrained(plain, tmp_path)
+        torch.testing.assert_close(logits(on_plain, ids), expected, rtol=0.2, atol=0.2)
+
+    def test_the_delta_has_the_shape_of_the_values_where_they_are_packed(self) -> None:
+        layer = S2FTLinear(nn.Linear(9, 8), "a", Slice.parse("in 1,4-5"), init_weights=False)
+        expected = layer.get_delta_weight("a")
+        layer.base_layer.weight = nn.Parameter(torch.zeros(36, 1, dtype=torch.uint8), requires_grad=False)
+        assert torch.equal(layer.get_delta_weight("a"), expected)
+        assert torch.equal(expected[:, [1, 4, 5]], layer.s2ft_block["a"].weight)
+        with pytest.raises(
+            S2FTError, match=r"the layer has a weight that is quantised \(Linear\), stored as torch.uint8"
+        ):
+            layer.merge()
+        with pytest.raises(S2FTError, match="adapter 'z' has no slice of this layer; it has a"):
+            layer.get_delta_weight("z")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes(bits: int) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes))
+    for block in base.model.layers:
+        linear, options = block.mlp.down_proj, {"bias": False}
+        kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+        options |= {} if bits == 4 else {"has_fp16_weights": False}
+        block.mlp.down_proj = kind(linear.in_features, linear.out_features, **options)
+        block.mlp.down_proj.load_state_dict(linear.state_dict())
+        block.mlp.down_proj.to("cpu")
+    made, ids = get_peft_model(base, S2FTConfig(ratios={"down_proj": 0.5}, init_weights=False)).eval(), tokens(2, 7)
+    expected = logits(made, ids)
+    made(ids, labels=ids).loss.backward()  # in evaluation mode, with gradients
+    layer = layers(made)[0]
+    assert layer.get_delta_weight("default").shape == (64, 128)
+    for change in (made.merge_adapter, lambda: s2ft.switch(made, "default")):
+        with pytest.raises(S2FTError, match="quantised"):
+            change()
+    torch.testing.assert_close(logits(made, ids), expected)
+
+
+def test_a_model_that_is_split_by_tensor_parallelism_is_refused() -> None:
+    base = build("llama")
+    base._tp_size = 2  # as from_pretrained(tp_plan="auto") leaves it
+    with pytest.raises(S2FTError, match="split over 2 devices by tensor parallelism"):
+        get_peft_model(base, S2FTConfig(ratios=0.3))
 
 
 def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

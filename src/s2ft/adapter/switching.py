@@ -14,11 +14,10 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, raise_together, said_once
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTBlock, S2FTLinear
 from s2ft.method.slices import all_finite
-from s2ft.method.structure import why_not_plain
 from s2ft.method.switchable import enter, mark_shared, turns_of
 
 
@@ -87,23 +86,30 @@ def _problems(model: nn.Module, layers: list[S2FTLinear], adapter: str | None) -
         return [f"adapters {', '.join(merged)} are merged into the base; call `unmerge_adapter()` before switching"]
     if adapter is None:
         return []
-    chosen = [(layer, cast(S2FTBlock, layer.s2ft_block[adapter])) for layer in layers if adapter in layer.s2ft_block]
+    chosen = {
+        path: (layer, cast(S2FTBlock, layer.s2ft_block[adapter]))
+        for path, layer in model.named_modules()
+        if isinstance(layer, S2FTLinear) and adapter in layer.s2ft_block
+    }
     if not chosen:
         return [_unknown(layers, adapter)]
     whole = [path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if whole:
         return [f"{whole[0]} is kept whole by an adapter; `switch` writes slices only: use `set_adapter` on this model"]
-    found = (_layer_problem(layer, block, adapter) for layer, block in chosen)
-    return list(dict.fromkeys(problem for problem in found if problem))  # the same in many layers: said once
+    problems = ((path, _layer_problem(*of_layer, adapter)) for path, of_layer in chosen.items())
+    found = said_once((path, problem) for path, problem in problems if problem)
+    if found:
+        return found
+    broken = [path for path, (_, block) in chosen.items() if not _is_finite(block)]
+    return (
+        [f"the adapter {adapter!r} holds values that are not finite, in {broken[0]}; nothing changed"] if broken else []
+    )
 
 
 def _layer_problem(layer: S2FTLinear, block: S2FTBlock, adapter: str) -> str | None:
-    base = layer.get_base_layer()
-    if reason := why_not_plain(base):
-        return f"the base layers' weight {reason}; switching writes into plain weights only"
-    if base.weight.is_meta or block.weight.is_meta:
-        return f"a weight of {adapter!r} or of its base layer has no values here (device meta: offloaded, or not loaded yet)"
-    return None if _is_finite(block) else f"the adapter {adapter!r} holds values that are not finite; nothing changed"
+    if layer.weight.is_meta or block.weight.is_meta:
+        return f"has no values here, its own or those of {adapter!r} (device meta: offloaded, or not loaded yet)"
+    return layer.why_unwritable([adapter])
 
 
 def _is_finite(block: S2FTBlock) -> bool:

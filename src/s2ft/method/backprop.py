@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._autograd import CreationMeta
+from torch._C._autograd import _get_creation_meta as _creation
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
@@ -135,8 +137,16 @@ class BeforeBackward(Function):
 
 
 def may_change(y: Tensor) -> bool:
-    """Whether the base layer's output may be added to in place: not where a hook's own Function made it, or a compiler runs."""
-    return not torch.compiler.is_compiling() and y.is_contiguous() and not isinstance(y.grad_fn, BackwardCFunction)
+    """Whether the base layer's output may be added to in place: not where a hook's own Function made it, or a compiler runs.
+
+    Nor where autograd refuses, as with what quantised layers give: a view that was made inside a Function or without
+    gradients, or a leaf that requires its gradient.
+    """
+    if torch.compiler.is_compiling() or not y.is_contiguous() or isinstance(y.grad_fn, BackwardCFunction):
+        return False
+    if y.requires_grad and y.is_leaf:
+        return False
+    return not y._is_view() or _creation(y) == CreationMeta.DEFAULT
 
 
 def eager_grad(x: Tensor) -> bool:

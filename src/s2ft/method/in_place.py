@@ -172,6 +172,10 @@ def _permute(
     except Exception as error:
         unmovable |= _because(moved, f"the model cannot be run on its dummy input to check the order ({error})")
         return {}
+    if probe.unreached:
+        unknown = [structure for structure in moved if structure.path in probe.unreached]
+        unmovable |= _because(unknown, "the model's dummy input never gets there, so its order cannot be checked")
+        orders = _module_orders(structures, slices, unmovable)
     _move_all(layout, model, structures, orders, norms)
     differing = probe.differing()
     if differing:
@@ -182,7 +186,8 @@ def _permute(
         _move_all(layout, model, structures, orders, norms)
     if orders and probe.whole_differs():
         layout.put_back()
-        unmovable |= _because(moved, "the model computes something else when heads or channels change places")
+        asked = [structure for structure in moved if structure.path not in probe.unreached]
+        unmovable |= _because(asked, "the model computes something else when heads or channels change places")
         return {}
     return orders
 

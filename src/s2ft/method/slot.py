@@ -127,6 +127,11 @@ class Slot:
     def _write(self, weight: Tensor, delta: Tensor | None) -> None:
         if self.stash.device != weight.device:
             self.apply(lambda kept: kept.to(weight.device))
+        if type(weight.data) is not Tensor:
+            raise S2FTError(
+                f"a base weight has become a {type(weight.data).__name__} inside `s2ft.in_place(model)`, which holds on to "
+                "whole weights; shard or quantise the model first, and enter after it"
+            )
         values = self.stash if delta is None else add_delta(self.stash, delta.detach().to(weight.device))
         values = values.to(weight.dtype)
         if self.start is None:

@@ -127,8 +127,7 @@ class Switchable(BaseTunerLayer):
             S2FTError: and the weight is what it was.
         """
         names = self.new_names(adapter_names)
-        for problem in self.merge_problems(names):
-            raise S2FTError(problem)
+        self.refuse_merging(names)
         before = self.merged_adapters
         self.merged_adapters = [*before, *names]
         try:
@@ -155,17 +154,20 @@ class Switchable(BaseTunerLayer):
             warnings.warn(message, stacklevel=3)
         return names
 
-    def merge_problems(self, names: Sequence[str]) -> Iterator[str]:
-        """Why these adapters cannot be merged."""
-        if problem := self.why_not_own("merging", merged=False):
-            yield problem
+    def refuse_merging(self, names: Sequence[str]) -> None:
+        """Raises `S2FTError` where these adapters cannot be merged."""
+        self.require_own("merging", merged=False)
         elsewhere = [name for name in names if name not in self.s2ft_block]
         if elsewhere and (unknown := set(elsewhere) - set(adapters := self.shared.adapters)):
             missing = ", ".join(map(repr, sorted(unknown)))
-            yield f"adapter {missing} is not loaded; loaded are {', '.join(map(repr, adapters))}"
-        reason = why_not_plain(self.get_base_layer())
-        if reason and len(elsewhere) < len(names):
-            yield f"the base layer's weight {reason}; s2ft trains on it, but merges into plain weights only"
+            raise S2FTError(f"adapter {missing} is not loaded; loaded are {', '.join(map(repr, adapters))}")
+        if problem := self.why_unwritable(names):
+            raise S2FTError(f"the layer {problem}")
+
+    def why_unwritable(self, names: Sequence[str]) -> str | None:
+        """Why the base weight cannot take these adapters' slices."""
+        reason = why_not_plain(self.get_base_layer()) if any(name in self.s2ft_block for name in names) else None
+        return f"has a weight that {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
     def _merged_values(self, name: str) -> Tensor:
         block = self._block(name)

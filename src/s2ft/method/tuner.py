@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, raise_together, said_once
 from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
 from s2ft.method.depth import stop_below
@@ -74,6 +74,11 @@ class S2FTModel(BaseTuner):
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         refuse_inside(model, f"adding the adapter {adapter_name!r}")
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise S2FTError(
+                f"the model is split over {model._tp_size} devices by tensor parallelism; s2ft chooses channels of whole "
+                "layers. Load it without tp_plan"
+            )
         raise_together(filter(None, [name_problem(adapter_name)]))
         if self.pool is not None and adapter_name in self.pool:
             raise S2FTError(f"adapter_name={adapter_name!r} is a name of the model's AdapterPool; take another")
@@ -176,7 +181,10 @@ class S2FTModel(BaseTuner):
         refuse_inside(self.model, "merging")
         names = self.active_adapters if adapter_names is None else adapter_names
         raise_together(_unknown(names, self.peft_config))
-        raise_together(dict.fromkeys(problem for layer in layers for problem in layer.merge_problems(names)))
+        raise_together(dict.fromkeys(filter(None, (layer.why_not_own("merging", merged=False) for layer in layers))))
+        paths = {layer: path for path, layer in self.model.named_modules()}
+        problems = ((paths[layer], layer.why_unwritable(names)) for layer in layers)
+        raise_together(said_once((path, problem) for path, problem in problems if problem))
 
     def _check_merge_allowed(self) -> None:
         """PEFT warns of tied weights here; a layer whose weight is shared gets one of its own."""
