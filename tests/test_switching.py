@@ -228,7 +228,7 @@ def offload(model: PeftModel) -> None:
         (None, "d", r"adapter 'd' is not loaded; loaded are 'a', 'b', 'c'"),
         (merge, "b", r"adapters a are merged into the base; call `unmerge_adapter\(\)`"),
         (merge, None, r"adapters a are merged"),
-        (quantise, "b", r"down_proj has a weight that is quantised \(Linear\)"),
+        (quantise, "b", r"down_proj: its weight is quantised \(Linear\)"),
         (nan, "b", r"the adapter 'b' holds values that are not finite"),
         (offload, "b", r"device meta"),
     ],

@@ -108,19 +108,3 @@ def no_space(error: BaseException) -> str | None:
     if found is None and re.search(_FULL, str(error)):
         found = errno.ENOSPC
     return _REASONS.get(found) if found is not None else None
-
-
-def said_once(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """Problems of modules, each with the first module that has it and the number of the others.
-
-    Example:
-        >>> said_once([("layers.0", "is quantised"), ("layers.1", "is quantised"), ("head", "is sharded")])
-        ['layers.0 is quantised (and 1 more like it)', 'head is sharded']
-    """
-    found: dict[str, list[str]] = {}
-    for module, problem in problems:
-        found.setdefault(problem, []).append(module)
-    return [
-        f"{modules[0]} {problem}" + (f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else "")
-        for problem, modules in found.items()
-    ]

@@ -14,7 +14,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import S2FTError, raise_together, said_once
+from s2ft.errors import S2FTError, raise_by_place
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTBlock, S2FTLinear
 from s2ft.method.slices import all_finite
@@ -56,7 +56,7 @@ def switch(model: nn.Module, adapter: str | None) -> None:
         if not layers:
             raise S2FTError(f"{type(model).__name__} holds no S²FT adapter; load one before switching")
         refuse_inside(model, "switching")
-        raise_together(_problems(model, layers, adapter))
+        _refuse(model, layers, adapter)
         mark_shared(model)
         enter(layers, adapter)
 
@@ -80,36 +80,36 @@ def park(model: nn.Module, adapter: str) -> None:
             block.is_parked = True
 
 
-def _problems(model: nn.Module, layers: list[S2FTLinear], adapter: str | None) -> list[str]:
+def _refuse(model: nn.Module, layers: list[S2FTLinear], adapter: str | None) -> None:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
-        return [f"adapters {', '.join(merged)} are merged into the base; call `unmerge_adapter()` before switching"]
+        raise S2FTError(
+            f"adapters {', '.join(merged)} are merged into the base; call `unmerge_adapter()` before switching"
+        )
     if adapter is None:
-        return []
+        return
     chosen = {
         path: (layer, cast(S2FTBlock, layer.s2ft_block[adapter]))
         for path, layer in model.named_modules()
         if isinstance(layer, S2FTLinear) and adapter in layer.s2ft_block
     }
     if not chosen:
-        return [_unknown(layers, adapter)]
+        raise S2FTError(_unknown(layers, adapter))
     whole = [path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if whole:
-        return [f"{whole[0]} is kept whole by an adapter; `switch` writes slices only: use `set_adapter` on this model"]
+        raise S2FTError(
+            f"{whole[0]} is kept whole by an adapter; `switch` writes slices only: use `set_adapter` on this model"
+        )
     problems = ((path, _layer_problem(*of_layer, adapter)) for path, of_layer in chosen.items())
-    found = said_once((path, problem) for path, problem in problems if problem)
-    if found:
-        return found
-    broken = [path for path, (_, block) in chosen.items() if not _is_finite(block)]
-    return (
-        [f"the adapter {adapter!r} holds values that are not finite, in {broken[0]}; nothing changed"] if broken else []
-    )
+    raise_by_place((path, problem) for path, problem in problems if problem)
 
 
 def _layer_problem(layer: S2FTLinear, block: S2FTBlock, adapter: str) -> str | None:
     if layer.weight.is_meta or block.weight.is_meta:
-        return f"has no values here, its own or those of {adapter!r} (device meta: offloaded, or not loaded yet)"
-    return layer.why_unwritable([adapter])
+        return f"no values here, the base's or those of {adapter!r} (device meta: offloaded, or not loaded yet)"
+    if problem := layer.why_unwritable([adapter]):
+        return problem
+    return None if _is_finite(block) else f"the adapter {adapter!r} holds values that are not finite; nothing changed"
 
 
 def _is_finite(block: S2FTBlock) -> bool:

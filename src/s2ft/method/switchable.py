@@ -162,12 +162,12 @@ class Switchable(BaseTunerLayer):
             missing = ", ".join(map(repr, sorted(unknown)))
             raise S2FTError(f"adapter {missing} is not loaded; loaded are {', '.join(map(repr, adapters))}")
         if problem := self.why_unwritable(names):
-            raise S2FTError(f"the layer {problem}")
+            raise S2FTError(f"the layer cannot be merged into: {problem}")
 
     def why_unwritable(self, names: Sequence[str]) -> str | None:
         """Why the base weight cannot take these adapters' slices."""
         reason = why_not_plain(self.get_base_layer()) if any(name in self.s2ft_block for name in names) else None
-        return f"has a weight that {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
+        return f"its weight {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
     def _merged_values(self, name: str) -> Tensor:
         block = self._block(name)

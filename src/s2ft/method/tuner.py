@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import S2FTError, raise_together, said_once
+from s2ft.errors import S2FTError, raise_by_place, raise_together
 from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
 from s2ft.method.depth import stop_below
@@ -184,7 +184,7 @@ class S2FTModel(BaseTuner):
         raise_together(dict.fromkeys(filter(None, (layer.why_not_own("merging", merged=False) for layer in layers))))
         paths = {layer: path for path, layer in self.model.named_modules()}
         problems = ((paths[layer], layer.why_unwritable(names)) for layer in layers)
-        raise_together(said_once((path, problem) for path, problem in problems if problem))
+        raise_by_place((path, problem) for path, problem in problems if problem)
 
     def _check_merge_allowed(self) -> None:
         """PEFT warns of tied weights here; a layer whose weight is shared gets one of its own."""
