@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, inspect, and how errors leave."""
 
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from families import build
 from s2ft import S2FTConfig, S2FTError
-from s2ft.cli.app import app
+from s2ft.cli.app import app, main
 from s2ft.cli.outputs import check_writable
 
 COMMANDS = (
@@ -108,3 +109,26 @@ def test_a_process_leaves_with_the_message_alone(tmp_path: Path) -> None:
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: nowhere holds no adapter: there is no adapter_config.json\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_encoding_of_the_terminal_will_do(
+    encoding: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table with ‖Δ‖, and paths with what the encoding may lack."""
+    folder = shutil.copytree(adapter, tmp_path / "Δ名")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+    monkeypatch.setattr(sys, "argv", ["s2ft", "fuse", str(folder), "--json", str(tmp_path / "rows.json")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    sys.stdout.flush()
+    assert not left.value.code
+    assert b"channels in 6 modules are shared" in printed.getvalue()
+    assert json.loads((tmp_path / "rows.json").read_text())["modules"] == 6
+    monkeypatch.setattr(sys, "argv", ["s2ft", "inspect", str(adapter)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    sys.stdout.flush()
+    assert not left.value.code
+    assert {"ascii": b" ??? ", "cp1252": b" ??? ", "utf-8": " ‖Δ‖ ".encode()}[encoding] in printed.getvalue()

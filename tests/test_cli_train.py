@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -12,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from commands import Command
 from s2ft.work.options import TrainOptions
+from s2ft.work.trainer import Flow
 
 COMMON = ["--ratios", "0.25", "--precision", "fp32", "--gradient-accumulation", "1", "--log-every", "1"]
-COMMAND = [sys.executable, "-c", "from s2ft.cli.app import main; main()", "train"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,10 @@ def test_the_help_shows_every_option_and_an_example(train, monkeypatch):
         assert f"--{name.replace('_', '-')}" in printed
 
 
-def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(base, data, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
+)
+def test_a_signal_to_end_saves_a_checkpoint_from_which_the_run_goes_on(base, data, tmp_path, number, name):
     out = tmp_path / "out"
     words = [
         "--model",
@@ -128,20 +130,37 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(base, data, tmp_pa
         "5",
         *COMMON,
     ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([*COMMAND, *words], env=environment(), **pipes)
-    wait_for(lambda: out.is_dir() and any(out.glob("checkpoint-*")), process)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
-    assert "Traceback" not in printed
-    assert "Ctrl-C: finishing this step" in printed
-    assert "--resume" in printed
+    command = Command(["train", *words], tmp_path / "log")
+    wait_for(lambda: out.is_dir() and any(out.glob("checkpoint-*")), command)
+    os.kill(command.process.pid, number)
+    assert command.wait() == 130, command.printed
+    assert "Traceback" not in command.printed
+    assert f"{name}: finishing this step" in command.printed
+    assert "--resume" in command.printed
     card = json.loads((out / "run.json").read_text())
     assert card["status"] == "interrupted"
     checkpoint = out / f"checkpoint-{card['training']['steps']}"
     assert (checkpoint / "adapter_model.safetensors").read_bytes() == (out / "adapter_model.safetensors").read_bytes()
     assert not (checkpoint / "training_args.bin").exists()
+
+
+def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored():
+    def other(*_):
+        raise ConnectionError
+
+    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, other)]
+    try:
+        flow = Flow()
+        with flow.listening():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup sets it
+            signal.raise_signal(signal.SIGINT)
+            assert flow.interrupted
+            with pytest.raises(ConnectionError):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is other
+    finally:
+        for number, handler in zip((signal.SIGHUP, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(train, base, data, tmp_path, monkeypatch):
@@ -155,14 +174,10 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(train, base, data, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def wait_for(condition, process, seconds: float = 90) -> None:
+def wait_for(condition, command: Command, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert command.process.is_alive(), command.printed
         assert time.monotonic() < end, "nothing happened in time"
         time.sleep(0.05)
 

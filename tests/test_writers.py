@@ -1,5 +1,6 @@
 """Writers that are killed, that meet each other: what is at the output is whole, and nobody has to clear up."""
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -148,3 +149,133 @@ def test_of_two_writers_one_wins_whole_and_the_other_is_refused(
         winner = codes.index(0)
         assert contents(output) == expected(kinds[winner], ADAPTERS[winner])[0]
         assert [path.name for path in folder.iterdir()] == [output.name]
+
+
+TRAIN = "--max-steps 8 --save-every 2 --batch-size 4 --ratios 0.25 --layout indexed --precision fp32 --gradient-accumulation 1"
+EVAL = "--max-new-tokens 6 --beams 1 --precision fp32 --batch-size 4 --task gsm8k"
+
+
+def train_words(base: str, data: str, output: Path, *more: str) -> list[str]:
+    return ["train", "--model", base, "--data", data, "--output", str(output), *TRAIN.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
+    """The adapter of an undisturbed training, and the seconds that it takes."""
+    folder = tmp_path_factory.mktemp("trained")
+    start = time.perf_counter()
+    command = Command(train_words(base, data, folder / "out"), folder / "log")
+    assert command.wait() == 0, command.printed
+    return adapter_in(folder / "out"), time.perf_counter() - start
+
+
+def adapter_in(folder: Path) -> dict[str, str]:
+    """What a training leaves that does not tell of times."""
+    found = contents(folder)
+    return {name: found.get(name, "") for name in ("adapter_model.safetensors", "adapter_config.json", "README.md")}
+
+
+def finish(base: str, data: str, output: Path, log: Path) -> None:
+    """Goes on as the refusals say, which is all that a user has to know."""
+    again = Command(train_words(base, data, output), log)
+    if again.wait() == 2 and "add --resume to go on" in again.printed:
+        again = Command(train_words(base, data, output, "--resume"), log)
+    code = again.wait()
+    assert code == 0 or (code == 2 and "holds a finished run" in again.printed), again.printed
+    assert "Traceback" not in again.printed
+
+
+def check_result(output: Path, wanted: dict[str, str]) -> None:
+    assert adapter_in(output) == wanted
+    assert json.loads((output / "run.json").read_text())["status"] == "finished"
+    hidden = [path.name for folder in (output, output.parent) for path in folder.iterdir() if path.name.startswith(".")]
+    assert set(hidden) <= {f".{output.name}.lock"}  # of a run that was killed when it had ended
+
+
+def test_a_killed_training_ends_with_the_same_bits(
+    base: str, data: str, trained: tuple[dict[str, str], float], tmp_path: Path, tries: Tries
+) -> None:
+    wanted, seconds = trained
+    for number in range(tries(1, 30)):
+        output = tmp_path / str(number) / "out"
+        for attempt in range(2):  # killed once more when it goes on
+            more = ["--resume"] if attempt and any(output.glob("checkpoint-*")) else []
+            command = Command(train_words(base, data, output, *more), tmp_path / f"{number}.log")
+            time.sleep(random.uniform(0, seconds))
+            command.kill()
+        finish(base, data, output, tmp_path / f"{number}.again")
+        check_result(output, wanted)
+
+
+def test_a_training_may_die_before_anything_that_it_does_to_a_file(
+    base: str, data: str, trained: tuple[dict[str, str], float], tmp_path: Path, tries: Tries
+) -> None:
+    for number in range(tries(1, 1000)):
+        moment = number if tries(0, 1) else random.randrange(90)
+        output = tmp_path / str(moment) / "out"
+        command = Command(train_words(base, data, output), tmp_path / f"{moment}.log", moment, output.parent)
+        code = command.wait()
+        assert code in (0, -9), command.printed
+        finish(base, data, output, tmp_path / f"{moment}.again")
+        check_result(output, trained[0])
+        if code == 0:
+            return
+
+
+def test_a_second_training_into_one_folder_is_refused_at_once(
+    base: str, data: str, trained: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    first = Command(train_words(base, data, output), tmp_path / "first")
+    while not (tmp_path / ".out.lock").exists():
+        time.sleep(0.01)
+    others = [Command(train_words(base, data, output, *more), tmp_path / f"log{more}") for more in ([], ["--resume"])]
+    assert [other.wait() for other in others] == [2, 2]
+    for other in others:
+        assert "is being written by another process" in other.printed
+    assert first.wait() == 0, first.printed
+    check_result(output, trained[0])
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("questions") / "dataset" / "gsm8k"
+    folder.mkdir(parents=True)
+    asked = [{"instruction": f"Add {n} and {n * n}.", "input": "", "answer": f"{n + n * n}.0"} for n in range(60)]
+    (folder / "test.json").write_text(json.dumps(asked))
+    return str(folder.parent.parent)
+
+
+def test_a_killed_evaluation_ends_with_the_same_answers(
+    base: str, questions: str, tmp_path: Path, tries: Tries
+) -> None:
+    def words_for(output: Path) -> list[str]:
+        return ["eval", "--model", base, "--data", questions, "--output", str(output), *EVAL.split()]
+
+    def answers(output: Path) -> tuple[dict, list[dict]]:
+        run, *rows = map(json.loads, (output / "base" / "gsm8k.jsonl").read_text().splitlines())
+        return run, sorted(rows, key=lambda row: int(row["id"]))
+
+    start = time.perf_counter()
+    assert Command(words_for(tmp_path / "whole"), tmp_path / "log").wait() == 0
+    seconds = time.perf_counter() - start
+    for number in range(tries(2, 30)):
+        output, log = tmp_path / str(number), tmp_path / f"{number}.log"
+        command = Command([*words_for(output), "--json", str(tmp_path / "rows.json")], log)
+        time.sleep(random.uniform(0, seconds))
+        command.kill()
+        again = Command([*words_for(output), "--json", str(tmp_path / "rows.json")], log)
+        assert again.wait() == 0, again.printed
+        assert answers(output) == answers(tmp_path / "whole")
+        assert sorted(path.name for path in (output / "base").iterdir()) == ["gsm8k.jsonl"]
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_second_evaluation_into_one_folder_is_refused(base: str, questions: str, tmp_path: Path) -> None:
+    command = ["eval", "--model", base, "--data", questions, "--output", str(tmp_path / "out"), *EVAL.split()]
+    pair = [Command(command, tmp_path / f"log{number}") for number in range(2)]
+    codes = [one.wait() for one in pair]
+    assert sorted(codes) in ([0, 2], [0, 0])  # 0, 0: the second came when the first had ended
+    for code, one in zip(codes, pair, strict=True):
+        assert code == 0 or "is being written by another process" in one.printed
+    assert len((tmp_path / "out" / "base" / "gsm8k.jsonl").read_text().splitlines()) == 61
