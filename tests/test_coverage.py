@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from families import build
 from s2ft import S2FTConfig, S2FTError, Selection, select
 from s2ft.method.coverage import parameter_counts
-from s2ft.method.structure import towers
+from s2ft.method.towers import _tower_configs, towers
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {
@@ -158,6 +158,14 @@ def test_a_tower_is_left_as_it_is_unless_it_is_named(family: str) -> None:
     named = quietly(model, ratios=0.5, target_modules=rf".*{tower.rpartition('.')[2]}.*(fc2|down_proj)")
     assert all(path.startswith(tower) for path in named.slices)
     assert named.left_out == ""
+
+
+def test_a_speech_model_keeps_its_encoder_and_its_projector() -> None:
+    """Parts whose name says nothing of vision or audio; and a language model that is made of parts itself."""
+    speech = hf.GraniteSpeechConfig()
+    assert _tower_configs(speech) == {type(speech.encoder_config), type(speech.projector_config)}
+    assert _tower_configs(hf.BltConfig()) == set()
+    assert _tower_configs(hf.LlamaConfig()) == set()
 
 
 class _Packed(nn.Module):

@@ -40,6 +40,8 @@ COMPLETE: dict[str, Callable[[], PreTrainedModel]] = {
     "distilbert": lambda: hf.DistilBertForMaskedLM(
         hf.DistilBertConfig(vocab_size=VOCABULARY, dim=24, hidden_dim=44, n_layers=2, n_heads=4)
     ),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=4)),
+    "modernbert-decoder": lambda: hf.ModernBertDecoderForCausalLM(hf.ModernBertDecoderConfig(**SIZES, pad_token_id=0)),
     "gpt2-cross": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT, **NO_DROPOUT, add_cross_attention=True)),
     "gpt-bigcode": lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**GPT, **NO_DROPOUT, multi_query=True)),
     "qwen3-next": lambda: hf.Qwen3NextForCausalLM(

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from s2ft.method.registration import PREFIX
-from s2ft.method.structure import features, layer_stack, linear_layer, read_structures, towers
+from s2ft.method.structure import features, layer_stack, linear_layer, read_structures
 from s2ft.method.targets import Target, by_projection
+from s2ft.method.towers import towers
 
 _WORTH_A_WORD = 0.01  # of the model's parameters: a router or a gate is left out without one
 _ADDED = re.compile(rf"{PREFIX}|(^|\.)modules_to_save\.|\.trainable_tokens_|\.lora_")  # by PEFT: not the model's own
@@ -71,7 +72,7 @@ def coverage(model: nn.Module, targets: Sequence[Target], by_name: bool) -> Cove
     reading = read_structures(model)
     aimed = {projection.module for _, projection in targets}
     read = {projection.module for structure in reading.structures for projection in structure.projections}
-    holders = {structure.path for structure in reading.structures} | {module.rpartition(".")[0] for module in aimed}
+    holders = {structure.path for structure in reading.structures} | {name.rpartition(".")[0] for name in read | aimed}
     found: dict[tuple[str, str, str], tuple[set[str], list[int]]] = {}
     for name, owner, why in _unreached(model, read | aimed, holders, reading.unreadable, aimed, by_name):
         kind = (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", owner), type(model.get_submodule(owner)).__name__, why)

@@ -42,7 +42,7 @@ def fused(name: str, *o: str, mixed: str | None = None, where: tuple[str, object
 
 
 ATTENTION = (
-    AttentionNames("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj", "dense", "c_proj")),  # Llama, OPT, Phi
+    AttentionNames("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj", "dense", "c_proj", "Wo")),  # Llama, OPT, Phi
     AttentionNames("q_lin", "k_lin", "v_lin", ("out_lin",)),  # DistilBERT
     AttentionNames("wq", "wk", "wv", ("wo",)),
     AttentionNames("q", "k", "v", ("o",)),  # T5
@@ -55,6 +55,7 @@ ATTENTION = (
     fused("qkv_proj", "out_proj", mixed="it holds q, v and k of a quarter of the heads, four times"),  # CodeGen
     fused("query_key_value", "dense", mixed=BY_HEAD),  # GPT-NeoX, BLOOM, Falcon
     fused("Wqkv", "out_proj"),  # MPT
+    fused("Wqkv", "Wo"),  # ModernBERT
     fused("kv_b_proj", "o_proj", mixed="keys and values are expanded from a latent, and lie together by head"),  # MLA
 )
 
@@ -64,6 +65,7 @@ MLP = (
     MLPNames("w3", "w2", "w1"),
     MLPNames("input_linear", "output_linear", "input_linear"),  # Granite's shared expert
     MLPNames("wi_1", "wo", "wi_0"),  # T5 1.1
+    MLPNames("Wi", "Wo", "Wi"),  # ModernBERT
     MLPNames("up_proj", "down_proj"),  # Nemotron
     MLPNames("c_fc", "c_proj"),  # GPT-2
     MLPNames("fc1", "fc2"),  # OPT, Phi, CLIP

@@ -294,33 +294,6 @@ def _size(module: nn.Module, attributes: tuple[str, ...]) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def towers(model: nn.Module) -> list[str]:
-    """Paths of the vision and audio models beside a language model: those that are built from such a part of its config.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> towers(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_attention_heads=4)))
-        []
-    """
-    kinds = set(_tower_configs(getattr(model, "config", None)))
-    found: list[str] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{tower}.") for tower in found)
-        if path and not inside and type(getattr(module, "config", None)) in kinds:
-            found.append(path)
-    return found
-
-
-def _tower_configs(config: Any) -> Iterator[type]:
-    parts = getattr(config, "sub_configs", None)
-    for name in parts if isinstance(parts, dict) else ():
-        part = getattr(config, name, None)
-        if re.search(r"vision|audio|image|speech", name) and part is not None:
-            yield type(part)
-        else:
-            yield from _tower_configs(part)
-
-
 def _nearest_config(model: nn.Module, path: str) -> Any:
     """The config of the module, else of the nearest one around it: a vision tower has its own."""
     parts = path.split(".")

@@ -24,8 +24,8 @@ from s2ft.method.structure import (
     linear_layer,
     read_structures,
     single_linear,
-    towers,
 )
+from s2ft.method.towers import towers
 
 DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
 
