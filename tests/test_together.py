@@ -1,13 +1,16 @@
 """Switching, merging, pools, names and state dicts: what each does while another is under way."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2ft
@@ -344,6 +347,30 @@ def test_bitsandbytes(bits: int) -> None:
         with pytest.raises(S2FTError, match="quantised"):
             change()
     torch.testing.assert_close(logits(made, ids), expected)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """One process that shards over itself."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_named(mesh: Any) -> None:
+    config = S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, init_weights=False)
+    made, ids = get_peft_model(build("mistral", torch.float32), config), tokens(2, 5)
+    layer = layers(made)[0]
+    expected = layer.get_delta_weight("default")
+    fully_shard(made, mesh=mesh)
+    made(ids, labels=ids).loss.backward()
+    assert torch.equal(layer.get_delta_weight("default"), expected)
+    for change in (made.merge_adapter, lambda: s2ft.switch(made, "default")):
+        with pytest.raises(S2FTError, match=r"its weight is a DTensor, sharded over devices.* and 2 more\)"):
+            change()
+    with s2ft.in_place(made) as layout:
+        assert {place.how for place in layout.placements} == {"added"}
+        made(ids, labels=ids).loss.backward()
 
 
 def test_a_model_that_is_split_by_tensor_parallelism_is_refused() -> None:

@@ -88,21 +88,23 @@ class AdapterPool:
                 f"the batch needs {len(wanted)} adapters of together {needed:,} bytes; device_bytes={self.device_bytes:,} "
                 "holds less. Split the batch, or give the pool more"
             )
-        missing = [name for name in wanted if name not in self._device]
-        if missing:
-            refuse_inside(self._tuner.model, f"bringing the adapter {missing[0]!r}")
-        for name in wanted:
-            if name in self._device:
-                self._device.move_to_end(name)
-        for name in missing:
-            self._promote(name, set(wanted))
+        with self._tuner.shared.turns.alone():
+            missing = [name for name in wanted if name not in self._device]
+            if missing:
+                refuse_inside(self._tuner.model, f"bringing the adapter {missing[0]!r}")
+            for name in wanted:
+                if name in self._device:
+                    self._device.move_to_end(name)
+            for name in missing:
+                self._promote(name, set(wanted))
 
     def close(self) -> None:
         """Takes every adapter of the pool from the model and from memory."""
-        for name in list(self._device):
-            self._detach(name)
-        self._host.clear()
-        self._tuner.pool = None
+        with self._tuner.shared.turns.alone():
+            for name in list(self._device):
+                self._detach(name)
+            self._host.clear()
+            self._tuner.pool = None
 
     def _promote(self, name: str, keep: set[str]) -> None:
         slices = self._host.pop(name, None) or self._load(name)

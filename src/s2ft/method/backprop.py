@@ -139,14 +139,15 @@ class BeforeBackward(Function):
 def may_change(y: Tensor) -> bool:
     """Whether the base layer's output may be added to in place: not where a hook's own Function made it, or a compiler runs.
 
-    Nor where autograd refuses, as with what quantised layers give: a view that was made inside a Function or without
-    gradients, or a leaf that requires its gradient.
+    Nor where autograd refuses, as with what quantised layers give: a leaf that requires its gradient, or a view that was
+    made inside a Function, without gradients, or of what has no part in the graph.
     """
     if torch.compiler.is_compiling() or not y.is_contiguous() or isinstance(y.grad_fn, BackwardCFunction):
         return False
     if y.requires_grad and y.is_leaf:
         return False
-    return not y._is_view() or _creation(y) == CreationMeta.DEFAULT
+    base = y._base
+    return base is None or (_creation(y) == CreationMeta.DEFAULT and base.requires_grad == y.requires_grad)
 
 
 def eager_grad(x: Tensor) -> bool:

@@ -29,6 +29,7 @@ from s2ft.method.probe import Probe
 from s2ft.method.slices import Indices, Slice
 from s2ft.method.slot import Slot
 from s2ft.method.structure import Structure, find_structures, linear_layer, weight_matrix
+from s2ft.method.switchable import turns_of
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,17 @@ def in_place(model: nn.Module) -> Iterator[Layout]:
         ...     print([(place.module.split(".")[-1], place.how) for place in layout.placements])
         [('o_proj', 'contiguous'), ('down_proj', 'contiguous')]
     """
-    layout = _present(model) or enter(model)
-    layout._depth += 1
+    turns = turns_of(model)
+    with turns.alone():
+        layout = _present(model) or enter(model)
+        layout._depth += 1
     try:
         yield layout
     finally:
-        layout._depth -= 1
-        if layout._depth == 0:
-            layout.leave()
+        with turns.alone():
+            layout._depth -= 1
+            if layout._depth == 0:
+                layout.leave()
 
 
 def enter(model: nn.Module, permute: bool = True, activations: bool = True) -> Layout:

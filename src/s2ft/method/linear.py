@@ -267,9 +267,12 @@ class S2FTLinear(nn.Module, Switchable):
         if adapter not in self.s2ft_block:
             raise S2FTError(f"adapter {adapter!r} has no slice of this layer; it has {', '.join(self.s2ft_block)}")
         block, base = self._block(adapter), self.get_base_layer()
+        values = block.weight.detach()
+        if hasattr(values, "full_tensor"):  # a DTensor
+            values = values.full_tensor()
         shape = (self.out_features, self.in_features)  # not that of the weight, which may be packed
-        delta = block.weight.new_zeros(shape[::-1] if isinstance(base, Conv1D) else shape)
-        as_matrix(base, delta).index_copy_(block.dim, block.indices, block.weight.detach())
+        delta = values.new_zeros(shape[::-1] if isinstance(base, Conv1D) else shape)
+        as_matrix(base, delta).index_copy_(block.dim, block.indices, values)
         return delta
 
     def take_base_dtype(self, adapter_name: str) -> None:
@@ -280,6 +283,11 @@ class S2FTLinear(nn.Module, Switchable):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW has rank s at most, so PEFT's `convert_to_lora` is exact from rank s on."""
         return True
+
+    def _block(self, adapter_name: str) -> S2FTBlock:
+        block = self.s2ft_block[adapter_name]
+        assert isinstance(block, S2FTBlock)
+        return block
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
