@@ -115,7 +115,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     if not len(table):
         raise S2FTError(f"data={str(path)!r} has no rows; it needs one record at least")
     for number, value in enumerate(table.to_pylist(), start=1):
-        yield Record(f"{path}, row {number}", _without_none(value))
+        yield Record(f"{path}, row {number}", _given(value))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -166,11 +166,20 @@ def _train_split(found: Dataset | DatasetDict | IterableDataset, name: str) -> D
 
 def _rows(dataset: Dataset, name: str) -> Iterator[Record]:
     for number, value in enumerate(dataset, start=1):
-        yield Record(f"{name}, row {number}", _without_none(value))
+        yield Record(f"{name}, row {number}", _given(value))
+
+
+def _given(value: Any) -> Any:
+    """Tables give every row every column, and every object in a column every field; what is None was not there."""
+    if isinstance(value, list):
+        return [_given(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _given(item) for key, item in value.items() if item is not None}
 
 
 def _without_none(value: Any) -> Any:
-    """Tables give every row every column; what is None was not there. Null in JSON means the same."""
+    """Null in a field of a JSON record means the same as no field; deeper down, as in a call's arguments, it says null."""
     if not isinstance(value, dict):
         return value
     return {key: item for key, item in value.items() if item is not None}
