@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import s2ft
 from exported import SIDES, load, load_base, save_adapter, save_base
 from families import FAMILIES, tokens
+from mutations import write_tensors
 from s2ft import S2FTError
 from s2ft.adapter.export import TARGETS
 from s2ft.adapter.export_lora import VLLM_RANKS, factors
@@ -76,7 +77,7 @@ def test_dtypes_are_kept_and_factors_are_exact(dtype: torch.dtype, tmp_path: Pat
     for name, tensor in native.items():
         if tensor.is_floating_point():
             native[name] = tensor.to(dtype)
-    save_file(native, adapter / WEIGHTS)
+    write_tensors(adapter, native)
     s2ft.export(adapter, "lora", tmp_path / "lora")
     assert {tensor.dtype for tensor in load_file(tmp_path / "lora" / WEIGHTS).values()} == {dtype}
     found, wanted = dense(tmp_path / "lora"), expected(adapter, base)
@@ -191,8 +192,8 @@ def test_what_an_engine_cannot_carry_is_refused_by_name(target: str, tmp_path: P
 def test_what_no_lora_can_carry_is_refused_by_name(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     adapter = save_adapter(tmp_path / "adapter", base, 0.3)
-    save_file({**load_file(adapter / WEIGHTS), "base_model.model.extra.weight": torch.ones(2)}, adapter / WEIGHTS)
-    with pytest.raises(S2FTError, match=r"extra\.weight is neither a slice nor in modules_to_save"):
+    write_tensors(adapter, {**load_file(adapter / WEIGHTS), "base_model.model.extra.weight": torch.ones(2)})
+    with pytest.raises(S2FTError, match=r"extra\.weight' is neither a slice nor what the config declares"):
         s2ft.export(adapter, "lora", tmp_path / "lora")
 
 
@@ -203,7 +204,7 @@ def truncate(folder: Path) -> None:
 def tamper(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     next(tensor for name, tensor in tensors.items() if name.endswith("weight")).view(-1)[5] = torch.nan
-    save_file(tensors, folder / WEIGHTS)
+    write_tensors(folder, tensors)
 
 
 def edit(folder: Path, **fields: object) -> None:
@@ -215,7 +216,7 @@ def rename(folder: Path, old: str, new: str) -> None:
     """The same adapter, with another path for its modules in the config and in the file."""
     config = json.loads((folder / "adapter_config.json").read_text())
     edit(folder, slices={name.replace(old, new): text for name, text in config["slices"].items()}, base_digest=None)
-    save_file({name.replace(old, new): t for name, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    write_tensors(folder, {name.replace(old, new): t for name, t in load_file(folder / WEIGHTS).items()})
 
 
 def lengthen(folder: Path) -> None:
@@ -225,7 +226,7 @@ def lengthen(folder: Path) -> None:
         name = f"base_model.model.{module}.s2ft_block.indices"
         tensors[name][-1] = 99
         config["slices"][module] = str(Slice("in", tensors[name].numpy()))
-    save_file(tensors, folder / WEIGHTS)
+    write_tensors(folder, tensors)
     edit(folder, slices=config["slices"], base_digest=None)
 
 

@@ -11,10 +11,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import s2ft
 from exported import SIDES, save_adapter, save_base
+from mutations import write_tensors
 from s2ft import S2FTError
 from s2ft.adapter.vllm_plugin import ROOT, adapter_folder, register
 
@@ -93,7 +94,7 @@ def test_the_cache_is_used_until_the_adapter_changes(registry: Registry, tmp_pat
     assert (first / WEIGHTS).stat().st_mtime_ns == written
     tensors = load_file(native / WEIGHTS)
     next(tensor for name, tensor in tensors.items() if name.endswith("weight")).mul_(2)
-    save_file(tensors, native / WEIGHTS)
+    write_tensors(native, tensors)
     second = Path(resolve(registry, base, "math").lora_path)
     assert second != first
     assert files(second)[WEIGHTS] != files(first)[WEIGHTS]

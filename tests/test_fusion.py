@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import s2ft
 from families import build, tokens
+from mutations import write_tensors
 from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapter.file import open_adapter, read_adapter
 from s2ft.adapter.overlap import draw, table
@@ -65,11 +66,12 @@ def test_one_adapter_at_weight_one_is_itself_bit_for_bit(
     tensors = load_file(folder / WEIGHTS)
     name = next(name for name in tensors if name.endswith("s2ft_block.weight"))
     tensors[name][0, 0] = -0.0
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder, tensors)
     s2ft.fuse([folder], [1.0], method, output=tmp_path / "same")
     same, given = (json.loads((path / CONFIG).read_text()) for path in (tmp_path / "same", folder))
     for fields in (same, given):
         fields["target_modules"].sort()  # PEFT writes a set, in the order of its hashes
+        fields.pop("checksums")
     assert same == given
     assert (tmp_path / "same" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
@@ -162,7 +164,7 @@ def edit(folder: Path, **fields: object) -> None:
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor], str], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors, next(name for name in sorted(tensors) if name.endswith("s2ft_block.weight")))
-    save_file(tensors, folder / WEIGHTS)
+    write_tensors(folder, tensors)
 
 
 def swap_digest(folder: Path) -> None:
@@ -175,6 +177,14 @@ def swap_digest(folder: Path) -> None:
 
 def add_whole_module(folder: Path) -> None:
     edit_tensors(folder, lambda tensors, _: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
+    for name in "ab":
+        edit(folder.parent / name, modules_to_save=["lm_head"])
+
+
+def add_tokens(folder: Path) -> None:
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    edit_tensors(folder, lambda tensors, _: tensors.update({name: torch.ones(1, 24)}))
+    edit(folder, trainable_token_indices=[3])
 
 
 def turn(folder: Path) -> None:
@@ -199,10 +209,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     ),
     r"do not ascend; each may occur once": lambda b: edit(b, slices={"model.layers.0.mlp.down_proj": "in 3,3"}),
     r"no layer has so many": lambda b: edit(b, slices={"model.layers.0.mlp.down_proj": "in 3,999999999"}),
-    r"is missing, which the config's slices imply": lambda b: edit(
+    r"has no weight for mlp.down_proj, which its config names": lambda b: edit(
         b, slices={"mlp.down_proj": "in 3"}, base_digest=None
     ),
-    r"base_digest names nowhere": lambda b: edit(b, base_digest={"nowhere": "ab"}),
+    r"base_digest names 'nowhere'": lambda b: edit(b, base_digest={"nowhere": "ab"}),
     r"is no part of the adapter's slice": lambda b: edit(
         b, base_digest={"model.layers.0.mlp.down_proj": "in 0-43=ab; in 0=cd"}
     ),
@@ -213,7 +223,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     r"a has task_type='CAUSAL_LM', but .*b has 'SEQ_CLS'": lambda b: edit(b, task_type="SEQ_CLS"),
     r"made for different bases: the slice": swap_digest,
     r"a has modules_to_save=None, but .*b has \['lm_head'\]": lambda b: edit(b, modules_to_save=["lm_head"]),
-    r"a has trainable_token_indices=None, but .*b has \[3\]": lambda b: edit(b, trainable_token_indices=[3]),
+    r"a has trainable_token_indices=None, but .*b has \[3\]": add_tokens,
     r"lm_head.weight is kept whole by .*b alone": add_whole_module,
     r"down_proj: .*a changes channels of its input side, .*b of its output side": turn,
     r"was made for 24 features, .*b for 25; .*different bases": lambda b: edit_tensors(

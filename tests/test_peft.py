@@ -119,7 +119,7 @@ class TestSaveAndLoad:
         tensors = load_file(path)
         name = next(name for name in tensors if name.endswith("indices"))
         save_file({**tensors, name: tensors[name].flip(0)}, path, metadata={"format": "pt"})
-        with pytest.raises(S2FTError, match="indices differ from the slice"):
+        with pytest.raises(S2FTError, match="indices differs from the config's slice"):
             PeftModel.from_pretrained(plain, tmp_path / "a")
 
     def test_direct_injection_and_state_dict(self) -> None:

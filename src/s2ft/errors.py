@@ -13,6 +13,8 @@ _FULL = (
     r"No space left|PytorchStreamWriter failed writing|\d+ requested and \d+ written"  # torch.save's words, and NumPy's
 )
 
+MOST_PROBLEMS = 50  # that one message lists
+
 
 class S2FTError(ValueError):
     """What was given cannot be used; nothing has been changed or written.
@@ -28,12 +30,14 @@ class S2FTError(ValueError):
 
 
 def raise_together(problems: Iterable[str]) -> None:
-    """Raises one `S2FTError` that lists all `problems`; does nothing when there are none."""
+    """Raises one `S2FTError` that lists all `problems`, or the first of very many; does nothing when there are none."""
     found = list(problems)
     if len(found) == 1:
         raise S2FTError(found[0])
     if found:
-        raise S2FTError(f"{len(found)} problems:\n" + "\n".join(f"  - {problem}" for problem in found))
+        lines = [f"  - {problem}" for problem in found[:MOST_PROBLEMS]]
+        lines += [f"  ... and {len(found) - MOST_PROBLEMS:,} more"] * (len(found) > MOST_PROBLEMS)
+        raise S2FTError(f"{len(found):,} problems:\n" + "\n".join(lines))
 
 
 def problems_in(error: S2FTError) -> list[str]:

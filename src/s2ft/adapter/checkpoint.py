@@ -26,9 +26,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from s2ft.adapter.file import AdapterFile
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.method.fitting import check_fits
 from s2ft.method.slices import Slice
 from s2ft.method.structure import as_matrix, features, linear_layer
-from s2ft.method.tuner import check_fits
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -192,7 +192,7 @@ def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = Fal
         raise S2FTError(f"{adapter.folder} does not say which base it is for; name it with base=")
     folder = _folder(str(name), adapter.config.revision, weights)
     base = Checkpoint(folder, _empty_model(adapter, folder))
-    check_fits(base.model, adapter.config)
+    check_fits(base.model, adapter.config, adapter.shapes)
     if weights:
         base.check_plain(adapter)
     if weights or _has_weights(folder):

@@ -22,11 +22,12 @@ from torch import nn
 
 from s2ft.adapter.file import Adapter, read_adapter
 from s2ft.errors import S2FTError, raise_together
+from s2ft.method.fitting import check_fits
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.mixed import LooseSlice
 from s2ft.method.slices import Slice
-from s2ft.method.tuner import BASE, S2FTModel, check_fits
+from s2ft.method.tuner import BASE, S2FTModel
 
 Slices = dict[str, LooseSlice]  # module → the adapter's slice of it
 
@@ -134,7 +135,7 @@ class AdapterPool:
 
     def _load(self, name: str) -> Slices:
         adapter = read_adapter(self._folders[name])
-        check_fits(self._tuner.model, adapter.config)
+        check_fits(self._tuner.model, adapter.config, {module: delta.shape for module, delta in adapter.deltas.items()})
         raise_together(_beside(adapter))
         return {
             module: _on_host(LooseSlice(chosen.side, torch.from_numpy(chosen.indices), adapter.deltas[module]))

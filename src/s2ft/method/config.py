@@ -8,7 +8,6 @@ PEFT saves the resolved config beside the deltas, so that an adapter can be rebu
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.method.checksum import taken
 from s2ft.method.registration import peft_type
 from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
 from s2ft.method.unknown import explain_unknown
-from s2ft.method.whole import check_whole
+from s2ft.method.whole import check_method, check_whole, kind_problems, name_problems
 
 _LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
 
@@ -58,6 +59,7 @@ class S2FTConfig(PeftConfig):
         slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see
             `s2ft.method.selection`).
         base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
+        checksums: Filled in on saving: name → checksum of each tensor in the weight file (see `s2ft.method.checksum`).
 
     Raises:
         S2FTError: with every problem of the given values at once.
@@ -94,6 +96,9 @@ class S2FTConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "False draws random deltas"})
     slices: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: the chosen channels"})
     base_digest: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: digest of the base slices"})
+    checksums: dict[str, str] | None = field(
+        default=None, metadata={"help": "Filled in: checksums of the saved tensors"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +127,7 @@ class S2FTConfig(PeftConfig):
         yield from _pattern_problems(self)
         if not _is_list_of_text(self.avoid):
             yield f"avoid={self.avoid!r} is not a list of adapters: names on the model, folders, or Hub names"
-        for name in ("slices", "base_digest"):
+        for name in ("slices", "base_digest", "checksums"):
             if not _is_text_by_module(getattr(self, name)):
                 yield f"{name} is not a mapping from modules to text; it is filled in, not written by hand"
 
@@ -130,14 +135,33 @@ class S2FTConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> S2FTConfig:
-        """As in PEFT; an adapter in a local folder is also checked to be whole.
+        """As in PEFT; an adapter in a local folder is checked as every reader checks it (`s2ft.method.whole`).
 
         Raises:
-            S2FTError: if the weights beside the config are truncated or another adapter's.
+            S2FTError: if a file is damaged, the weights are not those of the config, or hold more than it declares.
         """
-        config: S2FTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_whole(Path(pretrained_model_name_or_path, subfolder or ""), getattr(config, "slices", None) or ())
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():  # a name on the Hub
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_method(folder)
+        try:
+            config: S2FTConfig = super().from_pretrained(str(folder), **kwargs)
+            raise_together([*kind_problems(config), *name_problems(config)])
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise S2FTError(f"{folder / CONFIG_NAME}: {error}") from error
+        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            check_whole(folder, config)
+        config.target_modules = config.target_modules or (set(config.slices) if config.slices else None)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; with the checksums of the tensors that are saved beside."""
+        self.checksums = taken(self)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def left_open(self, name: str) -> bool:
+        """Whether the user left a field open that a model has filled in since."""
+        return name in self._filled_in
 
     @property
     def is_resolved(self) -> bool:
@@ -236,8 +260,7 @@ def _pattern_problems(config: S2FTConfig) -> Iterator[str]:
 
 
 def _is_fraction(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 < value <= 1
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _is_layers(value: Any) -> bool:

@@ -19,16 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from s2ft.errors import S2FTError
 from s2ft.method.sketch import LIKE, SAME, cosine, sketch
-from s2ft.method.slices import Slice
+from s2ft.method.slices import Runs, Slice
+from s2ft.reading import shown
 
 _COMPARABLE = (torch.bfloat16, torch.float32, torch.float64)
 _EXACT = re.compile(r"[0-9a-f]{32}")
+MOST_PARTS = 1024  # of one module: adapters that were fused
 _ANY_BASE = ContextVar("s2ft_any_base", default=False)
 
 
@@ -84,14 +85,22 @@ def digest_parts(text: str, whole: Slice) -> dict[str, str]:
     """
     if "=" not in text:
         return {str(whole): text}
-    parts = dict(part.split("=", 1) for part in text.split("; ") if "=" in part)
-    for part in parts:
-        chosen = Slice.parse(part)
-        if chosen.side != whole.side or not np.isin(chosen.indices, whole.indices).all():
+    check_parts(text, str(whole))
+    return dict(part.split("=", 1) for part in text.split("; ") if "=" in part)
+
+
+def check_parts(text: str, whole: str) -> None:
+    """Raises `S2FTError` unless every slice that a module's digests name is part of the slice `whole`; expands none."""
+    parts, runs = [part for part in text.split("; ") if "=" in part], Runs.parse(whole)
+    if len(parts) > MOST_PARTS:
+        raise S2FTError(
+            f"base_digest has {len(parts):,} parts for {shown(whole)}; more than {MOST_PARTS:,} are not read"
+        )
+    for part in (part.partition("=")[0] for part in parts):
+        if not runs.holds(Runs.parse(part)):
             raise S2FTError(
-                f"base_digest names the slice {part!r}, which is no part of the adapter's slice {str(whole)!r}"
+                f"base_digest names the slice {shown(part)}, which is no part of the adapter's slice {shown(whole)}"
             )
-    return parts
 
 
 def join_digests(parts: dict[str, str | None], whole: Slice) -> str | None:

@@ -24,7 +24,7 @@ from s2ft.errors import S2FTError
 from s2ft.method.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad, may_change
 from s2ft.method.base_weight import BaseWeight
 from s2ft.method.mixed import LooseSlice, add_mixed, forget
-from s2ft.method.slices import Slice
+from s2ft.method.slices import Indices, Slice
 from s2ft.method.slot import Slot
 from s2ft.method.structure import as_matrix, features, is_plain, linear_layer
 from s2ft.method.switchable import Shared, Switchable
@@ -218,6 +218,14 @@ class S2FTLinear(nn.Module, Switchable):
     def chosen(self, adapter_name: str) -> str:
         """The adapter's slice of this layer, such as "in 3,17,40-41"."""
         return self._block(adapter_name).chosen
+
+    def choose(self, adapter_name: str, indices: Indices) -> None:
+        """Gives an adapter that is about to be loaded as many other channels."""
+        self.require_own("loading other channels")
+        block = self._block(adapter_name)
+        block.chosen = str(Slice(block.side, indices))
+        block.indices.data.copy_(torch.from_numpy(indices))
+        forget(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):

@@ -9,28 +9,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from s2ft.errors import S2FTError, raise_by_place, raise_together
+from s2ft.method.checksum import note
 from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
 from s2ft.method.depth import stop_below
-from s2ft.method.dequantise import dequantised, grid
-from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.method.fitting import check_and_adopt, foreign_base, resolved
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.loaders import INCOMING, guard
+from s2ft.method.loading import kept_whole
 from s2ft.method.mixed import MixedBatch
 from s2ft.method.registration import PREFIX, register
-from s2ft.method.selection import select
+from s2ft.method.rollback import rolled_back
 from s2ft.method.slices import Slice
-from s2ft.method.structure import features, is_plain, linear_layer, weight_matrix
 from s2ft.method.switchable import (
     Shared,
     Switchable,
@@ -41,6 +41,7 @@ from s2ft.method.switchable import (
     switchable_layers,
 )
 from s2ft.method.weighted import add_weighted, name_problem
+from s2ft.method.whole import is_carried
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
@@ -83,9 +84,12 @@ class S2FTModel(BaseTuner):
         if self.pool is not None and adapter_name in self.pool:
             raise S2FTError(f"adapter_name={adapter_name!r} is a name of the model's AdapterPool; take another")
         config = self.peft_config[adapter_name]
-        with suspended(model):
-            self.peft_config[adapter_name] = config.filled_in(_resolve(model, config.reopened()))
+        with suspended(model), rolled_back(self, config, self.shared):
+            self.peft_config[adapter_name] = config.filled_in(resolved(model, config.reopened()))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if (incoming := INCOMING.get()) is not None:
+                check_and_adopt(model, self.peft_config[adapter_name], adapter_name, incoming)
+                raise_together(foreign_base(model, self.peft_config[adapter_name], incoming))
         stop_below(model)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -192,6 +196,35 @@ class S2FTModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         with self.shared.turns.alone():
             super()._enable_adapter_layers(enabled)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT, which loads all that it finds here: what does not belong to the adapter is refused."""
+        check_and_adopt(model, config, adapter_name, state_dict)
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not is_carried(config, name)}
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As in PEFT; what is about to be saved is noted for the config's checksums."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        slices = {cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in found.items()}
+        note(config, {**slices, **kept_whole(model, adapter_name, state_dict)})
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Before any module below takes what is its own: base weights that hold something else must not be loaded into."""
@@ -312,71 +345,9 @@ def _wrapped_already(model: nn.Module) -> str | None:
     )
 
 
-def check_fits(model: nn.Module, config: S2FTConfig) -> None:
-    """Raises `S2FTError` unless the config's slices are of layers of this model, and of the base they were made for."""
-    _check_modules(model, config)
-    check_base(config.base_digest or {}, _base_digests(model, config), config.base_model_name_or_path)
-
-
-def _resolve(model: nn.Module, config: S2FTConfig) -> S2FTConfig:
-    """A copy of `config` with its channels chosen and its base checked."""
-    config = select(model, config).config
-    _check_modules(model, config)
-    digests = _base_digests(model, config)
-    check_base(config.base_digest or {}, digests, config.base_model_name_or_path)
-    if config.base_digest is not None:
-        return config
-    known = {path: digest for path, digest in digests.items() if digest is not None}
-    return replace(config, base_digest=known or None)
-
-
-def _check_modules(model: nn.Module, config: S2FTConfig) -> None:
-    """Every module that a slice names is there, is linear, and has the slice's channels."""
-    modules = dict(model.named_modules())
-    raise_together(
-        problem
-        for path, text in (config.slices or {}).items()
-        if (problem := _slice_problem(modules.get(path), path, text))
-    )
-
-
-def _slice_problem(module: nn.Module | None, path: str, text: str) -> str | None:
-    linear = None if module is None else linear_layer(module)
-    if linear is None:
-        return f"the adapter changes {path}, which is no linear layer of this model"
-    chosen = Slice.parse(text)
-    size = features(linear)[0 if chosen.side == "in" else 1]
-    if chosen.indices[-1] >= size:
-        return f"the adapter changes channel {chosen.indices[-1]} of {path}, whose {chosen.side}put side has {size} channels"
-    return None
-
-
-def _base_digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
-    """Module → digest of the base slice that the config's slice changes; None where it has no plain values."""
-    digests: dict[str, str | None] = {}
-    for path, text in (config.slices or {}).items():
-        module = model.get_submodule(path)
-        linear = linear_layer(module)
-        assert linear is not None
-        whole = Slice.parse(text)
-        parts = digest_parts((config.base_digest or {}).get(path, ""), whole)
-        found = {part: _digest(linear, Slice.parse(part)) for part in parts}
-        digests[path] = join_digests(found, whole)
-    return digests
-
-
-def _digest(linear: nn.Module, chosen: Slice) -> str | None:
-    plain = is_plain(linear)
-    weight = weight_matrix(linear) if plain else dequantised(linear)
-    if weight is None or weight.is_meta:
-        return None
-    indices = torch.from_numpy(chosen.indices).to(weight.device)
-    part = weight.index_select(1 if chosen.side == "in" else 0, indices)
-    return slice_digest(part, None if plain else grid(linear))
-
-
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 register(S2FTConfig, S2FTModel)
+guard()

@@ -1,0 +1,64 @@
+"""Checksums of an adapter's tensors: are they the ones that were saved?
+
+    adapter_config.json    "checksums": {"model.layers.0.mlp.down_proj.s2ft_block.weight": "3f…", ...}
+
+A checksum is SHA-256 over dtype, shape and bytes, cut to 128 bits. PEFT takes the tensors from the model first and saves the
+config afterwards: they are noted in between (`note`), and leave with the config (`taken`). A file without them is read as
+well, unchecked; a tool that changes tensors on purpose removes the field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+PREFIX = "base_model.model."  # before every name in a file; not in a model that adapters were injected into directly
+
+
+def bare(name: str) -> str:
+    """A tensor's name without PEFT's prefix."""
+    return name.removeprefix(PREFIX)
+
+
+def checksum(tensor: Tensor) -> str:
+    """32 hex digits.
+
+    Example:
+        >>> checksum(torch.ones(2)) == checksum(torch.ones(2)), checksum(torch.ones(2)) == checksum(torch.ones(2, 1))
+        (True, False)
+    """
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    digest = hashlib.sha256(head)
+    if values.numel():
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of every tensor that a file is to hold, by its bare name."""
+    return {bare(name): checksum(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
+
+
+class _Noted(dict[str, "ref[Tensor]"]):
+    """What is about to be saved; held weakly, and gone from copies and pickles."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Noted, ()
+
+
+def note(config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Remembers what is about to be saved beside `config`, for as long as somebody holds it."""
+    config._noted = _Noted((bare(name), ref(tensor)) for name, tensor in tensors.items())
+
+
+def taken(config: Any) -> dict[str, str] | None:
+    """The checksums of what was noted last, once: a config that is saved without tensors vouches for none."""
+    noted, config._noted = getattr(config, "_noted", {}), _Noted()
+    held = {name: tensor for name, where in noted.items() if (tensor := where()) is not None}
+    return checksums(held) or None
