@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from families import VOCABULARY, tokens
 from s2ft import S2FTConfig, S2FTError, select
+from s2ft.method.obstacles import find_obstacles
 from s2ft.method.structure import Structure, find_structures, linear_layer
 from test_structure import head_order, permute_projection
 
@@ -185,7 +186,9 @@ def test_where_q_k_and_v_lie_mixed_the_heads_of_o_are_still_heads(family: str) -
 @pytest.mark.parametrize("family", PARTIAL)
 def test_rows_that_are_no_heads_are_refused_with_the_reason(family: str) -> None:
     model = built(PARTIAL[family])
-    with pytest.raises(S2FTError, match=r"no projection v_proj that s2ft can read; .*q, k and v are not read off"):
+    with pytest.raises(
+        S2FTError, match=r"no projection v_proj that s2ft can read; .*Not read: q, k and v are not read off"
+    ):
         select(model, S2FTConfig(ratios={"v_proj": 0.5}))
     slices = select(model, S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.5}, seed=0)).slices
     assert {chosen.side for chosen in slices.values()} == {"in"}
@@ -215,6 +218,39 @@ def test_an_unreadable_block_does_not_keep_the_others_from_training() -> None:
         assert set(select(model, S2FTConfig(budget=0.05, seed=0)).slices) == set(slices)
     with pytest.raises(S2FTError, match=r"no projection o_proj .*attn.q_proj has 13 output channels; looked for 8"):
         select(model, S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("make", "ratios", "reason"),
+    [
+        (
+            COMPLETE["mixtral"],
+            {"down_proj": 0.5},
+            r"mlp\.experts \(2 MixtralExperts, .* parameters\): experts are stacked",
+        ),
+        (
+            lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2)),
+            0.5,
+            r"layers\.\*\.mixer \(2 MambaMixer, .* parameters\): its layers are known neither as attention nor as MLP",
+        ),
+    ],
+    ids=["mixtral", "mamba"],
+)
+def test_what_is_not_there_is_refused_with_what_is_left_out(make: Callable, ratios: object, reason: str) -> None:
+    with pytest.raises(S2FTError, match=rf"has no projection .*down_proj that s2ft can read; .*Not read: .*{reason}"):
+        select(built(make), S2FTConfig(ratios=ratios))
+
+
+def test_what_knows_berts_heads_beside_its_layers_keeps_their_order() -> None:
+    """Nystromformer has a convolution with one kernel for each head; BERT has nothing, though its norm has their size."""
+    for make, kept in (
+        (lambda: hf.NystromformerForMaskedLM(hf.NystromformerConfig(**SIZES, conv_kernel_size=3)), "self.conv.weight"),
+        (COMPLETE["bert"], None),
+    ):
+        model = make()
+        unmovable, _, _ = find_obstacles(model, find_structures(model), live=False)
+        assert len(unmovable) == (0 if kept is None else 2 * 4)
+        assert all(f"attention.{kept} has the size of its heads or channels" in reason for reason in unmovable.values())
 
 
 def test_bert_by_target_modules_is_sliced_by_heads() -> None:

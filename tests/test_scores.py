@@ -1,13 +1,15 @@
 """Scores against plain loops over heads and channels, in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from families import FAMILIES, build, tokens
-from s2ft import S2FTError
+from s2ft import S2FTConfig, S2FTError, select
 from s2ft.method import scores as scores_module
 from s2ft.method.scores import key, random_scores, score_units
 from s2ft.method.structure import Projection, Structure, find_structures, linear_layer, weight_matrix
@@ -274,3 +276,15 @@ def test_weights_on_meta_are_refused() -> None:
     model = build("gpt2").to("meta")
     with pytest.raises(S2FTError, match=r"has no values \(device meta\)"):
         score_units("weight", find_structures(model), model)
+
+
+@pytest.mark.parametrize("strategy", ["activation", "product", "gradient", "saliency"])
+def test_what_the_data_never_reaches_is_named_and_not_scored_alike(strategy: str) -> None:
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 61}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, add_cross_attention=True)).eval()
+    batches = [{"input_ids": tokens(2, 6)}]
+    config = S2FTConfig(ratios=0.5, strategy=strategy)
+    with pytest.raises(S2FTError, match=r"2 problems:\n.*h\.0\.crossattention never runs on the calibration data"):
+        select(model, config, batches)
+    without = replace(config, target_modules=r".*\.(attn|mlp)\.c_proj")
+    assert len(select(model, without, batches).slices) == 4

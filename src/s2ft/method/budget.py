@@ -20,8 +20,8 @@ from torch import nn
 
 from s2ft.errors import raise_together
 from s2ft.method.config import S2FTConfig
-from s2ft.method.structure import Projection, features, layer_stack, linear_layer
-from s2ft.method.targets import Target, by_projection
+from s2ft.method.structure import Projection, Target, features, layer_stack, linear_layer
+from s2ft.method.targets import by_projection
 from s2ft.method.terms import DEFAULT_BUDGET
 
 
@@ -48,6 +48,31 @@ def spread(shares: Sequence[float]) -> list[int]:
     """
     totals = np.floor(np.cumsum(shares) + 0.5 + 1e-9).astype(int)  # the small term: 0.1 + 0.2 must not lose to 0.3
     return [int(count) for count in np.diff(totals, prepend=0)]
+
+
+def trained_in_words(targets: Sequence[Target], counts: Mapping[str, Sequence[int]]) -> str:
+    """Which share of which projections is trained.
+
+    Example:
+        >>> from s2ft.method.structure import Projection, Structure
+        >>> down = Projection("down_proj", "layers.0.mlp.down_proj", "in", 200, 1)
+        >>> trained_in_words([(Structure("mlp", "layers.0.mlp", 0, 200, (down,)), down)], {"down_proj": [5]})
+        'down_proj: 5 of 200 channels (2.5%) of 1 layer'
+    """
+    parts = []
+    for name, group in by_projection(targets).items():
+        chosen, units = sum(counts[name]), sum(p.units for _, p in group)
+        structure, projection = group[0]
+        unit = (
+            "channels"
+            if structure.kind != "attention"
+            else "heads"
+            if projection.units == structure.units
+            else "groups"
+        )
+        layers = f"{len(group)} layer{'s' if len(group) > 1 else ''}"
+        parts.append(f"{name}: {chosen:,} of {units:,} {unit} ({100 * chosen / units:.3g}%) of {layers}")
+    return "; ".join(parts)
 
 
 def _ratios(

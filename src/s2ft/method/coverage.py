@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from s2ft.method.registration import PREFIX
-from s2ft.method.structure import features, layer_stack, linear_layer, read_structures
-from s2ft.method.targets import Target, by_projection
+from s2ft.method.structure import Target, features, layer_stack, linear_layer, read_structures
 from s2ft.method.towers import towers
 
 _WORTH_A_WORD = 0.01  # of the model's parameters: a router or a gate is left out without one
@@ -98,31 +97,6 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
             inputs, outputs = features(linear)
             counts[name] = inputs * outputs  # also of a weight that is packed, or a buffer
     return counts
-
-
-def trained_in_words(targets: Sequence[Target], counts: Mapping[str, Sequence[int]]) -> str:
-    """Which share of which projections is trained.
-
-    Example:
-        >>> from s2ft.method.structure import Projection, Structure
-        >>> down = Projection("down_proj", "layers.0.mlp.down_proj", "in", 200, 1)
-        >>> trained_in_words([(Structure("mlp", "layers.0.mlp", 0, 200, (down,)), down)], {"down_proj": [5]})
-        'down_proj: 5 of 200 channels (2.5%) of 1 layer'
-    """
-    parts = []
-    for name, group in by_projection(targets).items():
-        chosen, units = sum(counts[name]), sum(p.units for _, p in group)
-        structure, projection = group[0]
-        unit = (
-            "channels"
-            if structure.kind != "attention"
-            else "heads"
-            if projection.units == structure.units
-            else "groups"
-        )
-        layers = f"{len(group)} layer{'s' if len(group) > 1 else ''}"
-        parts.append(f"{name}: {chosen:,} of {units:,} {unit} ({100 * chosen / units:.3g}%) of {layers}")
-    return "; ".join(parts)
 
 
 def in_short(count: int) -> str:

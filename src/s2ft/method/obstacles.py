@@ -98,18 +98,15 @@ def _moves_along(model: nn.Module, structure: Structure, name: str, norms: Norms
 
 
 def _others(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the structure's module that belong to none of its projections (nor, around an MLP, to a
-    module below that has linear layers of its own).
+    """Parameters and buffers of the structure's module that belong to none of its projections, nor to what comes after o
+    (BERT keeps a norm there); nor, around an MLP, to a module below that has linear layers of its own.
     """
     root = model.get_submodule(structure.path)
-    inner = {p.module.removeprefix(f"{structure.path}.").partition(".")[0] for p in structure.projections}
+    paths = {p.module: p.module.removeprefix(f"{structure.path}.") for p in structure.projections}
+    inner = set(paths.values()) | {paths[p.module].rpartition(".")[0] for p in structure.projections if p.side == "in"}
     if structure.kind == "mlp":
-        with_linears = {
-            n: m for n, m in root.named_children() if any(linear_layer(part) is not None for part in m.modules())
-        }
-        inner |= set(with_linears)
-    masks = (name for name, _ in root.named_buffers() if _MASK.search(name))
-    left_out = set(masks)
+        inner |= {n for n, m in root.named_children() if any(linear_layer(part) is not None for part in m.modules())}
+    masks = {name for name, _ in root.named_buffers() if _MASK.search(name)}
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        if name.partition(".")[0] not in inner and name not in left_out:
+        if name not in masks and not any(name.startswith(f"{path}.") for path in inner if path):
             yield name, tensor

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, raise_together
 from s2ft.method.structure import Projection, Structure, as_matrix, features, linear_layer, weight_matrix, why_not_plain
 
 Scores = dict[str, NDArray[np.float32]]  # key of the structure → [units]
@@ -151,14 +151,16 @@ def activation_squares(structures: list[Structure], model: nn.Module, batches: I
             padding = batch.get("attention_mask")
             mask = padding.bool() if padding is not None and padding.dim() == 2 else None
             model(**batch)
-    if not all(tokens.values()):
+    if not any(tokens.values()):
         raise S2FTError("the calibration data holds no batch with a token")
+    _check_reached(name for name, count in tokens.items() if not count)
     return {name: total / tokens[name] for name, total in sums.items()}
 
 
 def gradient_squares(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """The squared norm of the loss's gradient to each unit's weights, summed over batches. No weight is changed."""
     sums = {key(s): torch.zeros(s.units, dtype=torch.float64) for s in structures}
+    idle = set(sums)
 
     def collect(layer: nn.Module, uses: list[tuple[Structure, Projection]]) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
@@ -166,6 +168,7 @@ def gradient_squares(structures: list[Structure], model: nn.Module, batches: Ite
             gradient = as_matrix(layer, parameter.grad)
             parameter.grad = None
             for structure, projection in uses:
+                idle.discard(key(structure))
                 sums[key(structure)] += unit_sums(_channel_squares(gradient, projection), projection, structure.units)
 
         return add
@@ -177,6 +180,7 @@ def gradient_squares(structures: list[Structure], model: nn.Module, batches: Ite
             weight.requires_grad_(True)
             stack.callback(weight.register_post_accumulate_grad_hook(collect(layer, uses)).remove)
         _backward(model, batches)
+    _check_reached(name for name in sums if name in idle)
     return sums
 
 
@@ -185,6 +189,7 @@ def saliency_squares(structures: list[Structure], model: nn.Module, batches: Ite
     inputs = _fed(structures)
     units = {key(s): s.units for s in structures}
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
+    idle = set(sums)
 
     def watch(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         _check_whole(args[0], inputs[name], model)
@@ -192,6 +197,7 @@ def saliency_squares(structures: list[Structure], model: nn.Module, batches: Ite
         values = x.detach()
 
         def add(gradient: Tensor) -> None:  # [*, in_features]
+            idle.discard(name)
             effects = (values.float() * gradient.float()).flatten(0, -2).sum(0, dtype=torch.float64).cpu()
             sums[name] += unit_sums(effects[_channels(inputs[name])], inputs[name], units[name]).square()
 
@@ -204,7 +210,17 @@ def saliency_squares(structures: list[Structure], model: nn.Module, batches: Ite
             stack.callback(layer.register_forward_pre_hook(lambda _, args, name=name: watch(name, args)).remove)
         stack.enter_context(_frozen_eval(model))
         _backward(model, batches)
+    _check_reached(name for name in sums if name in idle)
     return sums
+
+
+def _check_reached(idle: Iterable[str]) -> None:
+    """All units of a structure that never ran would score alike, and the lowest be chosen."""
+    raise_together(
+        f"{name.rpartition(':')[0]} never runs on the calibration data (a cross-attention without what it attends to, an "
+        "expert that no token is sent to); leave it out by target_modules or exclude_modules, or choose strategy='random'"
+        for name in idle
+    )
 
 
 def _backward(model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -21,13 +21,13 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from s2ft.errors import S2FTError
-from s2ft.method.budget import count_units
+from s2ft.method.budget import count_units, trained_in_words
 from s2ft.method.config import S2FTConfig
-from s2ft.method.coverage import coverage, trained_in_words
+from s2ft.method.coverage import coverage
 from s2ft.method.scores import Batch, Scores, key, score_units
 from s2ft.method.slices import Indices, Slice
-from s2ft.method.structure import Projection, Structure
-from s2ft.method.targets import Target, by_projection, find_targets
+from s2ft.method.structure import Projection, Structure, Target
+from s2ft.method.targets import by_projection, find_targets
 
 
 @dataclass(frozen=True)

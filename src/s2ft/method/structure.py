@@ -69,6 +69,10 @@ class Structure:
         return next(projection for projection in self.projections if projection.name == name)
 
 
+Target = tuple[Structure, Projection]
+"""A projection that is trained, with its structure."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What `read_structures` found."""

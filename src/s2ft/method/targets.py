@@ -16,10 +16,11 @@ from torch import nn
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig, chosen_layers
+from s2ft.method.coverage import coverage
 from s2ft.method.structure import (
-    Projection,
     Reading,
     Structure,
+    Target,
     layer_stack,
     linear_layer,
     read_structures,
@@ -28,8 +29,6 @@ from s2ft.method.structure import (
 from s2ft.method.towers import towers
 
 DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
-
-Target = tuple[Structure, Projection]
 
 
 def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
@@ -68,10 +67,9 @@ def _default_candidates(reading: Reading, config: S2FTConfig, model: nn.Module) 
     present = {p.name for s in structures for p in s.projections}
     missing = [name for name in wanted if name not in present]
     if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
-        reasons = {s.partial: None for s in structures if s.partial} | dict.fromkeys(reading.unreadable.values())
         raise S2FTError(
             f"{type(model).__name__} has no projection {', '.join(missing)} that s2ft can read; it found "
-            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. {_what_is_known(list(reasons))}"
+            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. {_why_missing(model, structures)} "
             "Please specify `target_modules`."
         )
     return [(s, p) for s in structures for p in s.projections if p.name in wanted]
@@ -81,14 +79,15 @@ def _outside(places: Sequence[str], structures: Sequence[Structure]) -> list[Str
     return [s for s in structures if not any(f"{s.path}.".startswith(f"{place}.") for place in places)]
 
 
-def _what_is_known(reasons: Sequence[str]) -> str:
-    """Why a projection is not found: what stands in the way, or, where nothing does, which names are looked for."""
+def _why_missing(model: nn.Module, structures: Sequence[Structure]) -> str:
+    """What of the model is not read, and why; where nothing is, the names that are looked for."""
+    partial = next((s.partial for s in structures if s.partial), None)
+    reasons = [*([partial] if partial else []), *map(str, coverage(model, [], by_name=False).left_out)]
     if reasons:
-        others = f" ({len(reasons) - 1} more of the kind)" if len(reasons) > 1 else ""
-        return f"{reasons[0]}{others}. "
+        return f"Not read: {'; '.join(reasons)}."
     return (
         "It looks for modules that hold q_proj, k_proj, v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or "
-        "gate_up_proj, c_fc, fc1) and down_proj, under their usual names. "
+        "gate_up_proj, c_fc, fc1) and down_proj, under their usual names."
     )
 
 
