@@ -1,7 +1,9 @@
 """A budget is a share of what is reached; what is left out is named, with the reason."""
 
+import logging
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from families import build
 from s2ft import S2FTConfig, S2FTError, Selection, select
 from s2ft.method.coverage import parameter_counts
 from s2ft.method.towers import _tower_configs, towers
+from s2ft.work.options import TrainOptions
+from s2ft.work.train import train
+from tiny_base import byte_tokenizer
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {
@@ -119,6 +124,38 @@ def test_get_peft_model_says_once_what_trains_and_what_does_not() -> None:
         tuned.add_adapter("again", S2FTConfig(ratios=0.5, seed=0))
     (text,) = [str(w.message) for w in seen if "S²FT" in str(w.message)]
     assert re.match(r"S²FT trains o_proj: 4 of 8 heads \(50%\) of 2 layers; left out: .*Experts", text)
+
+
+def test_a_training_run_says_at_its_start_what_trains_and_what_does_not(
+    tmp_path: Path, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {
+        **SMALL,
+        "vocab_size": 258,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+    }  # grouped products want multiples of 8
+    base = tmp_path / "base"
+    config = hf.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, eos_token_id=1)
+    hf.MixtralForCausalLM(config).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    options = {
+        "model": str(base),
+        "data": [data],
+        "output": str(tmp_path / "run"),
+        "limit": 8,
+        "epochs": 1,
+        "budget": 0.05,
+    }
+    with warnings.catch_warnings(), caplog.at_level(logging.INFO, logger="s2ft"):
+        warnings.simplefilter("ignore")
+        train(TrainOptions(**options, max_length=32))
+    lines = [record.getMessage() for record in caplog.records]
+    said = next(
+        index for index, line in enumerate(lines) if line.startswith("trained: o_proj: 3 of 8 heads (37.5%) of 2")
+    )
+    assert re.search(r"^left out: model\.layers\.\*\.mlp\.experts \(2 MixtralExperts, ", lines[said + 1])
+    assert said < next(index for index, line in enumerate(lines) if line.startswith("training by S²FT"))
 
 
 LLAVA = {
