@@ -1,6 +1,8 @@
 """An adapter of a quantised base knows its base again, quantised or plain, and no other."""
 
+import base64
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -161,6 +163,16 @@ def test_a_sketch_keeps_the_angle(shape: tuple[int, int]) -> None:
         exact = float(torch.nn.functional.cosine_similarity(a.flatten(), other.flatten(), dim=0))
         assert cosine(sketch(a), sketch(other)) == pytest.approx(exact, abs=0.02 + 0.5 * (1 - exact))
     assert cosine(sketch(a), sketch(-a)) == pytest.approx(-1)
+
+
+def test_a_sketch_is_the_signed_sums_that_its_picture_shows() -> None:
+    """Against a loop, on more values than are read at once."""
+    values = torch.randn(1000, 601).bfloat16()
+    bits = np.unpackbits(np.frombuffer(hashlib.shake_128(b"(1000, 601)").digest(601000 // 8), np.uint8))
+    sums = np.zeros(64)
+    np.add.at(sums, np.arange(601000) % 64, values.double().flatten().numpy() * np.where(bits, 1, -1))
+    expected = np.rint(sums / np.abs(sums).max() * 127).astype(np.int8)
+    assert np.abs(np.frombuffer(base64.urlsafe_b64decode(sketch(values) + "=="), np.int8) - expected).max() <= 1
 
 
 def test_unrelated_weights_are_far_from_alike() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SIZE = 64
+_CHUNK = 1 << 18  # values at once: a multiple of 8 and of SIZE
 LIKE = 0.5  # the least cosine, 4σ from 0, where a quantisation lies between two slices
 SAME = 0.995  # where both were stored alike, so that only the rounding of arithmetic differs
 
@@ -31,10 +33,12 @@ def sketch(values: Tensor) -> str | None:
         >>> cosine(sketch(weight), sketch(weight + 5 * torch.rand_like(weight))) > 0.99
         True
     """
-    flat = values.detach().to("cpu", torch.bfloat16).flatten().double().numpy()  # a copy in bfloat16 gives the same
-    sums = np.zeros(-(-len(flat) // SIZE) * SIZE)
-    sums[: len(flat)] = flat * _signs(tuple(values.shape), len(flat))
-    buckets = sums.reshape(-1, SIZE).sum(0)
+    flat = values.detach().to("cpu", torch.bfloat16).flatten()  # a copy in bfloat16 gives the same
+    signs, buckets = _signs(tuple(values.shape)), np.zeros(SIZE)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK].double().numpy()
+        part *= np.unpackbits(signs[start // 8 : (start + _CHUNK) // 8], count=len(part)) * 2.0 - 1.0
+        buckets += np.pad(part, (0, -len(part) % SIZE)).reshape(-1, SIZE).sum(0)
     largest = np.abs(buckets).max(initial=0)
     if not np.isfinite(largest) or largest == 0:
         return None
@@ -55,7 +59,7 @@ def _numbers(text: str) -> NDArray[np.float64]:  # [SIZE]
     return np.frombuffer(read, dtype=np.int8).astype(np.float64) if len(read) == SIZE else np.zeros(SIZE)
 
 
-def _signs(shape: tuple[int, ...], count: int) -> NDArray[np.float64]:  # [count], each 1 or -1
-    stream = hashlib.shake_128(f"{tuple(map(int, shape))}".encode()).digest(-(-count // 8))
-    signs: NDArray[np.float64] = np.unpackbits(np.frombuffer(stream, dtype=np.uint8), count=count).astype(np.float64)
-    return 2 * signs - 1
+def _signs(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A bit for each value."""
+    stream = hashlib.shake_128(f"{tuple(map(int, shape))}".encode()).digest(-(-math.prod(shape) // 8))
+    return np.frombuffer(stream, dtype=np.uint8)
