@@ -20,6 +20,7 @@ from s2ft.adapter.pool import AdapterPool
 from s2ft.files import check_free, new_file, staged
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.slices import Slice
+from s2ft.method.structure import why_not_plain
 
 
 def model() -> PeftModel:
@@ -324,6 +325,27 @@ class TestQuantisedWeights:
             layer.merge()
         with pytest.raises(S2FTError, match="adapter 'z' has no slice of this layer; it has a"):
             layer.get_delta_weight("z")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "attribute", "reason"),
+    [
+        ((0,), torch.float32, "ds_id", "is partitioned by DeepSpeed ZeRO-3"),
+        ((36, 1), torch.bfloat16, "quant_state", "is quantised (Linear), stored as torch.bfloat16"),
+        ((8, 9), torch.float8_e4m3fn, None, "is quantised (Linear), stored as torch.float8_e4m3fn"),
+        ((8, 9), torch.int8, None, "is quantised (Linear), stored as torch.int8"),
+        ((40,), torch.float32, None, "holds 40 of its values only (partitioned, as by FSDP, or packed)"),
+        ((8, 9), torch.float16, None, None),
+    ],
+)
+def test_a_weight_that_is_not_plain_is_named(
+    shape: tuple[int, ...], dtype: torch.dtype, attribute: str | None, reason: str | None
+) -> None:
+    linear = nn.Linear(9, 8)
+    linear.weight = nn.Parameter(torch.zeros(shape).to(dtype), requires_grad=False)
+    if attribute:
+        setattr(linear.weight, attribute, 1)
+    assert why_not_plain(linear) == reason
 
 
 @pytest.mark.parametrize("bits", [4, 8])
