@@ -402,6 +402,17 @@ def test_a_model_that_is_split_by_tensor_parallelism_is_refused() -> None:
         get_peft_model(base, S2FTConfig(ratios=0.3))
 
 
+def test_an_adapter_that_cannot_be_added_leaves_a_merged_model_merged(tmp_path: Path) -> None:
+    made, ids = model(), tokens(2, 7)
+    get_peft_model(build("llama", torch.float64), S2FTConfig(ratios=0.3, seed=1)).save_pretrained(tmp_path)
+    made.merge_adapter(["b"])
+    expected = logits(made, ids)
+    with pytest.raises(S2FTError, match="another base"):  # though its channels are those that hold the merged values
+        made.load_adapter(str(tmp_path), adapter_name="c")
+    assert torch.equal(logits(made, ids), expected)
+    assert made.get_model_status().merged_adapters == ["b"]
+
+
 def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made, ids = model(), tokens(2, 7)
     own, expected = made.state_dict(), logits(made, ids)
