@@ -267,12 +267,6 @@ def test_options_survive_their_yaml(tmp_path, method):
     assert parse_options(read_config(str(path))) == options
 
 
-def test_each_method_has_its_learning_rate():
-    rates = {method: parse_options({**PATHS, "method": method}).peak_learning_rate for method in OPTIONS_OF}
-    assert rates == {"s2ft": 2e-4, "full": 1e-5, "lora": 5e-5, "dora": 5e-5, "galore": 1e-5, "lisa": 1e-5}
-    assert parse_options({**PATHS, "method": "lora", "learning_rate": 3}).peak_learning_rate == 3
-
-
 def test_without_galore_torch_its_method_is_refused_before_anything_is_written(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(galore, "find_spec", lambda name: None)
     options = parse_options({"method": "galore", "model": base, "data": data, "output": str(tmp_path / "out")})

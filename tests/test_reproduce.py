@@ -108,9 +108,10 @@ def test_a_recipe_has_the_papers_settings(name, data, tmp_path):
     assert options.holdout == (120 if recipe.suite == "commonsense" else None)
     rates = {"commonsense": 2e-4, "arithmetic": 1e-3, "instruction": 2e-5}
     if recipe.method == "s2ft":
-        assert options.peak_learning_rate == rates[recipe.suite]
+        assert options.learning_rate == rates[recipe.suite]
         grouped = recipe.model != "llama2-7b"
         assert options.ratios == ({"down_proj": 0.03} if grouped else {"o_proj": 0.052, "down_proj": 0.02})
+    assert options.learning_rate is not None  # whatever a run without a recipe takes
     assert options.model == MODELS[recipe.model].hub
 
 

@@ -1,6 +1,7 @@
 """`train`: what a run changes, leaves behind, survives, and refuses."""
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from s2ft.work.arguments import sft_config
 from s2ft.work.data import load_examples
 from s2ft.work.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.work.precision import choose_precision
+from s2ft.work.recipe import settle_batch
 from s2ft.work.resume import check_same_run
 from s2ft.work.train import train
 from s2ft.work.trainer import Trainer
@@ -98,7 +100,7 @@ def test_a_resumed_run_must_be_the_same_run(run, data, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(S2FTError) as caught:
         run(max_steps=4, resume=True, learning_rate=0.5, ratios=0.5)
-    assert "learning_rate=0.5, but" in str(caught.value)
+    assert re.search(r"learning_rate=0\.5, but \S+ was made with learning_rate=0\.01\n", str(caught.value))
     assert "made with ratios=0.25" in str(caught.value)
     with pytest.raises(S2FTError, match="add --resume"):
         run(max_steps=4)
@@ -252,7 +254,9 @@ def packed_rows(options, tokenizer):
     from s2ft.work.tokens import tokenize
 
     tokens = tokenize(load_examples(options["data"]), tokenizer, 64)
-    return pack_dataset(tokens.dataset, 64, sft_config(parse_options(options), 64).packing_strategy)
+    return pack_dataset(
+        tokens.dataset, 64, sft_config(settle_batch(parse_options(options), 1).options, 64).packing_strategy
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -362,6 +366,10 @@ def test_options_of_lora_are_explained():
         parse_options({"model": "m", "data": "d", "output": "o", "r": 8, "lora_dropout": 0.1})
     assert "r=8: S²FT has no rank; how much is trained is `ratios`" in str(caught.value)
     assert "lora_dropout=0.1: there is no dropout" in str(caught.value)
+    with pytest.raises(S2FTError, match=r"^lora_rnk=8: no such option; did you mean lora_rank\?$"):
+        parse_options({"model": "m", "data": "d", "output": "o", "method": "lora", "lora_rnk": 8})
+    with pytest.raises(S2FTError, match=r"^r=8: no such option$"):
+        parse_options({"model": "m", "data": "d", "output": "o", "method": "lora", "r": 8})
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,9 @@ class S2FTConfig(PeftConfig):
         base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
         checksums: Filled in on saving: name → checksum of each tensor in the weight file (see `s2ft.method.checksum`).
 
+    A rate that suits AdamW is 0.3 / √(channels of a slice × steps), some 1e-3 to 5e-3 for a short run: more than a LoRA wants,
+    and a hundred times what TRL takes by default (docs/training.md).
+
     Raises:
         S2FTError: with every problem of the given values at once.
 

@@ -63,18 +63,20 @@ def _message(name: str, unknown: Mapping[str, Any], known: Collection[str]) -> s
     return f"{start} more than once:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
-def hint(key: str, known: Collection[str]) -> str:
-    """What to give instead of `key`.
+def hint(key: str, known: Collection[str], is_s2ft: bool = True) -> str:
+    """What to give instead of `key`; without `is_s2ft`, for another method, among whose options it may be meant.
 
     Example:
         >>> hint("fan_in_fan_out", ()), hint("ratio", ["ratios", "budget"])
         ('it is read off each layer', 'no such option; did you mean ratios?')
     """
-    if key in INSTEAD:
+    if is_s2ft and key in INSTEAD:
         return INSTEAD[key]
     near = difflib.get_close_matches(key, known, n=1)
     if near:
         return f"no such option; did you mean {near[0]}?"
+    if not is_s2ft:
+        return "no such option"
     from peft import LoraConfig  # here, since the command line asks before PEFT is loaded
 
     is_lora = key in {field.name for field in dataclasses.fields(LoraConfig)}

@@ -19,6 +19,7 @@ KEPT_CHECKPOINTS = 2  # the older one is whole while the newer one is written
 def sft_config(options: TrainOptions, max_length: int, autocast: bool = False, **of_method: Any) -> SFTConfig:
     """The trainer's settings, with those of the method.
 
+    Batch and rate must be settled (`work/recipe.py`); a rate that is not yet is set before the trainer is made.
     S²FT needs no autocast: the base is loaded in the dtype that it runs in and the deltas are fp32.
     """
     settings = _settings(options, max_length)
@@ -27,13 +28,16 @@ def sft_config(options: TrainOptions, max_length: int, autocast: bool = False, *
 
 
 def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+    assert options.batch_size is not None
+    assert options.gradient_accumulation is not None
+    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
     return {
+        **rate,
         "output_dir": options.output,
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
         "per_device_train_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation,
-        "learning_rate": options.peak_learning_rate,
         "lr_scheduler_type": options.schedule,
         "optim": options.optim,
         "adam_beta1": ADAM_BETAS[0],
@@ -91,7 +95,7 @@ def longest(options: TrainOptions, model: PreTrainedModel) -> int:
 
 def total_steps(options: TrainOptions, batches: int) -> int:
     """Optimizer steps of a run with `batches` batches in an epoch."""
-    per_epoch = max(1, math.ceil(batches / options.gradient_accumulation))
+    per_epoch = max(1, math.ceil(batches / (options.gradient_accumulation or 1)))
     return options.max_steps or math.ceil(options.epochs * per_epoch)
 
 

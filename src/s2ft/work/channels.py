@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from s2ft.method.config import S2FTConfig
 from s2ft.method.scores import NEEDS_DATA, Batch
 from s2ft.method.selection import select
-from s2ft.work.options import TrainOptions
+from s2ft.work.options import AT_ONCE, TrainOptions
 
 log = logging.getLogger("s2ft")
 
@@ -43,11 +43,12 @@ def seed_from(digest: str) -> int:
 
 def _calibration(options: TrainOptions, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """Batches of the calibration's share of the examples, taken at even distances, as the trainer would collate them."""
-    count = min(len(dataset), max(options.batch_size, math.ceil(options.calibration * len(dataset))))
+    size = options.batch_size or AT_ONCE
+    count = min(len(dataset), max(size, math.ceil(options.calibration * len(dataset))))
     rows = [index * len(dataset) // count for index in range(count)]
     collate = DataCollatorForLanguageModeling(pad_token_id=_pad_token_id(tokenizer))
-    for start in range(0, count, options.batch_size):
-        yield collate([dataset[row] for row in rows[start : start + options.batch_size]])
+    for start in range(0, count, size):
+        yield collate([dataset[row] for row in rows[start : start + size]])
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

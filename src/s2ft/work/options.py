@@ -1,7 +1,8 @@
 """`TrainOptions`: every option of a training run, once. Command line, YAML file and run card read them from here.
 
 Defaults follow the paper's recipe (table 6): AdamW with betas 0.9 and 0.95, no weight decay, gradients clipped to 1, a linear
-schedule after 100 steps of warm-up, 3 epochs of 64 examples a step, sequences up to 2,048 tokens, seed 0.
+schedule after 100 steps of warm-up, 3 epochs, sequences up to 2,048 tokens, seed 0. Its 64 examples a step and its rates are
+for large data sets: here `work/recipe.py` settles both for the run at hand, unless `recipe` is "paper".
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ PURE = "pure-bf16"  # of the precisions: the deltas too
 ADAM_BETAS = (0.9, 0.95)
 LONGEST = 2048  # tokens, unless the model has fewer positions
 WARMUP = 100  # steps, or a tenth of a shorter run
+PAPER = "paper"  # of the recipes
+PAPER_STEP = 64  # examples a step
+AT_ONCE = 4  # examples that go through the model at once, where nobody says
 LEARNING_RATES = {"s2ft": 2e-4, "full": 1e-5, "lora": 5e-5, "dora": 5e-5, "galore": 1e-5, "lisa": 1e-5}  # commonsense
 
 
@@ -188,12 +192,22 @@ class TrainOptions(MethodOptions):
     packing: bool = Field(False, description="Put several short examples in one row; they do not see each other")
     epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="Passes over the data")
     max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever the epochs")
-    batch_size: Positive = Field(4, description="Examples that go through the model at once")
-    gradient_accumulation: Positive = Field(16, description="Batches per optimizer step")
+    recipe: Literal["auto", "paper"] = Field(
+        "auto",
+        description="Where batch and rate are open: auto fits them to data and slices, paper takes the paper's",
+    )
+    batch_size: Positive | None = Field(
+        None, description=f"Examples that go through the model at once; at most {AT_ONCE} unless given"
+    )
+    gradient_accumulation: Positive | None = Field(
+        None,
+        description="Batches per optimizer step; unless given, so many that there are about 100 steps "
+        f"and at most {PAPER_STEP} examples in each",
+    )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Peak learning rate; unless given, 2e-4 for s2ft, 5e-5 for lora and dora, 1e-5 for the others "
-        "(s2ft in the paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)",
+        description="Peak learning rate; unless given, for s2ft by steps and size of slices, for lora and dora 5e-5, for the "
+        "others 1e-5 (s2ft in the paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)",
     )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate falls"
@@ -237,11 +251,6 @@ class TrainOptions(MethodOptions):
     )
     eval_limit: Positive | None = Field(None, description="Ask the first so many questions of each task")
     resume: bool = Field(False, description="Continue from the newest checkpoint in the output folder")
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate that was given, or the method's."""
-        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
 
 # The options that not every method takes; all others are everybody's
@@ -292,7 +301,7 @@ def _option_problems(values: Mapping[str, Any]) -> list[str]:
         options = TrainOptions.model_validate(dict(values))
     except ValidationError as error:
         wrong = {str(item["loc"][0]) for item in error.errors()}
-        return [*_problems(error), *_method_problems(values, wrong)]
+        return [*_problems(error, values.get("method") or "s2ft"), *_method_problems(values, wrong)]
     return [*_method_problems(values, set()), *_evaluation_problems(options)]
 
 
@@ -321,20 +330,20 @@ def to_yaml(options: TrainOptions) -> str:
     return yaml.safe_dump(options.model_dump(exclude_none=True, exclude=left_out), sort_keys=False, allow_unicode=True)
 
 
-def _problems(error: ValidationError) -> list[str]:
+def _problems(error: ValidationError, method: Any) -> list[str]:
     """One line for each option; of a union's alternatives, pydantic reports each."""
     lines: dict[str, str] = {}
     for item in error.errors():
         name = str(item["loc"][0])
-        lines.setdefault(name, _problem(name, item["type"], item["msg"], item["input"]))
+        lines.setdefault(name, _problem(name, item["type"], item["msg"], item["input"], method))
     return list(lines.values())
 
 
-def _problem(name: str, kind: str, message: str, value: Any) -> str:
+def _problem(name: str, kind: str, message: str, value: Any, method: Any) -> str:
     if kind == "missing":
         return f"{name} is missing: {TrainOptions.model_fields[name].description}"
     if kind == "extra_forbidden":
-        return f"{name}={value!r}: {hint(name, TrainOptions.model_fields)}"
+        return f"{name}={value!r}: {hint(name, TrainOptions.model_fields, is_s2ft=method == 's2ft')}"
     message = message.removeprefix("Value error, ")
     return f"{name}={value!r}: {message[0].lower()}{message[1:]}"
 

@@ -18,7 +18,7 @@ from s2ft.errors import S2FTError, raise_together
 from s2ft.files import entries
 from s2ft.work.baselines import METHODS
 from s2ft.work.layout import AUTO, IN_PLACE, INDEXED
-from s2ft.work.options import TrainOptions
+from s2ft.work.options import LEARNING_RATES, TrainOptions
 from s2ft.work.processes import process_count
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -26,6 +26,7 @@ MODEL_FILES = ("model.safetensors", "config.json")  # or, for a large model, the
 INDEX = "model.safetensors.index.json"
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json")
 NOTE = "run.json"  # in a checkpoint: options and data; in the output folder: the whole run card
+SETTLED = ("batch_size", "gradient_accumulation", "learning_rate")  # by the run, where they were left open
 FREE = {
     "output",
     "resume",
@@ -78,11 +79,25 @@ def noted_layout(checkpoint: Path) -> str | None:
     return layout if layout in (IN_PLACE, INDEXED) else None
 
 
+def as_before(checkpoint: Path, options: TrainOptions) -> TrainOptions:
+    """The options with what they leave open settled as in the checkpoint's run."""
+    before = settled_options(_read_note(checkpoint / NOTE)["options"])
+    return options.model_copy(update={name: before.get(name) for name in SETTLED if getattr(options, name) is None})
+
+
+def settled_options(noted: dict[str, Any]) -> dict[str, Any]:
+    """The options of a note or run card. Older ones left the rate open where it was the paper's."""
+    if noted.get("learning_rate") is not None:
+        return noted
+    return {**noted, "learning_rate": LEARNING_RATES.get(noted.get("method", "s2ft"))}
+
+
 def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
     """Raises `S2FTError` with every option that differs from the checkpoint's run, and if the data does."""
     note = _read_note(checkpoint / NOTE)
     defaults = {name: field.default for name, field in TrainOptions.model_fields.items() if not field.is_required()}
-    before, now = {**defaults, **note["options"]}, options.model_dump(mode="json")  # a note may be older than an option
+    before = {**defaults, **settled_options(note["options"])}  # a note may be older than an option
+    now = as_before(checkpoint, options).model_dump(mode="json")
     if options.layout == AUTO:
         now["layout"] = before.get("layout")
     different = [name for name in now if name not in FREE and before.get(name) != now[name]]

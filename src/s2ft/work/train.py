@@ -6,6 +6,7 @@ Everything is checked before anything is written: the first file appears with th
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,12 +40,13 @@ from s2ft.work.failures import clear_failures
 from s2ft.work.inputs import input_problems
 from s2ft.work.layout import INDEXED, choose_layout, layout
 from s2ft.work.models import load_model, load_tokenizer
-from s2ft.work.options import LONGEST, PURE, TrainOptions
+from s2ft.work.options import AT_ONCE, LONGEST, PURE, TrainOptions
 from s2ft.work.packing import check_packing
 from s2ft.work.precision import choose_precision
 from s2ft.work.processes import as_leader, check_processes, leads, process_count
+from s2ft.work.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.work.results import parameters, save_result, section
-from s2ft.work.resume import check_output, check_place, check_same_run, note_run, noted_layout
+from s2ft.work.resume import as_before, check_output, check_place, check_same_run, note_run, noted_layout
 from s2ft.work.template import turn_end
 from s2ft.work.tokens import Tokens, hold_out, tokenize
 from s2ft.work.trainer import Flow, Progress, Trainer
@@ -74,7 +76,9 @@ class _Setup:
     tokens: Tokens
     held_out: Dataset | None
     precision: str  # and the reason for it
+    reasons: dict[str, str]  # for the batch and the rate
     config: PeftConfig | None  # resolved; None if the model's own weights are trained
+    channels: float | None  # of a slice, on average
     layout: str | None  # the reason for it; None where nothing is sliced
     trainer: Trainer
     flow: Flow
@@ -91,17 +95,20 @@ def train(options: TrainOptions) -> TrainResult:
         S2FTError: for anything wrong with options, data, model or output folder, before anything is written; for a lack of
             memory or disk, with what to lower.
     """
-    length = options.max_length or LONGEST
-    advice = f"lower batch_size={options.batch_size} or max_length={length}, or set gradient_checkpointing"
     output = Path(options.output)
     _check(options)
     alone = sole_writer(output) if leads() else nullcontext()
-    with (
-        clear_failures(advice, options.output),
-        no_empty_folders(output),
-        alone,
-    ):  # the trainer makes the folder at once
-        return _run(_prepare(options))
+    with no_empty_folders(output), alone:  # the trainer makes the folder at once
+        with clear_failures(_advice(options), options.output):
+            setup = _prepare(options)
+        with clear_failures(_advice(setup.options), options.output):
+            return _run(setup)
+
+
+def _advice(options: TrainOptions) -> str:
+    """What to lower where the memory does not suffice."""
+    size, length = options.batch_size or AT_ONCE, options.max_length or LONGEST
+    return f"lower batch_size={size} or max_length={length}, or set gradient_checkpointing"
 
 
 def _check(options: TrainOptions) -> None:
@@ -120,6 +127,7 @@ def _prepare(options: TrainOptions) -> _Setup:
     digest = data_digest(examples)
     if checkpoint is not None:
         check_same_run(checkpoint, options, digest)
+        options = as_before(checkpoint, options)
     words = prompt_format(examples)
     asked = "chat" if words == "chat" else "alpaca"  # who trained on prompts of their own has none for our questions
     checked = (
@@ -135,14 +143,23 @@ def _prepare(options: TrainOptions) -> _Setup:
     if words == "chat":
         _tell_end(tokenizer)
     tokens, held_out = hold_out(tokens, options.holdout, options.train_seed)
-    args = sft_config(options, max_length, autocast, **method.arguments(options, model))
+    rows = _rows(tokens, max_length if options.packing else None)
+    batch = settle_batch(options, rows)
+    args = sft_config(batch.options, max_length, autocast, **method.arguments(options, model))
     model.to(args.device)
     if options.packing:
         check_packing(model)
     if checkpoint is None or method.leaves_model:
-        config = as_leader(method.peft_config(options, digest, model, tokens.dataset, tokenizer))
+        config = as_leader(method.peft_config(batch.options, digest, model, tokens.dataset, tokenizer))
     else:
         config = adapter_of(checkpoint)
+    channels = mean_channels(config)
+    rate = settle_rate(batch.options, rows, channels)
+    options, args.learning_rate = rate.options, rate.options.learning_rate
+    reasons = {"batch": batch.reason, "learning_rate": rate.reason}
+    if checkpoint is None:
+        log.info("batch: %s", batch.reason)
+        log.info("learning rate: %g, %s", options.learning_rate, rate.reason)
     flow = Flow(options.save_every)
     if config is not None:
         check_head(config, model)
@@ -152,7 +169,29 @@ def _prepare(options: TrainOptions) -> _Setup:
     taken, why = _choose_layout(options, checkpoint, trainer) if isinstance(config, S2FTConfig) else (INDEXED, None)
     settled = options.model_copy(update={"layout": taken})  # whoever runs or resumes it again takes the same
     trainer.annotate = lambda folder: note_run(folder, settled, digest, words)
-    return _Setup(settled, checkpoint, digest, words, tokens, held_out, reason, config, why, trainer, flow, checked)
+    return _Setup(
+        settled,
+        checkpoint,
+        digest,
+        words,
+        tokens,
+        held_out,
+        reason,
+        reasons,
+        config,
+        channels,
+        why,
+        trainer,
+        flow,
+        checked,
+    )
+
+
+def _rows(tokens: Tokens, packed_to: int | None) -> int:
+    """What the loader will draw from: the examples, or about so many packed rows."""
+    if packed_to is None:
+        return len(tokens.dataset)
+    return math.ceil(sum(map(len, tokens.dataset["input_ids"])) / packed_to)
 
 
 def _choose_layout(options: TrainOptions, checkpoint: Path | None, trainer: Trainer) -> tuple[str, str]:
@@ -196,6 +235,8 @@ def _run(setup: _Setup) -> TrainResult:
     trainer.args.warmup_steps = warmup_steps(options, steps)
     trainer.args.eval_delay = steps / 2  # early weights are not the best
     log.info("training by %s: %d examples, %d steps", _method_in_words(setup), len(setup.tokens.dataset), steps)
+    if (short := too_short(options, steps, setup.channels)) is not None:
+        log.warning("%s", short)
     scorer = Scorer(trainer.processing_class, setup.checked, Path(options.output) / "answers")
     if METHODS[options.method].leaves_model:
         scorer.score_base(trainer.model)  # its weights will be gone
@@ -250,7 +291,9 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
         },
         "training": {
             "method": setup.options.method,
-            "learning_rate": setup.options.peak_learning_rate,
+            "learning_rate": setup.options.learning_rate,
+            "learning_rate_reason": setup.reasons["learning_rate"],
+            "batch": setup.reasons["batch"],
             "precision": setup.precision,
             **({"processes": process_count()} if process_count() > 1 else {}),
             **({"layout": setup.layout} if setup.layout is not None else {}),

@@ -29,10 +29,10 @@ from s2ft.work.data_folder import find_file, places
 from s2ft.work.environment import environment
 from s2ft.work.eval.judge import Judge
 from s2ft.work.eval.run import EvalOptions, EvalReport, check_options, evaluate
-from s2ft.work.options import TrainOptions, parse_options
+from s2ft.work.options import LEARNING_RATES, TrainOptions, parse_options
 from s2ft.work.processes import leads, process_count
 from s2ft.work.reproduce.recipes import GLOBAL_BATCH, MODELS, Recipe, find_recipe
-from s2ft.work.resume import FREE
+from s2ft.work.resume import FREE, settled_options
 from s2ft.work.train import train
 
 RESULT = "reproduction.json"
@@ -122,6 +122,7 @@ def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
             "of a step; take a power of two"
         )
     values = {
+        "learning_rate": LEARNING_RATES[recipe.method],
         **recipe.options,
         **_smaller(recipe, options),
         "model": options.model or MODELS[recipe.model].hub,
@@ -171,7 +172,7 @@ def is_trained(options: TrainOptions) -> bool:
     if not (output / "run.json").is_file() or read_card(output).get("status") != "finished":
         return False
     card, now = read_card(output), options.model_dump(mode="json")
-    before = card["options"]
+    before = settled_options(card["options"])
     different = [name for name in now if name not in FREE | SAME_RUN and before.get(name) != now[name]]
     problems = [
         f"{name}={now[name]!r}, but {options.output} was trained with {name}={before.get(name)!r}" for name in different
