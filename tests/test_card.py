@@ -34,6 +34,20 @@ def test_a_section_can_be_added(tmp_path):
     assert "| arithmetic | 0.75 |" in (tmp_path / "run.md").read_text()
 
 
+def test_scores_of_tasks_are_a_table():
+    one = {"base": 0.125, "tuned": 0.5, "base_interval": [0.1, 0.15000000000000002], "questions": 8}
+    lines = to_markdown(
+        {"status": "finished", "scores": {"gsm8k": one, "river": {"base": 0.0, "tuned": 1.0}}}
+    ).splitlines()
+    start = lines.index("## Scores")
+    assert lines[start + 2 : start + 6] == [
+        "| | base | tuned | base interval | questions |",
+        "|---|---|---|---|---|",
+        "| gsm8k | 0.125 | 0.5 | 0.1, 0.15 | 8 |",
+        "| river | 0 | 1 | | |",
+    ]
+
+
 def test_without_a_curve_there_is_no_picture(tmp_path):
     write_card(tmp_path, {"status": "interrupted"})
     assert not (tmp_path / "loss.png").exists()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from commands import Command
+from s2ft.cli.train import _report
 from s2ft.work.options import TrainOptions
 from s2ft.work.trainer import Flow
 
@@ -45,6 +46,32 @@ def test_a_run_from_the_command_line(train, base, data, tmp_path):
         "README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "run.json", "run.md", "run.yaml",
     ]  # fmt: skip
     assert str(tmp_path) not in (out / "adapter_config.json").read_text().replace(base, "")
+
+
+def test_the_summary_tells_what_was_asked_for_and_the_reasons(train, base, data, tmp_path):
+    out = tmp_path / "out"
+    words = ["--model", base, "--data", data, "--output", str(out), "--max-steps", "4", "--precision", "fp32"]
+    code, printed, errors = train(
+        *words, "--holdout", "3", "--validate-every", "1", "--strategy", "weight", "--ratios", "0.25"
+    )
+    assert code == 0, errors
+    training = json.loads((out / "run.json").read_text())["training"]
+    rows = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in printed.splitlines() if "  " in line}
+    held_out = f"{training['best_loss']:.3f} at step {training['best_step']}, whose weights were kept (3 examples)"
+    assert rows["held-out loss"] == held_out
+    assert rows["memory"] == f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most, of the process"
+    assert 1e8 < training["peak_memory_bytes"] < 1e11  # bytes, not kilobytes
+    assert "channels of the largest weight scores" in errors
+    assert "seed None" not in errors
+    assert "1 examples a step: 27 examples in 3 epochs are 81 steps" in errors
+    assert f"learning rate: {training['learning_rate']:g}, for 4 steps and" in errors
+
+
+def test_scores_are_in_the_summary(capsys, tmp_path):
+    training = {"final_loss": None, "tokens_per_second": 1.0, "steps": 1, "seconds": 1.0, "precision": "fp32"}
+    scores = {"gsm8k": {"base": 0.1, "tuned": 0.25, "questions": 40}}
+    _report({"adapter": {"bytes": 1, "share": 0.1}, "training": training, "scores": scores}, tmp_path, None)
+    assert "gsm8k      10.0% → 25.0% of 40 questions" in capsys.readouterr().out
 
 
 def test_flags_win_over_the_yaml_file(train, base, data, tmp_path):

@@ -6,6 +6,7 @@ Values reach `parse_options` as the text that was typed, so that all that is wro
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,8 @@ def _report(card: dict[str, Any], output: Path, json_file: str | None) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row(kind, str(output))
     table.add_row("loss", "none logged" if loss is None else f"{card['loss_curve'][0][1]:.3f} → {loss:.3f}")
+    for name, text in _measured(card):
+        table.add_row(name, text)
     table.add_row("size", f"{card[kind]['bytes'] / 1e6:.2f} MB, {card[kind]['share']:.2%} of the model's parameters")
     table.add_row("speed", f"{training['tokens_per_second']:,.0f} tokens/s")
     table.add_row("time", f"{training['steps']} steps, {training['seconds']:.0f} s")
@@ -71,6 +74,19 @@ def _report(card: dict[str, Any], output: Path, json_file: str | None) -> None:
         table.add_row("layout", training["layout"])
     table.add_row("run card", str(output / "run.md"))
     Console(markup=False).print(table)  # a path may hold brackets
+
+
+def _measured(card: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What was asked for besides the training loss, and the memory."""
+    training = card["training"]
+    if "held_out" in training:
+        best, step = training["best_loss"], training["best_step"]
+        at = "not measured" if best is None else f"{best:.3f} at step {step}, whose weights were kept"
+        yield "held-out loss", f"{at} ({training['held_out']} examples)"
+    for task, score in card.get("scores", {}).items():
+        yield task, f"{score['base']:.1%} → {score['tuned']:.1%} of {score['questions']} questions"
+    if "peak_memory_bytes" in training:
+        yield "memory", f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most, of the {training['peak_memory_of']}"
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

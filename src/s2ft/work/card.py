@@ -63,20 +63,39 @@ def to_markdown(card: Mapping[str, Any]) -> str:
     lines = ["# Run card", "", f"Status: {card.get('status')}", ""]
     for name, section in card.items():
         if isinstance(section, Mapping):
-            rows = [f"| {key} | {_cell(value)} |" for key, value in section.items()]
-            lines += [f"## {name.replace('_', ' ').capitalize()}", "", "| | |", "|---|---|", *rows, ""]
+            lines += [f"## {name.replace('_', ' ').capitalize()}", "", *_table(section), ""]
     if card.get("loss_curve"):
         lines += ["![loss](loss.png)", ""]
     return "\n".join(lines)
 
 
+def _table(section: Mapping[str, Any]) -> list[str]:
+    """A row for each entry; entries that are mappings themselves, such as the scores of tasks, share a heading."""
+    if section and all(isinstance(value, Mapping) for value in section.values()):
+        names = list(dict.fromkeys(name for value in section.values() for name in value))
+        rows = [[key, *(value.get(name) for name in names)] for key, value in section.items()]
+        heading = ["", *(name.replace("_", " ") for name in names)]
+    else:
+        heading, rows = ["", ""], [[key, value] for key, value in section.items()]
+    return [_line(heading), "|" + "---|" * len(heading), *(_line(row) for row in rows)]
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return "|" + "|".join(f" {text} " if (text := _cell(cell)) else " " for cell in cells) + "|"
+
+
 def _cell(value: Any) -> str:
+    return _text(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_cell(item)}" for key, item in value.items())
-    text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+        return ", ".join(f"{key}={_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "" if value is None else str(value)
 
 
 def _draw(curve: Sequence[tuple[int, float]], path: Path) -> None:

@@ -22,6 +22,19 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def peak_memory() -> dict[str, Any]:
+    """The most memory that was held: of the GPU since `torch.cuda.reset_peak_memory_stats`, else of this process so far."""
+    if torch.cuda.is_available():
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_memory_of": "GPU"}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if platform.system() == "Darwin" else 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": held, "peak_memory_of": "process"}
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

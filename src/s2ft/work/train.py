@@ -34,7 +34,7 @@ from s2ft.work.arguments import longest, sft_config, total_steps, warmup_steps
 from s2ft.work.baselines import METHODS, adapter_of, check_head
 from s2ft.work.card import Card, final_loss, write_card
 from s2ft.work.data import data_digest, load_examples, prompt_format
-from s2ft.work.environment import environment
+from s2ft.work.environment import environment, peak_memory
 from s2ft.work.eval.scores import Checked, Scorer, check_scores
 from s2ft.work.failures import clear_failures
 from s2ft.work.inputs import input_problems
@@ -240,6 +240,8 @@ def _run(setup: _Setup) -> TrainResult:
     scorer = Scorer(trainer.processing_class, setup.checked, Path(options.output) / "answers")
     if METHODS[options.method].leaves_model:
         scorer.score_base(trainer.model)  # its weights will be gone
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with setup.flow.listening():
         with METHODS[options.method].resuming(), layout(trainer.model, options.layout):
             metrics = trainer.train(
@@ -259,8 +261,12 @@ def _run(setup: _Setup) -> TrainResult:
 
 
 def _method_in_words(setup: _Setup) -> str:
-    title = METHODS[setup.options.method].title
-    return f"{title}, selection seed {setup.config.seed}" if isinstance(setup.config, S2FTConfig) else title
+    title, config = METHODS[setup.options.method].title, setup.config
+    if not isinstance(config, S2FTConfig):
+        return title
+    if config.strategy == "random":
+        return f"{title}, channels drawn by seed {config.seed}"
+    return f"{title}, channels of the {config.subset} {config.strategy} scores"
 
 
 def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
@@ -307,6 +313,7 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
             "tokens_per_second": round(seen / seconds, 1),
             "final_loss": final_loss(curve),
             **_held_out(setup),
+            **peak_memory(),
         },
         "loss_curve": curve,
         **({"held_out_curve": _points(history, "eval_loss")} if setup.held_out is not None else {}),
@@ -327,7 +334,8 @@ def _held_out(setup: _Setup) -> Card:
 def _selection(config: PeftConfig | None) -> Card:
     if not isinstance(config, S2FTConfig):
         return {}
-    return {"selection": {"strategy": config.strategy, "seed": config.seed, "modules": len(config.slices or {})}}
+    chosen = {"seed": config.seed} if config.strategy == "random" else {"subset": config.subset}
+    return {"selection": {"strategy": config.strategy, **chosen, "modules": len(config.slices or {})}}
 
 
 def _tell_end(tokenizer: PreTrainedTokenizerBase) -> None:
