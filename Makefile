@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-soak test-peft test-kernels test-engines docs lint clean
+.PHONY: setup quickstart test test-slow test-soak test-peft test-lowest test-kernels test-engines docs lint clean
 
 setup: .venv/ready
 
@@ -34,6 +34,16 @@ test-soak: setup
 # PEFT's own tests with S2FT in place of its methods: three minutes
 test-peft: setup
 	$(BIN)/python tests/peft_suite/run.py
+
+# PEFT, TRL and the command line on the lowest versions that pyproject.toml allows, in an environment of their own (6 GB)
+test-lowest: build/lowest/ready
+	build/lowest/bin/python -m pytest -m 'not slow and not soak' \
+		tests/test_dependencies.py tests/test_peft.py tests/test_peft_training.py tests/test_trl.py tests/test_cli_train.py
+
+build/lowest/ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis gguf
+	touch $@
 
 # The GPU kernels, run by Triton's interpreter on the CPU, and compiled for a GPU that need not be there
 test-kernels: build/kernels/ready

@@ -100,7 +100,7 @@ def test_a_resumed_run_must_be_the_same_run(run, data, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(S2FTError) as caught:
         run(max_steps=4, resume=True, learning_rate=0.5, ratios=0.5)
-    assert re.search(r"learning_rate=0\.5, but \S+ was made with learning_rate=0\.01\n", str(caught.value))
+    assert re.search(r"learning_rate=0\.5, but \S+ was made with learning_rate=0\.01$", str(caught.value))
     assert "made with ratios=0.25" in str(caught.value)
     with pytest.raises(S2FTError, match="add --resume"):
         run(max_steps=4)

@@ -1,0 +1,39 @@
+"""The declared versions fit together: bounds, pinned sets, and what transformers wants of PEFT."""
+
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from transformers.integrations import peft as interface
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDED = {canonicalize_name(need.name): need for need in map(Requirement, PROJECT["dependencies"])}
+
+
+def pinned(name: str) -> dict[str, str]:
+    found = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / name).read_text(), flags=re.M)
+    return {canonicalize_name(package): number for package, number in found}
+
+
+def test_the_installed_peft_is_one_that_the_installed_transformers_takes() -> None:
+    assert Version(version("peft")) >= Version(interface.MIN_PEFT_VERSION)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_every_lower_bound_is_in_the_lowest_set_and_the_tested_set_is_allowed(name: str) -> None:
+    bounds = {part.operator: Version(part.version) for part in NEEDED[name].specifier}
+    assert Version(pinned("constraints-lowest.txt")[name]) == bounds[">="]
+    assert NEEDED[name].specifier.contains(pinned("constraints.txt")[name])
+    assert NEEDED[name].specifier.contains(version(name))
+
+
+def test_no_transformers_is_allowed_that_wants_a_newer_peft_than_is_allowed() -> None:
+    """Since 5.24 transformers refuses PEFT below 0.22; until we allow that one, we must not allow this one."""
+    if not NEEDED["peft"].specifier.contains("0.22.0"):
+        assert not NEEDED["transformers"].specifier.contains("5.24.0")
