@@ -179,6 +179,7 @@ class TestWhatIsLearned:
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1] is"),
         ({"messages": [USER, {**ANSWER, "reasoning_content": ["x"]}]}, "reasoning_content is"),
         ({"messages": [USER, {**ANSWER, "reasoning": "\ud83d"}]}, "half of a surrogate pair"),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"x": "\ud83d"}}, "half of a surrogate pair"),
         ({"instruction": "a", "output": "b", "system": "Be brief."}, 'system is "Be brief.", which a prompt of text'),
         ({"prompt": "a", "completion": "b", "tools": TOOLS}, "tools is [{"),
     ],
@@ -187,6 +188,23 @@ def test_what_cannot_be_honoured_is_refused_by_line(tmp_path, record, said) -> N
     message = refusal(tmp_path, {"messages": [USER, ANSWER]}, record)
     assert message.startswith("/chat.jsonl:2: ")
     assert said in message
+
+
+@pytest.mark.parametrize("place", ["messages", "tools"])
+def test_what_is_nested_deeply_is_refused_by_line_if_at_all(tmp_path, place) -> None:
+    path, refused = tmp_path / "chat.jsonl", 0
+    for levels in (20, 200, *range(850, 1050, 40), 5000):
+        record = {"messages": [USER, {**ANSWER, "id": "X"}], "tools": [{"x": "X"}]}
+        text = json.dumps(
+            {"messages": record[place]} if place == "messages" else {**record, "messages": [USER, ANSWER]}
+        )
+        path.write_text(text.replace('"X"', "[" * levels + "]" * levels))
+        try:
+            assert len(tokenize(load_examples(str(path)), chatml(), max_length=9000).dataset) == 1
+        except S2FTError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}:1: ")  # noqa: PT017
+    assert refused > 0
 
 
 def test_columns_beside_the_layout_do_not_matter(tmp_path) -> None:

@@ -67,15 +67,25 @@ def is_broken(text: str) -> bool:
 
 def shown(value: Any) -> str:
     """A value in an error message: its JSON, cut to 60 characters."""
-    text = _json(value).encode(errors="backslashreplace").decode()
+    try:
+        text = to_json(value).encode(errors="backslashreplace").decode()
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _json(value: Any) -> str:
+def to_json(value: Any) -> str:
+    """As JSON; what JSON does not know, such as a date of a table, as text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _no_text(name: str, value: Any) -> str | None:
+    """What keeps a value from being written down; None if nothing does."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=str)
+        text = to_json(value)
     except RecursionError:  # nested almost as deeply as could be read
-        return f"a deeply nested {type(value).__name__}"
+        return f"{name} is {shown(value)}; it is nested too deeply"
+    return f"{name} is {shown(value)}; it holds half of a surrogate pair, which is no text" if is_broken(text) else None
 
 
 def _messages_problems(field: str, messages: Any) -> Iterator[str]:
@@ -86,8 +96,8 @@ def _messages_problems(field: str, messages: Any) -> Iterator[str]:
         name = f"{field}[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not _has_content(message):
             yield f"{name} is {shown(message)}; a message has role and content, both text"
-        elif is_broken(_json(message)):
-            yield f"{name} is {shown(message)}; it holds half of a surrogate pair, which is no text"
+        elif problem := _no_text(name, message):
+            yield problem
         else:
             yield from _message_problems(name, message)
 
@@ -155,11 +165,13 @@ def _record_problems(value: dict[str, Any]) -> Iterator[str]:
         parsed = _parsed(value.get(field))
         if parsed is not None and not (isinstance(parsed, list) and all(isinstance(item, dict) for item in parsed)):
             yield f"{field} is {shown(value[field])}; it must be a list of objects"
-        elif is_broken(_json(parsed)):
-            yield f"{field} is {shown(value[field])}; it holds half of a surrogate pair, which is no text"
+        elif problem := _no_text(field, parsed):
+            yield problem
     kwargs = value.get(_KWARGS)
     if kwargs is not None and not (isinstance(kwargs, dict) and not kwargs.keys() & {*_OWN, *_OPTIONS}):
         yield f"{_KWARGS} is {shown(kwargs)}; it must be an object with variables of the chat template"
+    elif problem := _no_text(_KWARGS, kwargs):
+        yield problem
 
 
 def _turn_problems(value: dict[str, Any]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from typing import Any
 from datasets import Dataset
 
 from s2ft.errors import S2FTError, problems_in, raise_by_place, raise_together
-from s2ft.work.chat import Example, Message, chat_examples, chat_problems, is_broken, is_chat_record, shown
+from s2ft.work.chat import Example, Message, chat_examples, chat_problems, is_broken, is_chat_record, shown, to_json
 from s2ft.work.prompts import alpaca_example, is_alpaca
 from s2ft.work.records import Record, read_records
 
@@ -113,14 +113,14 @@ def _table(examples: list[Example]) -> Dataset:
 
 def _stored(name: str, value: Any) -> Any:
     if name == "options":
-        return json.dumps(value or {})
+        return to_json(value or {})
     return [_message(message) for message in value] if isinstance(value, list) else value
 
 
 def _message(message: Message) -> Message:
     more = {key: item for key, item in message.items() if key not in ("role", "content")}
     plain = {"role": message["role"], "content": message["content"]}
-    return {**plain, "more": json.dumps(more)} if more else plain
+    return {**plain, "more": to_json(more)} if more else plain
 
 
 def _whole(messages: Sequence[Message]) -> list[Message]:

@@ -185,7 +185,9 @@ def find_judge(url: str | None = None, model: str | None = None) -> Judge | None
     if not url and not model:
         return None
     if not url or not model:
-        given, lacking = (f"judge_url={url!r}", "judge-model") if url else (f"judge_model={model!r}", "judge-url")
+        given, lacking = (
+            (f"judge_url={_unsecret(url)!r}", "judge-model") if url else (f"judge_model={model!r}", "judge-url")
+        )
         raise S2FTError(f"{given} alone is not enough: give --{lacking} too, or {URL} and {MODEL} in the environment")
     raise_together(
         [
