@@ -58,7 +58,13 @@ def test_the_usual_end_needs_no_word(run, caplog) -> None:
     caplog.set_level(logging.INFO, "s2ft")
     output = run(CHAT_TEMPLATE, ratios=0.25).output
     assert "answers end" not in caplog.text
+    assert "laid out differently" not in caplog.text
     assert "eos_token_id" not in (output / "README.md").read_text()
+
+
+def test_a_prompt_that_changes_once_it_is_answered_is_warned_of(run, caplog) -> None:
+    run(CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>"), ratios=0.25)
+    assert "4 of 4 prompts are laid out differently by the chat template once the answer follows" in caplog.text
 
 
 def test_a_template_that_ends_no_turn_is_warned_of(run, caplog) -> None:

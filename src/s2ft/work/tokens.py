@@ -36,6 +36,7 @@ class Tokens:
     too_long: int  # had no token of the response within max_length
     shortened: int  # were cut to max_length, with some of the response left
     endless: int = 0  # are whole, but have no token in the response that ends an answer
+    parted: int = 0  # of chat, whose prompt is laid out differently once the answer follows
 
 
 def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -56,13 +57,14 @@ def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
     fates = rows["fate"][:]
     count = Counter(fates)
     kept = rows.select([row for row, fate in enumerate(fates) if fate in ("whole", "shortened", "endless")])
-    kept = kept.remove_columns(["fate", "problems"])
+    parted = sum(kept["parted"][:])
+    kept = kept.remove_columns(["fate", "problems", "parted"])
     if not len(kept):
         raise S2FTError(
             f"none of the {len(rows)} examples is left: {count['empty']} have no response, and in {count['too long']} "
             f"it begins after max_length={max_length} tokens; raise max_length"
         )
-    return Tokens(kept, max_length, count["empty"], count["too long"], count["shortened"], count["endless"])
+    return Tokens(kept, max_length, count["empty"], count["too long"], count["shortened"], count["endless"], parted)
 
 
 def hold_out(tokens: Tokens, count: int | None, seed: int) -> tuple[Tokens, Dataset | None]:
@@ -89,12 +91,17 @@ def _cut(
     example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, ends: list[int]
 ) -> dict[str, Any]:
     """The tokens of an example up to `max_length`, what became of it, and what keeps it from being learned as it stands."""
+    prompt: list[int] = []
+    whole: list[int] = []
     try:
-        row, problems = token_example(example, tokenizer), _lost(example, tokenizer)
+        prompt, whole = _encode(example, tokenizer)
+        problems = _lost(example, tokenizer)
     except EndlessTemplateError:
         raise
     except S2FTError as error:
-        row, problems = {"input_ids": [], "labels": []}, [str(error)]
+        problems = [str(error)]
+    row = _labelled(prompt, whole)
+    parted = not isinstance(example["prompt"], str) and whole[: len(prompt)] != prompt
     cut = {name: ids[:max_length] for name, ids in row.items()}
     if not _has_response(example):
         fate = "empty"
@@ -104,7 +111,7 @@ def _cut(
         fate = "shortened"
     else:
         fate = "whole" if set(ends) & set(row["labels"]) else "endless"
-    return {**cut, "fate": fate, "problems": problems}
+    return {**cut, "fate": fate, "problems": problems, "parted": parted}
 
 
 def _lost(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -133,6 +140,11 @@ def token_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
     The response begins where the tokens of the prompt and those of the whole part ways: a tokenizer may merge the prompt's last
     character with the response's first.
     """
+    return _labelled(*_encode(example, tokenizer))
+
+
+def _encode(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt, and those of the whole."""
     if isinstance(example["prompt"], str):
         prompt = text_ids(tokenizer, example["prompt"])
         whole = text_ids(tokenizer, example["prompt"] + example["completion"].removesuffix(tokenizer.eos_token))
@@ -141,6 +153,10 @@ def token_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
         told, said, options = conversation(example)
         prompt = chat_ids(tokenizer, told, options, ask=True)
         whole = chat_ids(tokenizer, [*told, *said], options)
+    return prompt, whole
+
+
+def _labelled(prompt: list[int], whole: list[int]) -> dict[str, list[int]]:
     start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
     return {"input_ids": whole, "labels": [IGNORED] * start + whole[start:]}
 

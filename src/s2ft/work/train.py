@@ -142,6 +142,7 @@ def _prepare(options: TrainOptions) -> _Setup:
     _tell_dropped(tokens, len(examples))
     if words == "chat":
         _tell_end(tokenizer)
+        _tell_parted(tokens)
     tokens, held_out = hold_out(tokens, options.holdout, options.train_seed)
     rows = _rows(tokens, max_length if options.packing else None)
     batch = settle_batch(options, rows)
@@ -343,6 +344,15 @@ def _tell_end(tokenizer: PreTrainedTokenizerBase) -> None:
     if end is not None and end != tokenizer.eos_token_id:
         name = tokenizer.convert_ids_to_tokens(end)
         log.info("answers end with %s, as the chat template writes it, not with the tokenizer's %s", name, usual)
+
+
+def _tell_parted(tokens: Tokens) -> None:
+    if tokens.parted:
+        text = (
+            "%d of %d prompts are laid out differently by the chat template once the answer follows, so the model is trained "
+            "in another context than it is asked in (as where a template opens the answer with <think>)"
+        )
+        log.warning(text, tokens.parted, len(tokens.dataset))
 
 
 def _tell_dropped(tokens: Tokens, count: int) -> None:
