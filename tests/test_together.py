@@ -213,6 +213,61 @@ class TestWhileAdaptersAreDisabled:
         torch.testing.assert_close(logits(made.merge_and_unload(), ids), expected)
 
 
+class TestReadingTheBase:
+    """What reads base weights reads their own values, or is refused."""
+
+    @pytest.mark.parametrize("change", ["merge", "switch"])
+    def test_channels_are_chosen_by_the_bases_own_weights(self, change: str) -> None:
+        base, config = build("llama"), S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, strategy="weight")
+        expected = s2ft.select(base, config).config.slices
+        made = get_peft_model(base, S2FTConfig(ratios={"o_proj": 1.0, "down_proj": 1.0}), adapter_name="b").eval()
+        for layer in layers(made):
+            nn.init.normal_(layer.s2ft_block["b"].weight)
+        merged(made) if change == "merge" else switched(made)
+        before = logits(made, ids := tokens(2, 7))
+        assert s2ft.select(made, config).config.slices == expected
+        assert torch.equal(logits(made, ids), before)
+        made.add_adapter("c", config)
+        assert config.slices == expected
+
+    def test_no_channels_are_chosen_inside_in_place(self) -> None:
+        made = model()
+        with s2ft.in_place(made), pytest.raises(S2FTError, match="choosing channels is not possible inside"):
+            s2ft.select(made, S2FTConfig(ratios=0.3))
+
+    @pytest.mark.parametrize("change", ["merge", "switch"])
+    def test_a_pool_brings_nothing_meanwhile(self, change: str, tmp_path: Path) -> None:
+        base = build("llama", torch.float32)
+        saved = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=0.3, seed=3), adapter_name="alice")
+        saved.save_pretrained(tmp_path)
+        made = get_peft_model(base, S2FTConfig(ratios=0.3, seed=3, init_weights=False), adapter_name="b").eval()
+        pool = AdapterPool(made, str(tmp_path), device_bytes=1 << 24, host_bytes=0)
+        undo = merged(made) if change == "merge" else switched(made)
+        with pytest.raises(S2FTError, match="bringing the adapter 'alice' is not possible while"):
+            pool.bring(["alice"])
+        undo()
+        pool.bring(["alice"])
+
+
+def test_an_adapter_that_keeps_a_module_whole_is_merged_while_it_is_active() -> None:
+    made, ids = model(), tokens(2, 7)
+    made.add_adapter("c", S2FTConfig(ratios=0.3, init_weights=False, modules_to_save=["lm_head"]))
+    expected = logits(made, ids)
+    with pytest.raises(
+        S2FTError, match="lm_head is kept whole by the adapter 'c', and the active adapter's is what runs"
+    ):
+        made.merge_adapter(["c"])
+    assert torch.equal(logits(made, ids), expected)
+    made.merge_adapter(["default"])
+    torch.testing.assert_close(logits(made, ids), expected)
+    made.set_adapter("c")
+    nn.init.normal_(made.get_base_model().lm_head.modules_to_save["c"].weight)
+    expected = logits(made, ids)
+    with pytest.raises(S2FTError, match="kept whole"):
+        made.merge_and_unload(adapter_names=["b"])
+    torch.testing.assert_close(logits(made.merge_and_unload(), ids), expected)
+
+
 class TestSharedWeights:
     """What another module reads is left to it."""
 

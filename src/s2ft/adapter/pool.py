@@ -23,10 +23,10 @@ from torch import nn
 from s2ft.adapter.file import Adapter, read_adapter
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.fitting import check_fits
-from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.mixed import LooseSlice
 from s2ft.method.slices import Slice
+from s2ft.method.switchable import switchable_layers
 from s2ft.method.tuner import BASE, S2FTModel
 
 Slices = dict[str, LooseSlice]  # module → the adapter's slice of it
@@ -91,8 +91,10 @@ class AdapterPool:
             )
         with self._tuner.shared.turns.alone():
             missing = [name for name in wanted if name not in self._device]
-            if missing:
-                refuse_inside(self._tuner.model, f"bringing the adapter {missing[0]!r}")
+            for layer in switchable_layers(self._tuner.model) if missing else ():
+                layer.require_own(
+                    f"bringing the adapter {missing[0]!r}"
+                )  # which is checked against the base's own values
             for name in wanted:
                 if name in self._device:
                     self._device.move_to_end(name)

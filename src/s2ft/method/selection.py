@@ -24,9 +24,11 @@ from s2ft.errors import S2FTError
 from s2ft.method.budget import count_units, trained_in_words
 from s2ft.method.config import S2FTConfig
 from s2ft.method.coverage import coverage
+from s2ft.method.in_place import refuse_inside
 from s2ft.method.scores import Batch, Scores, key, score_units
 from s2ft.method.slices import Indices, Slice
 from s2ft.method.structure import Projection, Structure, Target
+from s2ft.method.switchable import suspended, turns_of
 from s2ft.method.targets import by_projection, find_targets
 
 
@@ -50,7 +52,8 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
             sums are kept.
 
     Raises:
-        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, or data is missing.
+        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, data is missing, or inside
+            `in_place`, where the base weights are permuted.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,6 +66,13 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
     if config.is_resolved:
         slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
         return Selection(slices, config)
+    with turns_of(model).alone():
+        refuse_inside(model, "choosing channels")
+        with suspended(model):  # scores are those of the base weights, whatever is merged into them or switched to
+            return _select(model, config, batches)
+
+
+def _select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None) -> Selection:
     targets = find_targets(model, config)
     covered = coverage(model, targets, by_name=config.target_modules is not None)
     counts = count_units(targets, config, model, covered.reached)
@@ -80,7 +90,7 @@ def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None
         str(covered),
     )
     if selection.left_out:
-        warnings.warn(f"S²FT trains {selection.trained}; {selection.left_out}", stacklevel=2)
+        warnings.warn(f"S²FT trains {selection.trained}; {selection.left_out}", stacklevel=3)
     return selection
 
 

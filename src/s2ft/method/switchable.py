@@ -333,20 +333,23 @@ def leave(layers: Sequence[Switchable]) -> None:
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """Base weights of their own while adapters are added or deleted; afterwards what was there, as far as it still exists."""
+    """Base weights of their own while adapters are added or deleted, or the base is read; afterwards what was there before,
+    as far as it still exists.
+    """
     layers = switchable_layers(model)
     switched = [layer for layer in layers if layer.is_switched]
     name = switched[0].switched_to if switched else None
     leave(switched)
-    for layer in layers:
+    merged = [layer for layer in layers if layer.held]
+    for layer in merged:
         layer.take_out()
     try:
         yield
     finally:
-        layers = switchable_layers(model)
         if switched:
+            layers = switchable_layers(model)
             enter(layers, name if any(str(name) in layer.s2ft_block for layer in layers) else None)
-        for layer in layers:
+        for layer in merged:
             layer.settle()
 
 

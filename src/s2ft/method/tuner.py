@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftMixedModel, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError, raise_by_place, raise_together
@@ -186,9 +186,23 @@ class S2FTModel(BaseTuner):
         names = self.active_adapters if adapter_names is None else adapter_names
         raise_together(_unknown(names, self.peft_config))
         raise_together(dict.fromkeys(filter(None, (layer.why_not_own("merging", merged=False) for layer in layers))))
+        raise_together(self._kept_whole(names))
         paths = {layer: path for path, layer in self.model.named_modules()}
         problems = ((paths[layer], layer.why_unwritable(names)) for layer in layers)
         raise_by_place((path, problem) for path, problem in problems if problem)
+
+    def _kept_whole(self, names: Sequence[str]) -> Iterator[str]:
+        """Modules that adapters keep whole are not merged: the active adapter's runs, which must be one of `names`."""
+        for path, wrapper in self.model.named_modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                kept = [
+                    name for name in wrapper.modules_to_save if (name in names) != (name in wrapper.active_adapters)
+                ]
+                if kept:
+                    yield (
+                        f"{path} is kept whole by the adapter {kept[0]!r}, and the active adapter's is what runs: "
+                        "make the adapters active that are to be merged (`set_adapter`)"
+                    )
 
     def _check_merge_allowed(self) -> None:
         """PEFT warns of tied weights here; a layer whose weight is shared gets one of its own."""
