@@ -9,7 +9,6 @@ is unpickled, and no whole model is ever in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -29,6 +28,7 @@ from s2ft.method.digest import check_base, digest_parts, join_digests, slice_dig
 from s2ft.method.fitting import check_fits
 from s2ft.method.slices import Slice
 from s2ft.method.structure import as_matrix, features, linear_layer
+from s2ft.reading import check_regular, read_json
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def _index(self) -> dict[str, str]:
         try:
-            names = json.loads(self.index_file.read_text(encoding="utf-8"))["weight_map"]
+            names = read_json(self.index_file)["weight_map"]
             foreign = [name for name in names.values() if PurePosixPath(name).name != name or "\\" in name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise S2FTError(f"{self.index_file} is no index of a checkpoint: {error!r}") from error
@@ -107,6 +107,7 @@ class Checkpoint:
 
     def _tensors(self, name: str) -> list[str]:
         path = self.folder / name
+        check_regular(path)
         if not path.is_file():
             raise S2FTError(f"{self.folder} has no {name}; s2ft reads safetensors only, and never unpickles")
         try:
@@ -246,7 +247,7 @@ def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:
             auto = getattr(transformers, _CLASSES.get(str(adapter.config.task_type), "AutoModelForCausalLM"))
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
             return model
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise S2FTError(f"base={str(folder)!r}: its configuration cannot be loaded: {reason}") from error
 

@@ -22,6 +22,7 @@ from s2ft.adapter.file import delta_name, indices_name, open_adapter
 from s2ft.adapter.overlap import Overlap, overlaps
 from s2ft.errors import S2FTError
 from s2ft.files import check_free, new_folder
+from s2ft.method.checksum import note
 from s2ft.method.combination import DENSITY, Combination, combine
 
 
@@ -55,6 +56,7 @@ class Fusion:
         tensors = self.tensors()
         with new_folder(output) as aside:
             save_file(tensors, aside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            note(self.combination.config, tensors)
             self.combination.config.save_pretrained(str(aside))
         return output
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -22,6 +21,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from s2ft.adapter.export import export
 from s2ft.errors import S2FTError
+from s2ft.method.whole import method_of
+from s2ft.reading import is_clean
 
 ROOT = "S2FT_VLLM_ADAPTERS"
 """The environment variable that names the folder of the adapters; without it the plug-in does nothing."""
@@ -53,16 +54,15 @@ def adapter_folder(root: Path, name: str) -> Path | None:
         >>> adapter_folder(Path("adapters"), "../secrets") is None
         True
     """
-    if not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
-        return None
-    folder = (root / name).resolve()
-    if not folder.is_relative_to(root.resolve()):  # by a link
+    if not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts or not is_clean(name):
         return None
     try:
-        fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        folder = (root / name).resolve()
+        if not folder.is_relative_to(root.resolve()):  # by a link
+            return None
+        return folder if method_of(folder) == NAME else None
+    except (S2FTError, OSError, ValueError, RuntimeError):  # no adapter; a name too long, a loop of links
         return None
-    return folder if isinstance(fields, dict) and fields.get("peft_type") == NAME else None
 
 
 def converted(folder: Path, base: str) -> Path:

@@ -14,7 +14,7 @@ from s2ft.method.checksum import bare
 from s2ft.method.config import S2FTConfig
 from s2ft.method.dequantise import dequantised, grid
 from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
-from s2ft.method.loading import check_incoming
+from s2ft.method.loading import check_incoming, check_state
 from s2ft.method.selection import select
 from s2ft.method.slices import Runs, Slice
 from s2ft.method.structure import features, is_plain, linear_layer, weight_matrix
@@ -42,8 +42,21 @@ def foreign_base(model: nn.Module, config: S2FTConfig, tensors: Mapping[str, Ten
 
 def check_and_adopt(model: nn.Module, config: S2FTConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """As `check_incoming`; the digests follow the channels."""
-    if check_incoming(model, config, adapter_name, tensors) and config.left_open("base_digest"):
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if check_incoming(model, config, adapter_name, tensors):
+        _digest_anew(model.get_base_model() if isinstance(model, PeftModel) else model, config)
+
+
+def check_and_adopt_state(
+    tuner: nn.Module, configs: Mapping[str, S2FTConfig], state: Mapping[str, Tensor], prefix: str
+) -> None:
+    """The same for torch's own `load_state_dict`, of whatever slices a state has; `prefix` is the tuner's in it."""
+    for adapter_name, config in configs.items():
+        if check_state(tuner, config, adapter_name, state, prefix):
+            _digest_anew(tuner.model, config)  # type: ignore[arg-type]
+
+
+def _digest_anew(base: nn.Module, config: S2FTConfig) -> None:
+    if config.left_open("base_digest"):
         known = _base_digests(base, replace(config, base_digest=None))
         config.base_digest = {path: digest for path, digest in known.items() if digest is not None} or None
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2ft.errors import S2FTError
 from s2ft.method.mixed import Pack
 
 TOKENS = 16  # the least that a tensor core multiplies
@@ -64,6 +65,9 @@ def add_by_kernel(
     if not len(plan.tiles):
         return y
     sizes = (x.shape[-1], y.shape[-1])
+    wide = sizes[1] if pack.side == "in" else sizes[0]
+    if pack.table.shape[1] != wide or not pack.table.is_contiguous():  # it strides by the layer's width
+        raise S2FTError(f"the slices have {pack.table.shape[1]} features on their other side, the layer {wide}")
     kernel, across, block = (
         (_input_side, sizes[1], COLUMNS) if pack.side == "in" else (_output_side, plan.most_rows, CHANNELS)
     )

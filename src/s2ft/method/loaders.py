@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
@@ -30,7 +31,7 @@ from s2ft.method.whole import Header, WeightFile, check_method, header_problems,
 from s2ft.reading import shown
 
 INCOMING: ContextVar[Mapping[str, Tensor] | None] = ContextVar("s2ft_incoming", default=None)
-"""What transformers' `load_adapter` is about to load."""
+"""What a loader is about to load; without values, where the tuner is asked once more before they are written."""
 
 
 def guard() -> None:
@@ -67,15 +68,26 @@ def _guard_of(model: Any) -> AbstractContextManager[None]:
 
 
 def _before_from_pretrained(arguments: dict[str, Any]) -> Any:
-    _look(arguments, "model_id", whole=arguments.get("config") is not None)
-    return nullcontext()
+    return _announced(_look(arguments, "model_id", whole=arguments.get("config") is not None))
 
 
 def _before_load_adapter(arguments: dict[str, Any]) -> Any:
     model = arguments["self"]
-    if model.peft_type == NAME:
-        _look(arguments, "model_id", whole=arguments["adapter_name"] in model.peft_config, only=True)
-    return nullcontext()
+    if model.peft_type != NAME:
+        return nullcontext()
+    return _announced(_look(arguments, "model_id", whole=arguments["adapter_name"] in model.peft_config, only=True))
+
+
+def _announced(folder: Path | None) -> Any:
+    """Names and shapes of what PEFT is about to load, where they are known: it looks some up without asking."""
+    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        return nullcontext()
+    headers = WeightFile(folder).headers()
+    return _incoming({name: _without_values(header) for name, header in headers.items()})
+
+
+def _without_values(header: Header) -> Tensor:
+    return torch.empty(header.shape, dtype=getattr(torch, header.dtype, torch.uint8), device="meta")
 
 
 def _before_native(arguments: dict[str, Any]) -> Any:

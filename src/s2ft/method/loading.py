@@ -117,6 +117,23 @@ def _kind(dtype: str) -> str:
     return "real" if dtype in DELTA_DTYPES else dtype
 
 
+def check_state(
+    tuner: nn.Module, config: S2FTConfig, adapter_name: str, state: Mapping[str, Tensor], prefix: str
+) -> bool:
+    """As `check_incoming`, of the slices that a state of the whole model has."""
+    modules = ((name, module) for name, module in tuner.named_modules() if isinstance(module, S2FTLinear))
+    layers = {name.removeprefix("model."): (name, layer) for name, layer in modules if adapter_name in layer.s2ft_block}
+    names = {path: f"{prefix}{name}{BLOCK}{adapter_name}." for path, (name, _) in layers.items()}
+    held = {f"{names[path]}weight": layer._block(adapter_name).weight for path, (_, layer) in layers.items()}
+    given = {name: state[name] for name in held if name in state}
+    raise_together(_name_problems({name: held[name] for name in given}, given))
+    raise_together(
+        f"{name} holds values that are not finite" for name, one in given.items() if not one.is_meta and not finite(one)
+    )
+    indices = {path: state[f"{name}indices"] for path, name in names.items() if f"{name}indices" in state}
+    return take_channels(config, adapter_name, {path: layer for path, (_, layer) in layers.items()}, indices)
+
+
 def take_channels(
     config: S2FTConfig, adapter_name: str, layers: Mapping[str, S2FTLinear], indices: Mapping[str, Tensor]
 ) -> bool:

@@ -34,6 +34,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from s2ft.errors import S2FTError
+
 FEW_TOKENS = 16  # a row; where the two CPU paths take about the same time
 _SPREAD = 1.25  # largest rank over smallest in a product that pads
 
@@ -203,6 +205,9 @@ def _pack(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
 
 def _pack_side(side: str, found: list[Any], like: Tensor) -> Pack:
     slices = [one for one in found if one is not None]
+    widths = {one.weight.shape[0 if side == "in" else 1] for one in slices}
+    if len(widths) > 1:  # the readers see to it; a table of other widths would be read past its end
+        raise S2FTError(f"slices of one layer have {', '.join(map(str, sorted(widths)))} features on their other side")
     deltas = [one.weight.T if side == "in" else one.weight for one in slices]
     rows = [delta.to(like.device, like.dtype) for delta in deltas]
     channels = [one.indices.cpu() for one in slices]

@@ -18,11 +18,12 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError, raise_by_place, raise_together
-from s2ft.method.checksum import note
+from s2ft.method.checksum import PREFIX as FILE_PREFIX
+from s2ft.method.checksum import bare, note
 from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
 from s2ft.method.depth import stop_below
-from s2ft.method.fitting import check_and_adopt, foreign_base, resolved
+from s2ft.method.fitting import check_and_adopt, check_and_adopt_state, foreign_base, resolved
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.loaders import INCOMING, guard
@@ -217,7 +218,9 @@ class S2FTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """As in PEFT, which loads all that it finds here: what does not belong to the adapter is refused."""
         check_and_adopt(model, config, adapter_name, state_dict)
-        state_dict = {name: tensor for name, tensor in state_dict.items() if not is_carried(config, name)}
+        state_dict = {  # from a model that adapters were injected into directly, names come without the prefix
+            FILE_PREFIX + bare(name): tensor for name, tensor in state_dict.items() if not is_carried(config, name)
+        }
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -241,7 +244,10 @@ class S2FTModel(BaseTuner):
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Before any module below takes what is its own: base weights that hold something else must not be loaded into."""
+        """Before any module below takes what is its own: all slices are looked at, and base weights that hold something else
+        must not be loaded into.
+        """
+        check_and_adopt_state(self, self.peft_config, state_dict, prefix)
         if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
             for layer in switchable_layers(self.model):
                 layer.require_own("loading base weights")

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
+from s2ft.adapter.file import open_adapter
 from s2ft.errors import S2FTError, raise_together
 from s2ft.files import entries
+from s2ft.method.registration import NAME
+from s2ft.method.whole import method_of
 from s2ft.work.baselines import METHODS
 from s2ft.work.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.work.options import LEARNING_RATES, TrainOptions
@@ -145,7 +150,7 @@ def _check_whole(checkpoint: Path, is_model: bool) -> None:
     """Checkpoints appear whole, but what is copied or edited by hand may not be."""
     weights, config = MODEL_FILES if is_model else ADAPTER_FILES
     parts = _parts(checkpoint) if is_model and (checkpoint / INDEX).is_file() else [weights]
-    missing = [name for name in (*parts, config, *STATE_FILES) if not (checkpoint / name).is_file()]
+    missing = [name for name in (*parts, config, *STATE_FILES, *_random_states()) if not (checkpoint / name).is_file()]
     if missing:
         raise S2FTError(
             f"{checkpoint} is incomplete: it has no {', '.join(missing)}; remove it to resume from the one before"
@@ -155,9 +160,38 @@ def _check_whole(checkpoint: Path, is_model: bool) -> None:
             with safe_open(checkpoint / part, framework="pt") as tensors:
                 tensors.keys()
         except SafetensorError as error:
-            raise S2FTError(
-                f"{checkpoint / part} is damaged: {error}; remove {checkpoint} to resume from the one before"
-            ) from None
+            raise _damaged(checkpoint, part, error) from None
+    for name in (*STATE_FILES, *_random_states()):
+        if Path(name).suffix in (".pt", ".pth"):
+            _check_state(checkpoint, name)
+    if not is_model and method_of(checkpoint) == NAME:
+        open_adapter(checkpoint)  # what is neither a slice nor declared would be loaded into the base
+
+
+def _random_states() -> list[str]:
+    """Without them a run would go on with other random numbers."""
+    count = process_count()
+    return ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]
+
+
+def _check_state(checkpoint: Path, name: str) -> None:
+    """Looks at the checksums that torch writes, and that an optimizer's state is one; nothing is unpickled but tensors."""
+    try:
+        with zipfile.ZipFile(checkpoint / name) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise S2FTError(f"the checksum of its part {broken} differs")
+        if name == "optimizer.pt":
+            state = torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+                raise S2FTError("it holds no state of an optimizer")
+    except Exception as error:  # as many kinds as there are ways for an archive or a pickle to be broken
+        raise _damaged(checkpoint, name, error) from None
+
+
+def _damaged(checkpoint: Path, name: str, error: Exception) -> S2FTError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return S2FTError(f"{checkpoint / name} is damaged: {reason}; remove {checkpoint} to resume from the one before")
 
 
 def _parts(checkpoint: Path) -> list[str]:
