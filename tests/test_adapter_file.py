@@ -13,6 +13,7 @@ from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapter.file import read_adapter
 from s2ft.adapter.inspection import changes, draw, summary, table
+from s2ft.cli.tables import print_table
 from s2ft.method.digest import agree, slice_digest
 from s2ft.method.in_place import planned
 from s2ft.method.linear import S2FTLinear
@@ -182,3 +183,23 @@ def test_a_damaged_delta_is_refused_when_it_is_loaded(saved: Path, damage: str) 
     edit_tensors(saved, change[damage])
     with any_base(), pytest.raises(S2FTError, match=r"has no weight for|not finite"):
         PeftModel.from_pretrained(build("llama", torch.float32), saved)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = "layers.0.[/red]"
+    name = f"base_model.model.{module}.s2ft_block"
+    save_file(
+        {f"{name}.weight": torch.ones(3, 1), f"{name}.indices": torch.zeros(1).long()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    S2FTConfig(slices={module: "in 0"}, target_modules=[module]).save_pretrained(str(tmp_path))
+    print_table(table(read_adapter(tmp_path)))
+    assert "0.[/red]" in capsys.readouterr().out
+    for bad in ("\x1b[2J", "a\nb", "\ud800", ""):
+        edit_config(tmp_path, slices={bad: "in 0"})
+        with pytest.raises(S2FTError, match="empty or holds control characters") as error:
+            read_adapter(tmp_path)
+        assert all(letter.isprintable() or letter == "\n" for letter in str(error.value))
+    edit_config(tmp_path, slices={module: "in 0"}, base_model_name_or_path="\x1b]0;x\x07")
+    with pytest.raises(S2FTError, match=r"base_model_name_or_path=.*holds control characters"):
+        read_adapter(tmp_path)

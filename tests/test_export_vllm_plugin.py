@@ -115,6 +115,17 @@ def test_names_that_lead_elsewhere_are_not_there(registry: Registry, tmp_path: P
     assert adapter_folder(tmp_path / "adapters", "a") == inside.resolve()
 
 
+def test_no_name_and_no_config_brings_the_server_down(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name, text in (("deep", '{"a":' * 50_000), ("digits", '{"peft_type": "S2FT", "seed": ' + "9" * 5000 + "}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(text)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "adapter_config.json")
+    for name in ("loop", "loop/a", "\ud800", "a\udcff", "x" * 5000, "\x1b[2J", "deep", "digits", "pipe"):
+        assert adapter_folder(tmp_path, name) is None
+
+
 def test_what_cannot_be_served_says_why_and_leaves_nothing(registry: Registry, tmp_path: Path) -> None:
     base, other = save_base(tmp_path / "base", "llama"), save_base(tmp_path / "other", "llama")
     native = save_adapter(tmp_path / "adapters" / "math", base, 0.3)

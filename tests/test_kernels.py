@@ -18,12 +18,24 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no GPU; `make test-kernels` uses Triton's interpreter", allow_module_level=True)
 
+from s2ft.errors import S2FTError  # noqa: E402
 from s2ft.method import kernels, mixed  # noqa: E402 - only where Triton is
 from s2ft.method.mixed import LooseSlice, MixedBatch  # noqa: E402
 
 BASE = "__base__"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_table_of_another_width_is_refused(side: str) -> None:
+    narrow = LooseSlice(side, torch.tensor([0, 2]), torch.ones((6, 2) if side == "in" else (2, 6), device=DEVICE))
+    batch = MixedBatch(["a"])
+    pack = mixed._pack_side(side, [narrow], torch.ones(1, device=DEVICE))
+    x, y = torch.ones(1, 7, device=DEVICE), torch.ones(1, 7, device=DEVICE)
+    plan = kernels.tiles(pack, batch.of_row, 1, 7, torch.device(DEVICE))
+    with pytest.raises(S2FTError, match="6 features on their other side, the layer 7"):
+        kernels.add_by_kernel(pack, y, x, plan)
 
 
 class Layer(nn.Module):

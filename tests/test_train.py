@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, build
+from mutations import PREFIX, WEIGHTS, write_tensors
 from s2ft import S2FTError
 from s2ft.adapter.file import read_adapter
 from s2ft.work import packing
@@ -122,6 +124,38 @@ def test_a_damaged_checkpoint_is_not_resumed(run, tmp_path, monkeypatch):
     weights.unlink()
     with pytest.raises(S2FTError, match=r"checkpoint-2 is incomplete: it has no adapter_model\.safetensors"):
         run(resume=True)
+
+
+DAMAGE = {
+    r"neither a slice nor what the config declares": lambda folder: write_tensors(
+        folder, {**load_file(folder / WEIGHTS), PREFIX + "model.norm.weight": torch.full((32,), 7.0)}
+    ),
+    r"its checksum differs": lambda folder: flip(folder / WEIGHTS, -9),
+    r"optimizer\.pt is damaged": lambda folder: flip(folder / "optimizer.pt", 2000),
+    r"scheduler\.pt is damaged": lambda folder: (folder / "scheduler.pt").write_bytes(b"\x80\x04."),
+    r"optimizer\.pt is damaged: it holds no state": lambda folder: torch.save([1], folder / "optimizer.pt"),
+    r"incomplete: it has no rng_state\.pth": lambda folder: (folder / "rng_state.pth").unlink(),
+}
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 16
+    path.write_bytes(data)
+
+
+def test_what_was_changed_in_a_checkpoint_is_not_resumed(run, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 2)
+    run()
+    monkeypatch.undo()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    shutil.copytree(checkpoint, tmp_path / "sound")
+    for message, damage in DAMAGE.items():
+        shutil.rmtree(checkpoint)
+        shutil.copytree(tmp_path / "sound", checkpoint)
+        damage(checkpoint)
+        with pytest.raises(S2FTError, match=message):
+            run(resume=True)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", '{"options": null, "data": null}', '{"options": {}, "data": {}}'])

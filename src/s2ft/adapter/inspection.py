@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -101,7 +102,7 @@ def table(adapter: Adapter, base: nn.Module | None = None) -> Table:
         numbers = (str(row.channels), f"{row.weights:,}", f"{row.norm:.4g}", f"{row.largest:.3g}")
         which = row.slice.partition(" ")[2]
         which = which if len(which) <= _WHICH else which[: _WHICH - 1] + "…"
-        result.add_row(layer, name, row.side, *numbers, which, *([row.in_place] if base is not None else []))
+        result.add_row(layer, escape(name), row.side, *numbers, which, *([row.in_place] if base is not None else []))
     return result
 
 

@@ -74,6 +74,7 @@ def summary(combination: Combination, rows: list[Overlap]) -> dict[str, Any]:
 
 def table(rows: list[Overlap]) -> Table:
     """The rows for people; a blank layer repeats the one above."""
+    from rich.markup import escape
     from rich.table import Table
 
     result = Table(box=None, header_style="bold", pad_edge=False)
@@ -86,7 +87,7 @@ def table(rows: list[Overlap]) -> Table:
         layer = "" if row.layer is None or row.layer == above else str(row.layer)
         above = row.layer
         result.add_row(
-            *(layer, ".".join(row.module.split(".")[-2:]), row.side),
+            *(layer, escape(".".join(row.module.split(".")[-2:])), row.side),
             *(f"{row.first}, {row.second}", f"{row.first_channels}, {row.second_channels}", str(row.shared)),
             *(f"{row.share:.0%}", _number(row.cosine, ".2f"), _number(row.sign_conflict, ".0%")),
             f"{_number(row.interference_on_first, '.2f')}, {_number(row.interference_on_second, '.2f')}",

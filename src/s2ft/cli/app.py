@@ -96,8 +96,13 @@ def _print_what_can_be_printed() -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    print(_printable(message), file=sys.stderr)
     sys.exit(code)
+
+
+def _printable(message: str) -> str:
+    """Without control characters: names come from files, and a terminal would obey them."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in message)
 
 
 if __name__ == "__main__":
