@@ -9,8 +9,9 @@ _REASONS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file of that size is not allowed there",
 }
-_FULL = (
-    r"No space left|PytorchStreamWriter failed writing|\d+ requested and \d+ written"  # torch.save's words, and NumPy's
+_FULL = (  # torch.save's words, and NumPy's
+    r"No space left|PytorchStreamWriter failed writing|iostream error|unexpected pos \d+ vs \d+|"
+    r"\d+ requested and \d+ written"
 )
 
 MOST_PROBLEMS = 50  # that one message lists

@@ -10,6 +10,7 @@ neighbours (2j with 2j + 1), head by head; the rows of an adapter go the same wa
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +65,23 @@ def write_gguf(adapter: AdapterFile, base: Checkpoint, file: Path, progress: Pro
     architecture = ARCHITECTURES[base.model.config.model_type]
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, base.model.config.num_hidden_layers)
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-    for module in progress(list(adapter.slices)):
-        chosen = adapter.slices[module]
-        low = factors(chosen, adapter.delta(module), base.sliced_size(module, chosen.side))
-        name = names.get_name(module)
-        if name is None:
-            raise S2FTError(f"llama.cpp's {architecture} has no tensor for {module}; a GGUF adapter cannot carry it")
-        _add(writer, f"{name}.weight.lora_a", low.a)
-        _add(writer, f"{name}.weight.lora_b", _rows(base, architecture, module, low.b))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(gguf.GGUFWriter(file, architecture)) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        for module in progress(list(adapter.slices)):
+            chosen = adapter.slices[module]
+            low = factors(chosen, adapter.delta(module), base.sliced_size(module, chosen.side))
+            name = names.get_name(module)
+            if name is None:
+                raise S2FTError(
+                    f"llama.cpp's {architecture} has no tensor for {module}; a GGUF adapter cannot carry it"
+                )
+            _add(writer, f"{name}.weight.lora_a", low.a)
+            _add(writer, f"{name}.weight.lora_b", _rows(base, architecture, module, low.b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
     _check_whole(file, 2 * len(adapter.slices))
 
 

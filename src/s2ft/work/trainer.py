@@ -40,6 +40,15 @@ class Trainer(SFTTrainer):
     annotate: Callable[[Path], None] | None = None  # adds files of ours to a checkpoint
     _aside: Path | None = None
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the line of the bar is ended, whatever ends the training, so that a message has its own."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.close()
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; with `pure_bf16`, over bf16 deltas, in steps that are rounded stochastically."""
         self._purify()
@@ -131,6 +140,12 @@ class Progress(ProgressCallback):
     ) -> None:
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{(logs or {})['loss']:.3f}")
+
+    def close(self) -> None:
+        """Ends the lines of the bars that are shown."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
 
 class Flow(TrainerCallback):
