@@ -14,6 +14,10 @@ from torch import nn
 
 BY_HEAD = "each head's query, key and value lie together in its rows, which are no heads of q, k or v"
 
+NOT_STACKED = (
+    "its rows are not q, k and v one after the other (CodeGen: q, v, k of a quarter of the heads; MiniMax: by head)"
+)
+
 
 @dataclass(frozen=True)
 class AttentionNames:
@@ -52,7 +56,7 @@ ATTENTION = (
     fused("c_attn", "c_proj", mixed=BY_HEAD, where=("multi_query", False)),  # GPTBigCode with a key for each head
     fused("c_attn", "c_proj"),  # GPT-2, GPTBigCode with one key
     fused("qkv_proj", "o_proj"),  # Phi-3
-    fused("qkv_proj", "out_proj", mixed="it holds q, v and k of a quarter of the heads, four times"),  # CodeGen
+    fused("qkv_proj", "out_proj", mixed=NOT_STACKED),  # CodeGen, MiniMax's linear attention
     fused("query_key_value", "dense", mixed=BY_HEAD),  # GPT-NeoX, BLOOM, Falcon
     fused("Wqkv", "out_proj"),  # MPT
     fused("Wqkv", "Wo"),  # ModernBERT
