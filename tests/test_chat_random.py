@@ -102,7 +102,7 @@ def test_nothing_is_lost_and_only_answers_are_learned(tmp_path, tries) -> None:
     path = tmp_path / "chat.jsonl"
     tokenizers = [byte_tokenizer(template, CHATML_TOKENS, "<|im_start|> $A <eos>") for template in TEMPLATES]
     refused = 0
-    for _ in range(tries(150, 20_000)):
+    for _ in range(tries(80, 5_000)):
         tokenizer, record = rng.choice(tokenizers), Words(rng).record()
         path.write_text(json.dumps(record))
         wanted = learned_turns(record)

@@ -1,6 +1,7 @@
 """A whole evaluation: answers are kept and not asked twice, counts are right, errors are no wrong answers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -313,6 +314,12 @@ class TestWords:
     def test_by_default(self, trained, data, tmp_path, monkeypatch, name, part) -> None:
         found = self.asked(trained, data, tmp_path / "out", monkeypatch, [str(Path(trained[name], part))])
         assert found == {"text": "alpaca"}.get(name, name)
+
+    def test_of_a_model_that_training_left_too(self, trained, data, tmp_path, monkeypatch) -> None:
+        run = json.loads((Path(trained["chat"]) / "run.json").read_text())
+        model = shutil.copytree(trained["base"], tmp_path / "model")
+        (model / "run.json").write_text(json.dumps({"data": run["data"]}))
+        assert self.asked({"base": str(model)}, data, tmp_path / "out", monkeypatch, []) == "chat"
 
     def test_unless_told_otherwise_with_a_warning(self, trained, data, tmp_path, monkeypatch, caplog) -> None:
         assert self.asked(trained, data, tmp_path, monkeypatch, [trained["chat"]], prompt="alpaca") == "alpaca"

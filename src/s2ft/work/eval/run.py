@@ -149,7 +149,7 @@ def _evaluate(options: EvalOptions, tell: Tell) -> EvalReport:
     raise_together(gathered(*checks))
     tasks = check_options(options)
     subjects = find_subjects(options.adapters)
-    words = {subject: choose_words(options.prompt, subject) for subject in subjects}
+    words = {subject: choose_words(options, subject) for subject in subjects}
     asked = {(task, style): _load(task, options, style) for style in set(words.values()) for task in tasks}
     dtype, _ = choose_precision(options.precision)
     models = Models(options.model, dtype, options.engine, options.batch_size)
@@ -210,9 +210,11 @@ def _output_problems(output: Path) -> list[str]:
     )
 
 
-def choose_words(prompt: str, subject: Subject) -> str:
+def choose_words(options: EvalOptions, subject: Subject) -> str:
     """The words that a subject is asked in: those that were chosen, or those that it was trained on; else Alpaca's."""
-    trained = None if subject.adapter is None else trained_on(subject.adapter)
+    prompt, trained = options.prompt, None
+    if subject.adapter is not None or Path(options.model).is_dir():  # training may have left a whole model there
+        trained = trained_on(subject.adapter or options.model)
     if prompt == AUTO:
         if trained in PROMPTS:
             log.info("%s is asked in the words of %s, as it was trained", subject.label, trained)

@@ -65,13 +65,14 @@ def find_subjects(adapters: Sequence[str]) -> list[Subject]:
     return subjects or [Subject(BASE, None)]
 
 
-def trained_on(adapter: str) -> str | None:
-    """The format of an adapter's training data ("chat", "alpaca" or "text"), as its run card or checkpoint notes it; None if
-    there is no note.
+def trained_on(name: str) -> str | None:
+    """The format of the data that an adapter or a model was trained on: "chat", "alpaca" or "text".
+
+    Its run card or checkpoint notes it; None if there is no such note.
     """
-    folder = Path(adapter)
+    folder = Path(name)
     try:
-        note = folder / RUN_FILE if folder.is_dir() else Path(hf_hub_download(adapter, RUN_FILE))
+        note = folder / RUN_FILE if folder.is_dir() else Path(hf_hub_download(name, RUN_FILE))
         found = json.loads(note.read_text(encoding="utf-8"))["data"]["format"]
     except Exception:  # no such file, no connection, another tool's file of that name, ...
         return None
