@@ -63,7 +63,7 @@ def test_the_summary_tells_what_was_asked_for_and_the_reasons(train, base, data,
     assert 1e8 < training["peak_memory_bytes"] < 1e11  # bytes, not kilobytes
     assert "channels of the largest weight scores" in errors
     assert "seed None" not in errors
-    assert "1 examples a step: 27 examples in 3 epochs are 81 steps" in errors
+    assert "1 example a step: 4 steps, as asked" in errors
     assert f"learning rate: {training['learning_rate']:g}, for 4 steps and" in errors
 
 
@@ -112,7 +112,7 @@ def test_another_method_leaves_a_model_and_says_so(train, base, data, tmp_path):
             "'x_proj', which is unknown; choose from q_proj", "strategy='best' is unknown; choose from random, weight",
         ]),
         (["--ratios", "lots"], ["ratios='lots': must be a fraction such as 0.05, or one per projection"]),
-        (["--no-such-flag"], ["No such option: --no-such-flag"]),
+        (["--no-such-flag"], ["No such option", "--no-such-flag"]),
         (["--config", "nowhere.yaml"], ["config='nowhere.yaml' cannot be read"]),
         (["--model", "m", "--output", "o", "--json", "nowhere/r.json"], ["there is no folder 'nowhere'"]),
         (["--model", "m", "--output", "o", "--json", "."], ["json='.' is a folder; name a file"]),

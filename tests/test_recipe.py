@@ -50,12 +50,13 @@ def test_there_are_a_hundred_steps_wherever_the_data_suffices_and_at_most_the_pa
     ("given", "rows", "batch", "reason"),
     [
         ({}, 200, (4, 1), "4 examples a step: 200 examples in 3 epochs are 150 steps"),
-        ({}, 50, (1, 1), "1 examples a step: 50 examples in 3 epochs are 150 steps"),
+        ({}, 50, (1, 1), "1 example a step: 50 examples in 3 epochs are 150 steps"),
         ({}, 50_000, (4, 16), "64 examples a step: 50,000 examples in 3 epochs are 2,344 steps"),
         ({"recipe": "paper"}, 200, (4, 16), "64 examples a step, as in the paper"),
         ({"recipe": "paper", "batch_size": 8}, 200, (8, 8), "64 examples a step, as in the paper"),
         ({"batch_size": 2, "gradient_accumulation": 3}, 200, (2, 3), "6 examples a step, as asked"),
         ({"gradient_accumulation": 1}, 30, (4, 1), "4 examples a step: 30 examples in 3 epochs are 23 steps"),
+        ({"max_steps": 1000}, 200, (4, 1), "4 examples a step: 1,000 steps, as asked"),
         ({"batch_size": 2}, 200, (2, 2), "4 examples a step: 200 examples in 3 epochs are 150 steps"),
         ({"batch_size": 32}, 200, (32, 1), "32 examples a step: 200 examples in 3 epochs are 19 steps"),
         ({"packing": True}, 100, (2, 1), "2 rows a step: 100 rows in 3 epochs are 150 steps"),
@@ -119,7 +120,7 @@ def test_defaults_teach_a_small_data_set_and_the_papers_recipe_does_not(run, tmp
     ends.write_text("".join(json.dumps(example) + "\n" for example in STUDY_SKILLS["ends"].examples(40, seed=0)))
     embedded = {"model": str(base_path()), "data": str(ends), "seed": 0}
     ours = run(**embedded)
-    assert "batch: 1 examples a step: 40 examples in 3 epochs are 120 steps" in caplog.messages
+    assert "batch: 1 example a step: 40 examples in 3 epochs are 120 steps" in caplog.messages
     training = ours.card["training"]
     assert training["learning_rate"] == ours.card["options"]["learning_rate"]
     assert f"learning rate: {training['learning_rate']:g}, {training['learning_rate_reason']}" in caplog.messages

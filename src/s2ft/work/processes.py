@@ -12,10 +12,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, raise_together
 from s2ft.work.options import PURE, TrainOptions
 
 T = TypeVar("T")
+SHARDING = {  # as launchers call it → what it does
+    "FSDP": "FSDP keeps a part of each weight in each process",
+    "DEEPSPEED": "DeepSpeed (ZeRO) keeps parts of the optimizer's state, gradients or weights in each process",
+    "MEGATRON_LM": "Megatron-LM keeps parts of layers, or some layers, in each process",
+    "PARALLELISM_CONFIG": "a parallelism config (tensor, context, sequence) splits layers or sequences over processes",
+}
 
 
 def process_count() -> int:
@@ -50,9 +56,11 @@ def anywhere(said: bool) -> bool:
 def check_processes(options: TrainOptions) -> None:
     """Raises `S2FTError` for what is not possible here, or in one process alone."""
     count = process_count()
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise S2FTError(f"{name} splits a model over processes; here each holds it whole: launch with --multi_gpu")
+    raise_together(
+        f"{why}; s2ft train has each process hold and train the whole: launch with --multi_gpu instead"
+        for name, why in SHARDING.items()
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"  # as accelerate asks
+    )
     if count > 1 and options.evaluate is not None:
         raise S2FTError(
             f"evaluate={options.evaluate!r} needs one process, here are {count}; use `s2ft eval` afterwards"

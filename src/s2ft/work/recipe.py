@@ -64,11 +64,13 @@ def _examples_per_step(options: TrainOptions, rows: int) -> int:
 
 def _batch_reason(options: TrainOptions, rows: int, step: int) -> str:
     kind = "rows" if options.packing else "examples"
-    text = f"{step} {kind} a step"
+    text = f"{step} {kind if step > 1 else kind[:-1]} a step"
     if options.batch_size is not None and options.gradient_accumulation is not None:
         return f"{text}, as asked"
     if options.recipe == PAPER:
         return f"{text}, as in the paper"
+    if options.max_steps is not None:
+        return f"{text}: {options.max_steps:,} steps, as asked"
     return f"{text}: {rows:,} {kind} in {options.epochs:g} epochs are {math.ceil(rows / step * options.epochs):,} steps"
 
 
