@@ -186,6 +186,14 @@ def test_whatever_writes_an_adapter_writes_its_checksums(base: nn.Module, tmp_pa
     assert json.loads((tmp_path / "alone" / CONFIG).read_text())["checksums"] is None
 
 
+def test_the_files_say_how_to_load_them(base: nn.Module, tmp_path: Path) -> None:
+    folder = save(base, tmp_path / "a")
+    for text in (json.loads((folder / CONFIG).read_text())["how_to_load"], (folder / "README.md").read_text()):
+        assert "`pip install s2ft`, and `import s2ft` before PEFT or transformers load it" in text
+    by_peft(base, folder).save_pretrained(folder)
+    assert (folder / "README.md").read_text().count("## How to load") == 1
+
+
 def narrow(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     name = f"{PREFIX}{DOWN}.s2ft_block.weight"

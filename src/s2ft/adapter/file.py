@@ -24,7 +24,7 @@ from s2ft.errors import S2FTError
 from s2ft.method.checksum import PREFIX
 from s2ft.method.config import S2FTConfig
 from s2ft.method.slices import Slice
-from s2ft.method.whole import BLOCK, WeightFile, is_carried
+from s2ft.method.whole import BLOCK, WeightFile, check_method, is_carried
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,7 @@ def open_adapter(folder: str | Path) -> AdapterFile:
 def _checked(folder: Path) -> tuple[S2FTConfig, WeightFile]:
     if not folder.is_dir():
         raise S2FTError(f"{folder} holds no adapter: there is no {CONFIG_NAME}")
+    check_method(folder)
     config = S2FTConfig.from_pretrained(str(folder))
     if not config.slices:
         raise S2FTError(f"{folder / CONFIG_NAME} names no slices; was it saved before the adapter was made?")

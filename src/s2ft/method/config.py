@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.checksum import taken
-from s2ft.method.registration import peft_type
+from s2ft.method.registration import NAME, peft_type
 from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
 from s2ft.method.unknown import explain_unknown
-from s2ft.method.whole import check_method, check_whole, kind_problems, name_problems
+from s2ft.method.whole import check_method, check_whole, kind_problems, method_of, name_problems
 
+HOW_TO_LOAD = (
+    "An adapter of the method S2FT: `pip install s2ft`, and `import s2ft` before PEFT or transformers load it."
+)
 _LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
 
 
@@ -59,6 +63,7 @@ class S2FTConfig(PeftConfig):
         slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see
             `s2ft.method.selection`).
         base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
+        how_to_load: Not for the user: an explanation that lies beside the method's name in the adapter's files.
         checksums: Filled in on saving: name → checksum of each tensor in the weight file (see `s2ft.method.checksum`).
 
     A rate that suits AdamW is 0.3 / √(channels of a slice × steps), some 1e-3 to 5e-3 for a short run: more than a LoRA wants,
@@ -103,6 +108,8 @@ class S2FTConfig(PeftConfig):
         default=None, metadata={"help": "Filled in: checksums of the saved tensors"}
     )
 
+    how_to_load: str = field(default=HOW_TO_LOAD, metadata={"help": "For those who find PEFT's KeyError: 'S2FT'"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
@@ -144,7 +151,8 @@ class S2FTConfig(PeftConfig):
             S2FTError: if a file is damaged, the weights are not those of the config, or hold more than it declares.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if not folder.is_dir():  # a name on the Hub
+        method = method_of(folder) if folder.is_dir() else None  # else a name on the Hub
+        if method is None or (isinstance(method, str) and method in PEFT_TYPE_TO_CONFIG_MAPPING and method != NAME):
             return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_method(folder)
         try:
@@ -159,8 +167,11 @@ class S2FTConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; with the checksums of the tensors that are saved beside."""
-        self.checksums = taken(self)
+        self.checksums, self.how_to_load = taken(self), HOW_TO_LOAD
         super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")  # PEFT's, written before; it says nothing of this method
+        if card.is_file() and "import s2ft" not in (text := card.read_text(encoding="utf-8", errors="replace")):
+            card.write_text(f"{text.rstrip()}\n\n## How to load\n\n{HOW_TO_LOAD}\n", encoding="utf-8")
 
     def left_open(self, name: str) -> bool:
         """Whether the user left a field open that a model has filled in since."""

@@ -248,6 +248,7 @@ _KINDS: dict[str, tuple[type, ...]] = {  # of fields that PEFT takes as they com
     "layers_pattern": (list, str, type(None)),
     "modules_to_save": (list, type(None)),
     "trainable_token_indices": (list, dict, type(None)),
+    "how_to_load": (str,),
     "inference_mode": (bool,),
     "init_weights": (bool,),
 }
