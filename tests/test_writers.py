@@ -123,6 +123,27 @@ def test_a_writer_may_die_before_anything_that_it_does_to_a_file(
             return
 
 
+@pytest.mark.parametrize("kind", ["merge", "fuse"])
+def test_a_writer_may_die_while_it_fills_an_empty_folder(
+    kind: str, given: Path, expected: Callable[..., tuple[dict[str, str], float]], tmp_path: Path, tries: Tries
+) -> None:
+    """There its files are moved one by one, which the next command ends; never is there a config without weights."""
+    wanted, _ = expected(kind, "a")
+    for number in range(tries(2, 1000)):
+        moment = number if tries(0, 1) else random.randrange(15, 40)  # in the suite, where files are moved
+        output = tmp_path / str(moment) / "out"
+        output.mkdir(parents=True)
+        killed = Command(words(kind, given, "a", output), tmp_path / f"{moment}.log", moment, output.parent)
+        code = killed.wait()
+        assert code in (0, -9), killed.printed
+        assert any(output.glob("*.safetensors")) or not any(output.glob("*config.json"))
+        again = Command(words(kind, given, "a", output), tmp_path / f"{moment}.again")
+        assert again.wait() == 0 or "holds files already" in again.printed
+        assert contents(output) == wanted
+        if code == 0:
+            return
+
+
 @pytest.mark.parametrize(
     "kinds", [("merge", "merge"), ("fuse", "fuse"), ("lora", "lora"), ("gguf", "gguf"), ("merge", "lora")]
 )

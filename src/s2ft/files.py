@@ -24,7 +24,7 @@ from uuid import uuid4
 from safetensors import SafetensorError, safe_open
 
 from s2ft.errors import S2FTError, no_space
-from s2ft.locks import beside, is_lock, locked, no_empty_folders
+from s2ft.locks import is_lock, locked, no_empty_folders
 
 _UNFINISHED, _FINISHED = ".unfinished", ".finished"
 _CONFIGS = "config.json"  # what makes a folder an adapter or a model comes after the weights
@@ -33,7 +33,9 @@ _DEVICES = ("/dev", "/proc")
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` in one rename; nothing is there if the block raises.
+    """A folder to write into, which becomes `folder` in one rename; nothing is left there if the block raises.
+
+    An empty folder that is there already is filled as by `staged`.
 
     Raises:
         S2FTError: if something lies at `folder` already, someone else is writing there, or the disk is full.
@@ -50,16 +52,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     with _writing(folder), locked(folder):
         _settle(target)
         check_free(folder)
-        if not beside(target):
+        if target.is_dir():  # empty; it stays itself, with its permissions, and with those who are in it
             with staged(target) as aside:
                 yield aside
             return
         with _aside(target.parent / f".{target.name}{_UNFINISHED}") as aside:
             yield aside
             _flush(aside)
-            if target.is_dir():  # an empty one: its permissions are somebody's choice
-                shutil.copymode(target, aside)
-                target.rmdir()
             aside.rename(target)
             _flush_names(target.parent)
 

@@ -1,7 +1,7 @@
 """One writer at a time: a lock beside what is written, which the system takes back when its process ends.
 
 parent/.OUTPUT.lock    there while something is written to parent/OUTPUT; a killed process leaves it unlocked
-OUTPUT/.lock           where OUTPUT is a folder whose parent is not ours to write to, or another disk
+OUTPUT/.lock           where OUTPUT is a folder whose parent is not ours to write to
 """
 
 from __future__ import annotations
@@ -46,13 +46,6 @@ def locked(given: Path, wait: bool = False) -> Iterator[None]:
             lock.release()
 
 
-def beside(target: Path) -> bool:
-    """Whether `target` can be renamed to, from a name beside it."""
-    if not target.is_dir():
-        return True
-    return os.access(target.parent, os.W_OK | os.X_OK) and not target.is_mount()
-
-
 def is_lock(path: Path) -> bool:
     """Whether this is a lock of the folder that it lies in."""
     return path.name == _SUFFIX
@@ -71,7 +64,8 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 
 def _acquire(given: Path, target: Path, seconds: float) -> FileLock:
-    path = target.with_name(f".{target.name}{_SUFFIX}") if beside(target) else target / _SUFFIX
+    inside = target.is_dir() and not os.access(target.parent, os.W_OK | os.X_OK)
+    path = target / _SUFFIX if inside else target.with_name(f".{target.name}{_SUFFIX}")
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import typer
 from s2ft.cli.bench import show
 from s2ft.cli.outputs import check_writable
 from s2ft.errors import S2FTError
-from s2ft.files import replaced_file, write_json
+from s2ft.files import replaced_file, sole_writer, write_json
 
 app = typer.Typer(help="Ask the paper's claims of the embedded model, with several seeds.", no_args_is_help=True)
 
@@ -107,7 +107,11 @@ def _run(name: str, study: Callable[..., Any], folder: Path | None, json_file: P
         TextColumn("{task.percentage:.0f}%"),
         TimeRemainingColumn(),
     )
-    with quiet(), Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
+    with (
+        sole_writer(folder),
+        quiet(),
+        Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar,
+    ):
         task = bar.add_task(f"runs, kept in {folder}", total=1.0)
         report = study(folder, lambda done: bar.update(task, completed=done))
     show(report.table(), Console())
