@@ -62,8 +62,9 @@ def share(selection: Selection, model: nn.Module, name: str) -> tuple[int, float
             0.0384,
         ),
         (hf.GptOssConfig(num_hidden_layers=24, num_local_experts=32), "19.1B", 0.0638),
+        (hf.OlmoeConfig(intermediate_size=1024), "6.44B", 0.0703),
     ],
-    ids=["mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b"],
+    ids=["mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "olmoe-1b-7b"],
 )
 def test_beside_experts_one_percent_is_of_what_is_reached(config: Any, experts: str, heads: float) -> None:
     model = on_meta(config)

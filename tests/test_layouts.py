@@ -87,6 +87,9 @@ PARTIAL: dict[str, Callable[[], PreTrainedModel]] = {  # only o is read, by head
     "falcon": lambda: hf.FalconForCausalLM(
         hf.FalconConfig(**SIZES, multi_query=False, alibi=False, new_decoder_architecture=False)
     ),
+    "minicpm3": lambda: hf.MiniCPM3ForCausalLM(
+        hf.MiniCPM3Config(**SIZES, num_key_value_heads=4, **{**MLA, "q_lora_rank": 12})
+    ),
     "deepseek-v2": lambda: hf.DeepseekV2ForCausalLM(
         hf.DeepseekV2Config(
             **{**EXPERTS, "num_key_value_heads": 4},
