@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -211,6 +211,22 @@ class TestWhileAdaptersAreDisabled:
         expected = logits(made, ids)
         made.base_model.disable_adapter_layers()
         torch.testing.assert_close(logits(made.merge_and_unload(), ids), expected)
+
+
+@pytest.mark.parametrize("change", ["merge", "switch"])
+def test_an_adapter_that_is_loaded_anew_while_it_stands_in_the_base(change: str) -> None:
+    made, ids = model(), tokens(2, 7)
+    made.set_adapter("b")
+    own = {name: value.clone() for name, value in made.state_dict().items() if "s2ft_block" not in name}
+    state = get_peft_model_state_dict(made, adapter_name="b")
+    doubled = {name: 2 * value if name.endswith("weight") else value for name, value in state.items()}
+    twin = copy.deepcopy(made)
+    set_peft_model_state_dict(twin, doubled, adapter_name="b")
+    undo = merged(made) if change == "merge" else switched(made)
+    set_peft_model_state_dict(made, doubled, adapter_name="b")
+    torch.testing.assert_close(logits(made, ids), logits(twin, ids))
+    undo()
+    assert all(torch.equal(made.state_dict()[name], value) for name, value in own.items())
 
 
 class TestReadingTheBase:

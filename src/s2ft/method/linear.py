@@ -126,6 +126,7 @@ class S2FTLinear(nn.Module, Switchable):
         self.pooled: dict[str, LooseSlice] = {}  # adapters that an `AdapterPool` holds beside the model's own
         self.base_weight, self.held = BaseWeight(), ()
         self._slot: Slot | None = None  # inside `in_place`: where the slice of its adapter lies in the base weight
+        self.register_load_state_dict_post_hook(_write_anew)
         self.join(shared or Shared())
         self.update_layer(adapter_name, chosen, **options)
 
@@ -299,3 +300,11 @@ class S2FTLinear(nn.Module, Switchable):
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
+
+
+def _write_anew(layer: nn.Module, _: Any) -> None:
+    """After loading: what stands in the base weight has the values that were loaded."""
+    assert isinstance(layer, S2FTLinear)
+    if layer.held:
+        layer.take_out()
+        layer.settle()
