@@ -18,6 +18,7 @@ from s2ft import S2FTConfig, S2FTError, Selection, select
 from s2ft.method.coverage import parameter_counts
 from s2ft.method.towers import _tower_configs, towers
 from s2ft.work.options import TrainOptions
+from s2ft.work.results import parameters
 from s2ft.work.train import train
 from tiny_base import byte_tokenizer
 
@@ -232,7 +233,11 @@ def test_a_budget_on_packed_weights_is_that_of_the_plain_ones(as_buffer: bool) -
                 setattr(module, name, quantised)
     config = S2FTConfig(budget=0.05, seed=0)
     assert select(packed, config).config.slices == select(plain, config).config.slices
-    assert sum(parameter_counts(packed).values()) == sum(p.numel() for p in plain.parameters())
+    every = sum(p.numel() for p in plain.parameters())
+    assert sum(parameter_counts(packed).values()) == every
+    for model in (plain, packed):  # what the run card says
+        tuned = get_peft_model(model, S2FTConfig(ratios={"o_proj": 0.5}, modules_to_save=["lm_head"], seed=0))
+        assert parameters(tuned) == (3 * 24 * 12 + tuned.lm_head.original_module.weight.numel(), every)
 
 
 def test_a_budget_on_partitioned_parameters_is_that_of_the_whole_ones() -> None:

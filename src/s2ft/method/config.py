@@ -40,7 +40,8 @@ class S2FTConfig(PeftConfig):
         ratios: Fraction of the heads or channels to train, in (0, 1]: one number for all targets, or one per projection
             (`{"o_proj": 0.05, "down_proj": 0.02}`). Heads are counted for q and o, key-value groups for k and v,
             FFN channels for gate, up and down. Give `ratios` or `budget`, not both.
-        budget: Fraction of the model's parameters to train, split evenly over the targets. The default is 0.01 on
+        budget: Fraction of the model's parameters to train, split evenly over the targets; what no slice can be taken
+            from (stacked experts, mixers, a vision tower) does not count. The default is 0.01 on
             `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it.
         strategy: `random`, `weight` (norm of the weights), `activation` (norm of the activations), `product` of both,
             `gradient` (norm of the gradient), `lift` (norm of the weights' low-rank part) or `saliency` (first-order effect on

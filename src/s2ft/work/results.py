@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.files import staged
+from s2ft.method.coverage import parameter_counts
 from s2ft.work.baselines import METHODS
 from s2ft.work.card import Card, write_card
 from s2ft.work.model_card import model_card
@@ -23,11 +24,10 @@ def section(options: TrainOptions) -> str:
     return "model" if METHODS[options.method].leaves_model else "adapter"
 
 
-def parameters(model: nn.Module, options: TrainOptions) -> tuple[int, int]:
-    """Those that the method trains (at a time), and those of the model without an adapter."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    every = sum(parameter.numel() for parameter in model.parameters())
-    return trainable, every if METHODS[options.method].leaves_model else every - trainable
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """Those that the method trains (at a time), and those of the model without an adapter, however they are stored."""
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return trainable, sum(parameter_counts(model).values())
 
 
 def save_result(
@@ -37,7 +37,7 @@ def save_result(
 
     A model is brought to the dtype that its base was stored in, and gets the tokenizer along.
     """
-    method, output, counts = METHODS[options.method], Path(options.output), parameters(model, options)
+    method, output, counts = METHODS[options.method], Path(options.output), parameters(model)
     end = turn_end(tokenizer) if card["data"]["format"] == "chat" else None
     end = None if end == tokenizer.eos_token_id else end
     if method.leaves_model:

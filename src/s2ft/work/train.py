@@ -274,7 +274,7 @@ def _card(setup: _Setup, steps: int, metrics: dict[str, float]) -> Card:
     trainer, tokens = setup.trainer, setup.tokens
     history = trainer.state.log_history
     curve = _points(history, "loss")
-    trainable, total = parameters(trainer.model, setup.options)
+    trainable, total = parameters(trainer.model)
     seconds = metrics["train_runtime"]
     first = 0 if setup.checkpoint is None else int(setup.checkpoint.name.partition("-")[2])
     seen = max((entry.get("num_tokens", 0) for entry in history if entry["step"] > first), default=0)
