@@ -161,6 +161,9 @@ class TestWhatIsLearned:
         )
         loud = {"messages": [USER, ANSWER], "chat_template_kwargs": {"loud": True}}
         assert learned(tmp_path, loud, tokenizer=shouts) == ["YES, RAIN.<|im_end|>\n"]
+        for name in ("loud", "padding"):  # what the template does not know, and what is not meant for it
+            record = {"messages": [USER, ANSWER], "chat_template_kwargs": {name: True}}
+            assert f"leaves out chat_template_kwargs.{name}, so it would be lost" in refusal(tmp_path, record)
 
 
 @pytest.mark.parametrize(

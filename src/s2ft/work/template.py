@@ -89,6 +89,8 @@ def left_out(
     for name in _OPTIONS:
         if options.get(name) and is_same(messages, {key: item for key, item in options.items() if key != name}):
             yield name
+    text = tokenizer.get_chat_template(tools=options.get("tools"))
+    yield from (f"chat_template_kwargs.{name}" for name in options if name not in _OPTIONS and name not in text)
     for index, message in enumerate(messages):
         for name, bare in _without_each(message, reasoning=index >= learned):
             surely = name == "content" and len(message) == 2 and message["content"].strip() in whole
