@@ -229,6 +229,15 @@ def test_an_adapter_that_is_loaded_anew_while_it_stands_in_the_base(change: str)
     assert all(torch.equal(made.state_dict()[name], value) for name, value in own.items())
 
 
+def test_an_adapter_of_a_tied_head_is_saved_and_loaded_under_another_name(tmp_path: Path) -> None:
+    made, ids = TestSharedWeights().tied(), tokens(2, 7)
+    expected = logits(made, ids)
+    made.save_pretrained(tmp_path)  # PEFT puts the head's base weight beside the slices
+    made.load_adapter(str(tmp_path), adapter_name="again")
+    made.set_adapter("again")
+    assert torch.equal(logits(made, ids), expected)
+
+
 class TestReadingTheBase:
     """What reads base weights reads their own values, or is refused."""
 
