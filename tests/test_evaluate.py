@@ -236,7 +236,8 @@ class TestScores:
         }
         assert kept["scores/base"] == kept["plain"]
         assert kept["scores/tuned"] != kept["plain"]
-        assert "| gsm8k | base=" in to_markdown({"status": "finished", "scores": found})
+        row = f"| gsm8k | {found['gsm8k']['base']:.6g} | {found['gsm8k']['tuned']:.6g} |"
+        assert row in to_markdown({"status": "finished", "scores": found})
 
     @pytest.mark.parametrize("method", ["s2ft", "full"])
     def test_a_run_card_holds_them(self, base, data, tmp_path, short, method) -> None:
@@ -247,7 +248,8 @@ class TestScores:
         card = train(parse_options({**options, "evaluate": "gsm8k", "eval_data": data})).card
         assert card["scores"]["gsm8k"]["questions"] == 3
         assert json.loads((tmp_path / "out" / "run.json").read_text())["scores"] == card["scores"]
-        assert "| gsm8k | base=" in (tmp_path / "out" / "run.md").read_text()
+        row = f"| gsm8k | {card['scores']['gsm8k']['base']:.6g} | {card['scores']['gsm8k']['tuned']:.6g} |"
+        assert row in (tmp_path / "out" / "run.md").read_text()
         checked = check_scores(["gsm8k"], data, limit=3)
         plain = score(load_model(base, torch.float32), load_tokenizer(base), checked, tmp_path / "plain", 2)
         assert card["scores"]["gsm8k"]["base"] == plain["gsm8k"]["accuracy"]
