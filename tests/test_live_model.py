@@ -310,8 +310,9 @@ class LiveModel(RuleBasedStateMachine):
                 sides.setdefault(path, set()).add(side)
         weights = [1.5, -0.5, 0.25][: len(distinct)]
         allowed = not expected.laid_out
-        if not self.attempt(allowed, lambda: self.model.add_weighted_adapter(distinct, weights, name)):
-            return
+        with s2ft.any_base():  # a cast down and up again rounds the base that was digested
+            if not self.attempt(allowed, lambda: self.model.add_weighted_adapter(distinct, weights, name)):
+                return
         expected.merged = []
         self.note(name, anew=False)
         for path in sides:

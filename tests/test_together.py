@@ -206,6 +206,16 @@ class TestWhileAdaptersAreDisabled:
             assert torch.equal(logits(made, ids), base)
         assert not torch.allclose(logits(made, ids), base)
 
+    @pytest.mark.parametrize("switched", [False, True])
+    def test_a_mixed_batch_is_the_bases(self, switched: bool) -> None:
+        made, ids = model(), tokens(2, 7)
+        base = base_output(made, ids)
+        if switched:
+            s2ft.switch(made, None)
+        made.base_model.disable_adapter_layers()
+        with torch.no_grad():
+            assert torch.equal(made(ids, adapter_names=["b", "default"]).logits, base)
+
     def test_merging_for_good(self) -> None:
         made, ids = model(), tokens(2, 7)
         expected = logits(made, ids)

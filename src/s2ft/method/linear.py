@@ -237,7 +237,7 @@ class S2FTLinear(nn.Module, Switchable):
         """Straight through the base layer; rows can be mixed while no adapter stands in its weight."""
         if adapter_names is not None or self.training:
             self.check_switched_forward(adapter_names)
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
