@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-soak test-peft test-lowest test-kernels test-engines docs lint clean
+.PHONY: setup quickstart test test-slow test-soak test-peft test-lowest test-kernels test-engines test-wheel docs lint clean
 
 setup: .venv/ready
 
@@ -59,6 +59,14 @@ build/kernels/ready: .venv/ready
 # Exported adapters in vLLM and llama.cpp, token for token; makes environments of its own under build/ (4 GB)
 test-engines: setup
 	$(BIN)/python tests/engines/run.py
+
+# What a user gets: the wheel in an environment of its own, and the quickstart from there
+test-wheel:
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/s2ft-*.whl
+	cd build/wheel && env/bin/s2ft --version && env/bin/s2ft quickstart
 
 # The site in build/site: README, docs/ and the public API; broken links fail
 docs: setup
