@@ -194,6 +194,24 @@ def test_the_files_say_how_to_load_them(base: nn.Module, tmp_path: Path) -> None
     assert (folder / "README.md").read_text().count("## How to load") == 1
 
 
+@pytest.mark.parametrize("empty", [[], "", {}, None])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_targets_that_are_left_empty_are_those_of_the_slices(
+    loader: Callable[..., Any], empty: object, base: nn.Module, tmp_path: Path
+) -> None:
+    folder = save(base, tmp_path / "a")
+    x, plain = tokens(2, 5), by_peft(copy.deepcopy(base), folder)
+    expected = plain(x).logits
+    edit(folder, target_modules=empty)
+    if empty == {}:
+        with pytest.raises(S2FTError, match="target_modules="):
+            loader(base, folder)
+        return
+    model = loader(base, folder)
+    (model.set_adapter if loader is not by_peft else lambda _: None)("other")
+    assert torch.equal(model(x).logits, expected)
+
+
 def narrow(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     name = f"{PREFIX}{DOWN}.s2ft_block.weight"

@@ -119,6 +119,8 @@ class S2FTConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         self.avoid = [self.avoid] if isinstance(self.avoid, str) else self.avoid
+        if isinstance(self.slices, dict) and self.slices and self.target_modules in (None, "", set()):
+            self.target_modules = set(self.slices)  # PEFT refuses empty ones
         raise_together(self._problems())
 
     def _problems(self) -> Iterator[str]:
@@ -163,7 +165,6 @@ class S2FTConfig(PeftConfig):
             raise S2FTError(f"{folder / CONFIG_NAME}: {error}") from error
         if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
             check_whole(folder, config)
-        config.target_modules = config.target_modules or (set(config.slices) if config.slices else None)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

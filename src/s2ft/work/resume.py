@@ -123,8 +123,9 @@ def _newest(output: Path, options: TrainOptions) -> Path:
     if checkpoint is None:
         raise S2FTError(f"output={options.output!r} has no checkpoint to resume from")
     _check_same_method(Path(checkpoint), options)
-    with METHODS[options.method].resuming():  # what else than tensors its optimizer's state may hold
-        _check_whole(Path(checkpoint), METHODS[options.method].leaves_model)
+    method = METHODS[options.method]
+    with method.resuming():  # its optimizer may hold more than tensors
+        _check_whole(Path(checkpoint), method.leaves_model)
     _check_best(Path(checkpoint))
     return Path(checkpoint)
 
