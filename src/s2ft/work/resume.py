@@ -152,7 +152,8 @@ def _check_whole(checkpoint: Path, is_model: bool) -> None:
     """Checkpoints appear whole, but what is copied or edited by hand may not be."""
     weights, config = MODEL_FILES if is_model else ADAPTER_FILES
     parts = _parts(checkpoint) if is_model and (checkpoint / INDEX).is_file() else [weights]
-    missing = [name for name in (*parts, config, *STATE_FILES, *_random_states()) if not (checkpoint / name).is_file()]
+    states = [*STATE_FILES, *_random_states(checkpoint)]
+    missing = [name for name in (*parts, config, *states) if not (checkpoint / name).is_file()]
     if missing:
         raise S2FTError(
             f"{checkpoint} is incomplete: it has no {', '.join(missing)}; remove it to resume from the one before"
@@ -163,17 +164,17 @@ def _check_whole(checkpoint: Path, is_model: bool) -> None:
                 tensors.keys()
         except SafetensorError as error:
             raise _damaged(checkpoint, part, error) from None
-    for name in (*STATE_FILES, *_random_states()):
+    for name in states:
         if Path(name).suffix in (".pt", ".pth"):
             _check_state(checkpoint, name)
     if not is_model and method_of(checkpoint) == NAME:
         open_adapter(checkpoint)  # what is neither a slice nor declared would be loaded into the base
 
 
-def _random_states() -> list[str]:
-    """Without them a run would go on with other random numbers."""
-    count = process_count()
-    return ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]
+def _random_states(checkpoint: Path) -> list[str]:
+    """Without them a run would go on with other random numbers; one for each process that wrote the checkpoint."""
+    count = _read_note(checkpoint / NOTE).get("processes", 1) if (checkpoint / NOTE).is_file() else process_count()
+    return [f"rng_state_{rank}.pth" for rank in range(count)] if count in range(2, 1 << 16) else ["rng_state.pth"]
 
 
 def _check_state(checkpoint: Path, name: str) -> None:
