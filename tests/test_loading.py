@@ -288,4 +288,8 @@ def test_values_that_the_base_cannot_add_up_are_warned_of(base: nn.Module, tmp_p
     tensors[f"{PREFIX}{DOWN}.s2ft_block.weight"][0, 0] = 3e38
     write_tensors(folder, tensors)
     with pytest.warns(UserWarning, match=r"weights by up to 3e\+38, which the base's torch.float32 cannot add up"):
-        by_peft(base, folder)
+        by_peft(copy.deepcopy(base), folder)
+    model = get_peft_model(base, S2FTConfig(ratios=0.25, seed=1)).eval()
+    pool = AdapterPool(model, {"large": folder}, device_bytes=2**20, host_bytes=0)
+    with pytest.warns(UserWarning, match=r"up to 3e\+38"):
+        pool.bring(["large"])

@@ -24,6 +24,7 @@ from s2ft.adapter.file import Adapter, read_adapter
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.fitting import check_fits
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.loading import warn_of_overflow
 from s2ft.method.mixed import LooseSlice
 from s2ft.method.slices import Slice
 from s2ft.method.switchable import switchable_layers
@@ -139,6 +140,7 @@ class AdapterPool:
         adapter = read_adapter(self._folders[name])
         check_fits(self._tuner.model, adapter.config, {module: delta.shape for module, delta in adapter.deltas.items()})
         raise_together(_beside(adapter))
+        warn_of_overflow({self._tuner.model.get_submodule(module): delta for module, delta in adapter.deltas.items()})
         return {
             module: _on_host(LooseSlice(chosen.side, torch.from_numpy(chosen.indices), adapter.deltas[module]))
             for module, chosen in adapter.slices.items()
