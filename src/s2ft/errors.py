@@ -27,7 +27,14 @@ class S2FTError(ValueError):
         s2ft.errors.S2FTError: 2 problems:
           - ratios=1.5 is outside (0, 1]
           - strategy='best' is unknown
+
+    Attributes:
+        problems: What the message lists, to be raised together with others; a message that lists nothing is the only one.
     """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems) or [message]
 
 
 def raise_together(problems: Iterable[str]) -> None:
@@ -38,17 +45,7 @@ def raise_together(problems: Iterable[str]) -> None:
     if found:
         lines = [f"  - {problem}" for problem in found[:MOST_PROBLEMS]]
         lines += [f"  ... and {len(found) - MOST_PROBLEMS:,} more"] * (len(found) > MOST_PROBLEMS)
-        raise S2FTError(f"{len(found):,} problems:\n" + "\n".join(lines))
-
-
-def problems_in(error: S2FTError) -> list[str]:
-    """The problems that an error lists, to be raised together with others.
-
-    Example:
-        >>> problems_in(S2FTError("limit=0 must be 1 or more"))
-        ['limit=0 must be 1 or more']
-    """
-    return str(error).split("\n  - ")[1:] or [str(error)]
+        raise S2FTError(f"{len(found):,} problems:\n" + "\n".join(lines), found)
 
 
 def gathered(*checks: Callable[[], object]) -> list[str]:
@@ -63,7 +60,7 @@ def gathered(*checks: Callable[[], object]) -> list[str]:
         try:
             check()
         except S2FTError as error:
-            found += problems_in(error)
+            found += error.problems
     return found
 
 
@@ -89,7 +86,8 @@ def raise_by_place(problems: Iterable[tuple[str, str]], others: Iterable[str] = 
     elsewhere = list(others)
     if len(lines) + len(elsewhere) > 1:
         count = len(elsewhere) + sum(map(len, places.values()))
-        raise S2FTError(f"{count} problems:\n" + "\n".join(f"  - {line}" for line in (*elsewhere, *lines)))
+        told = [*elsewhere, *lines]
+        raise S2FTError(f"{count} problems:\n" + "\n".join(f"  - {line}" for line in told), told)
     raise_together([*elsewhere, *lines])
 
 

@@ -23,6 +23,7 @@ from s2ft.adapter.export_output import Progress
 from s2ft.adapter.file import AdapterFile, open_adapter
 from s2ft.errors import S2FTError, raise_together
 from s2ft.files import check_free, new_folder
+from s2ft.method.base_weight import add_delta
 from s2ft.method.slices import Slice, all_finite
 
 _PREFIX = "base_model.model."
@@ -69,9 +70,10 @@ def merged_slice(
     delta: Tensor,  # [out_features, s] on the input side, [s, in_features] on the output side
 ) -> Tensor:  # shaped like delta, in the base's dtype
     """The slice's new values: the sum in float32 (a float64 base: float64), rounded once to the base's dtype."""
-    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     own = matrix.index_select(_dim(chosen), torch.from_numpy(chosen.indices))
-    return (own.to(wide) + delta.to(wide)).to(matrix.dtype)
+    return add_delta(
+        own, delta if matrix.dtype == torch.float64 else delta.float()
+    )  # a live model's deltas are float32
 
 
 def _dim(chosen: Slice) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from s2ft.errors import S2FTError, problems_in, raise_by_place, raise_together
+from s2ft.errors import S2FTError, raise_by_place, raise_together
 from s2ft.work.chat import Example, Message, chat_examples, chat_problems, is_broken, is_chat_record, shown, to_json
 from s2ft.work.prompts import alpaca_example, is_alpaca
 from s2ft.work.records import Record, read_records
@@ -58,7 +58,7 @@ def load_examples(source: str | Sequence[str], limit: int | None = None) -> Data
             found = _examples(read_records(name), problems)
             examples += found if limit is None else islice(found, max(0, limit - len(examples)))
         except S2FTError as error:
-            unreadable += problems_in(error)
+            unreadable += error.problems
     raise_by_place(problems, unreadable)
     _check_one_kind(examples, sources)
     return _table(examples)

@@ -385,5 +385,5 @@ def _config_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
     try:
         MethodOptions.model_validate(readable).s2ft_config()
     except S2FTError as error:
-        return str(error).split("\n  - ")[1:] or [str(error)]
+        return error.problems
     return []
