@@ -26,13 +26,13 @@ from s2ft.adapter.checkpoint import Checkpoint
 from s2ft.adapter.export_output import Progress
 from s2ft.adapter.file import AdapterFile
 from s2ft.errors import raise_together
+from s2ft.method.checksum import PREFIX
 from s2ft.method.slices import Slice
 from s2ft.method.structure import features, linear_layer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` takes."""
 
-_PREFIX = "base_model.model."
 _TRAINABLE_TOKENS = ".token_adapter."
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # SGLang holds these in one layer
 _VLLM_WHOLE = ("classifier", "score")  # the modules that vLLM takes whole
@@ -92,8 +92,8 @@ def write_lora(adapter: AdapterFile, base: Checkpoint, profile: str, folder: Pat
         low = {module: pair.widened(_most(adapter)) for module, pair in low.items()}
     tensors = dict(adapter.others())
     for module, pair in low.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.a.contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.b.contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a.contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.b.contiguous()
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     _config(adapter, base, low, profile).save_pretrained(str(folder))
 

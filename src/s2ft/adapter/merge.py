@@ -24,9 +24,8 @@ from s2ft.adapter.file import AdapterFile, open_adapter
 from s2ft.errors import S2FTError, raise_together
 from s2ft.files import check_free, new_folder
 from s2ft.method.base_weight import add_delta
+from s2ft.method.checksum import bare
 from s2ft.method.slices import Slice, all_finite
-
-_PREFIX = "base_model.model."
 
 
 def merge(adapter: str | Path, output: str | Path, base: str | None = None, progress: Progress = iter) -> Path:
@@ -98,7 +97,7 @@ def _whole_tensors(adapter: AdapterFile, base: Checkpoint) -> dict[str, Tensor]:
     raise_together(_unmergeable(adapter, base))
     found = {}
     for kept, tensor in adapter.others().items():
-        name = base.tensor_name(*kept.removeprefix(_PREFIX).rsplit(".", 1))
+        name = base.tensor_name(*bare(kept).rsplit(".", 1))
         own = base.tensor(name)
         if own.shape != tensor.shape:
             raise S2FTError(f"{kept} has shape {list(tensor.shape)}; in the base it is {list(own.shape)}")
@@ -112,7 +111,7 @@ def _unmergeable(adapter: AdapterFile, base: Checkpoint) -> list[str]:
     tied = {name for name, module in base.model.named_modules() if module in ends} if _is_tied(base) else set()
     problems = []
     for name in adapter.kept:
-        module = name.removeprefix(_PREFIX).rpartition(".")[0]
+        module = bare(name).rpartition(".")[0]
         if not any(f".{part}." in f".{module}." for part in whole) or ".token_adapter" in name:
             problems.append(f"{name} cannot be merged on files; load the model and use PEFT's merge_and_unload")
         elif module in tied:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from s2ft.adapter.file import delta_name, indices_name
 from s2ft.method.config import S2FTConfig
 from s2ft.method.slices import Slice
 from s2ft.work.bench.report import Report
@@ -79,9 +80,8 @@ def _write_adapter(folder: Path, shape: dict[str, int], seed: int) -> Path:
             "in", np.sort(rng.choice(channels, max(1, round(RATIO * channels)), replace=False)).astype(np.int64)
         )
         slices[path] = str(chosen)
-        name = f"base_model.model.{path}.s2ft_block"
-        tensors[f"{name}.weight"] = torch.randn(across, len(chosen.indices), generator=generator)
-        tensors[f"{name}.indices"] = torch.from_numpy(chosen.indices)
+        tensors[delta_name(path)] = torch.randn(across, len(chosen.indices), generator=generator)
+        tensors[indices_name(path)] = torch.from_numpy(chosen.indices)
     config = S2FTConfig(
         target_modules=["down_proj"], slices=slices, base_model_name_or_path="llama3-8b", task_type="CAUSAL_LM"
     )
