@@ -21,6 +21,7 @@ from s2ft.errors import S2FTError, raise_together
 from s2ft.files import entries
 from s2ft.method.registration import NAME
 from s2ft.method.whole import method_of
+from s2ft.reading import read_json
 from s2ft.work.baselines import METHODS
 from s2ft.work.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.work.options import LEARNING_RATES, TrainOptions
@@ -206,12 +207,9 @@ def _parts(checkpoint: Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except S2FTError as error:
         raise _unreadable(path, str(error)) from None
-    if not isinstance(note, dict):
-        raise _unreadable(path, f"expected an object, found {str(note)[:60]}")
-    return note
 
 
 def _read_note(path: Path) -> dict[str, Any]:
