@@ -82,6 +82,7 @@ class TestJudge:
             (503, b"", {}),
             (200, b"<html>busy</html>", {}),
             (200, b"{}", {}),
+            (200, b"[" * 200_000, {}),
             (200, b'{"choices": [{"message": {"content": null}}]}', {}),
             "I would rather not say.",
             "Rating: [[0]] or [[11]]",

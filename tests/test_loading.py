@@ -161,6 +161,39 @@ def test_torchs_own_state_dict_chooses_channels_too_or_changes_nothing(base: nn.
     assert same(before, state(second))
 
 
+def test_channels_of_a_state_go_to_the_modules_path_where_a_block_is_compiled(base: nn.Module) -> None:
+    model, other = (get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=0.4, init_weights=False)) for _ in range(2))
+    for each in (model, other):
+        blocks = each.base_model.model.model.layers
+        blocks[0] = torch.compile(blocks[0], backend="eager")
+    modules = set(model.peft_config["default"].slices)
+    model.load_state_dict(other.state_dict())
+    assert set(model.peft_config["default"].slices) == modules
+    assert model.peft_config["default"].slices == other.peft_config["default"].slices
+
+
+def problems_of(folder: Path) -> list[str]:
+    with pytest.raises(S2FTError) as caught:
+        read_adapter(folder)
+    return caught.value.problems
+
+
+def test_all_that_is_wrong_with_a_config_is_listed(base: nn.Module, tmp_path: Path) -> None:
+    folder = save(base, tmp_path / "a")
+    edit(folder, auto_mapping="x", modules_to_save="lm_head")
+    found = [problem.partition("=")[0].rpartition(" ")[2] for problem in problems_of(folder)]
+    assert found == ["auto_mapping", "modules_to_save"]
+
+
+def test_a_digest_of_foreign_slices_does_not_hide_what_else_is_wrong(base: nn.Module, tmp_path: Path) -> None:
+    folder = save(base, tmp_path / "a")
+    edit(folder, base_digest={DOWN: "out 1=ab; in 2-=cd"}, checksums=None)
+    write_tensors(folder, {**load_file(folder / WEIGHTS), "stranger": torch.ones(2)})
+    found = problems_of(folder)
+    assert len(found) == 3
+    assert all(word in problem for word, problem in zip(("'out 1'", "'in 2-'", "'stranger'"), found, strict=True))
+
+
 def test_a_flipped_bit_is_named_and_old_files_are_read(base: nn.Module, tmp_path: Path) -> None:
     folder = save(base, tmp_path / "a", modules_to_save=["lm_head"])
     data = bytearray((folder / WEIGHTS).read_bytes())

@@ -97,6 +97,16 @@ def _also(places: list[str]) -> str:
     return f" (also {', '.join(places[:named])}{rest})" if places else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; its kind where it says nothing.
+
+    Example:
+        >>> first_line(OSError("not found\\nsee the docs")), first_line(KeyError())
+        ('not found', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def no_space(error: BaseException) -> str | None:
     """What is full, if that is what `error` says: the system's error, or a library's words for it.
 

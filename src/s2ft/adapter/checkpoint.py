@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from s2ft.adapter.file import AdapterFile
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, first_line, raise_together
 from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
 from s2ft.method.fitting import check_fits
 from s2ft.method.slices import Slice
@@ -227,8 +227,9 @@ def _folder(name: str, revision: str | None, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # what a wrong name, a private model or no network lead to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise S2FTError(f"base={name!r} is no folder here, and the Hub does not give it: {reason}") from error
+        raise S2FTError(
+            f"base={name!r} is no folder here, and the Hub does not give it: {first_line(error)}"
+        ) from error
 
 
 def _has_weights(folder: Path) -> bool:
@@ -248,8 +249,7 @@ def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
             return model
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise S2FTError(f"base={str(folder)!r}: its configuration cannot be loaded: {reason}") from error
+        raise S2FTError(f"base={str(folder)!r}: its configuration cannot be loaded: {first_line(error)}") from error
 
 
 def _digest(matrix: Tensor, chosen: Slice) -> str | None:  # matrix: [out_features, in_features]

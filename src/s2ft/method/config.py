@@ -160,9 +160,12 @@ class S2FTConfig(PeftConfig):
         check_method(folder)
         try:
             config: S2FTConfig = super().from_pretrained(str(folder), **kwargs)
-            raise_together([*kind_problems(config), *name_problems(config)])
+            problems = [*kind_problems(config), *name_problems(config)]
+        except S2FTError as error:
+            problems = error.problems
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise S2FTError(f"{folder / CONFIG_NAME}: {error}") from error
+            problems = [str(error)]
+        raise_together(f"{folder / CONFIG_NAME}: {problem}" for problem in problems)
         if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
             check_whole(folder, config)
         return config

@@ -18,11 +18,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, gathered, raise_together
 from s2ft.method.sketch import LIKE, SAME, cosine, sketch
 from s2ft.method.slices import Runs, Slice
 from s2ft.reading import shown
@@ -85,22 +86,21 @@ def digest_parts(text: str, whole: Slice) -> dict[str, str]:
     """
     if "=" not in text:
         return {str(whole): text}
-    check_parts(text, str(whole))
-    return dict(part.split("=", 1) for part in text.split("; ") if "=" in part)
+    raise_together(part_problems(text, str(whole)))
+    return _by_part(text)
 
 
-def check_parts(text: str, whole: str) -> None:
-    """Raises `S2FTError` unless every slice that a module's digests name is part of the slice `whole`; expands none."""
-    parts, runs = [part for part in text.split("; ") if "=" in part], Runs.parse(whole)
+def part_problems(text: str, whole: str) -> Iterator[str]:
+    """What is wrong with the slices that a module's digests name, as parts of the slice `whole`; expands none."""
+    parts, runs = _by_part(text) if "=" in text else {}, Runs.parse(whole)
     if len(parts) > MOST_PARTS:
-        raise S2FTError(
-            f"base_digest has {len(parts):,} parts for {shown(whole)}; more than {MOST_PARTS:,} are not read"
-        )
-    for part in (part.partition("=")[0] for part in parts):
-        if not runs.holds(Runs.parse(part)):
-            raise S2FTError(
-                f"base_digest names the slice {shown(part)}, which is no part of the adapter's slice {shown(whole)}"
-            )
+        yield f"base_digest has {len(parts):,} parts for {shown(whole)}; more than {MOST_PARTS:,} are not read"
+        return
+    for part in parts:
+        if unreadable := gathered(partial(Runs.parse, part)):
+            yield from unreadable
+        elif not runs.holds(Runs.parse(part)):
+            yield f"base_digest names the slice {shown(part)}, which is no part of the adapter's slice {shown(whole)}"
 
 
 def join_digests(parts: dict[str, str | None], whole: Slice) -> str | None:

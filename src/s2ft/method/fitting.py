@@ -33,13 +33,14 @@ def check_fits(model: nn.Module, config: S2FTConfig, shapes: Mapping[str, tuple[
 
 def foreign_base(model: nn.Module, config: S2FTConfig, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Base weights in a file that differ from the model's, for a loader that writes all that a file has."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
-        if (
-            is_carried(config, name) and not tensor.is_meta
-        ):  # meta: the loader asks by names and shapes, and leaves it out
-            own = model.get_parameter(bare(name))
-            if own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to("cpu", own.dtype)):
-                yield f"{name} is another base's; load the adapter by PEFT, which leaves it out"
+        # On meta the loader asks by names and shapes, and leaves it out
+        if tensor.is_meta or not is_carried(config, name):
+            continue
+        own = parameters.get(bare(name))
+        if own is None or own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to("cpu", own.dtype)):
+            yield f"{name} is not the model's own; load the adapter by PEFT, which leaves it out"
 
 
 def check_and_adopt(model: nn.Module, config: S2FTConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -36,53 +36,42 @@ def check_incoming(model: nn.Module, config: S2FTConfig, adapter_name: str, tens
     Raises:
         S2FTError: with every problem, before anything is changed.
     """
-    layers, expected = _layers(model, adapter_name), _expected(model, adapter_name)
+    layers, wholes = _layers(model, adapter_name), [*_wholes(model, adapter_name)]
+    expected = _slices(layers, adapter_name)
+    expected |= {f"{_path(name)}.{saved}": module.state_dict()[held] for name, module, saved, held in wholes}
+    aliases = {f"{_path(name)}.{held}": f"{_path(name)}.{saved}" for name, _, saved, held in wholes}
     given = {
-        expected.aliases.get(bare(name), bare(name)): tensor
-        for name, tensor in tensors.items()
-        if not is_carried(config, name)
+        aliases.get(bare(name), bare(name)): tensor for name, tensor in tensors.items() if not is_carried(config, name)
     }
-    raise_together(_name_problems(expected.tensors, given))
-    raise_together(
-        f"{name} holds values that are not finite"
-        for name, tensor in given.items()
-        if tensor.is_floating_point() and not tensor.is_meta and not finite(tensor)
-    )
+    raise_together(_name_problems(expected, given))
+    raise_together(_not_finite(given))
     warn_of_overflow({layer: given[f"{path}{BLOCK}weight"] for path, layer in layers.items()})
     return take_channels(config, adapter_name, layers, {path: given[f"{path}{BLOCK}indices"] for path in layers})
 
 
-class _Expected:
-    """Everything that an adapter of a model consists of."""
+def _slices(layers: Mapping[str, S2FTLinear], adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's own tensors in the model, by their names in a file."""
+    blocks = {path: layer._block(adapter_name) for path, layer in layers.items()}
+    return {
+        f"{path}{BLOCK}{part}": getattr(block, part) for path, block in blocks.items() for part in ("weight", "indices")
+    }
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Any] = {}  # name in a file → the model's tensor
-        self.aliases: dict[str, str] = {}  # name in the model → name in a file
 
-
-def _expected(model: nn.Module, adapter_name: str) -> _Expected:
-    found = _Expected()
-    for path, layer in _layers(model, adapter_name).items():
-        block = layer._block(adapter_name)
-        found.tensors |= {f"{path}{BLOCK}weight": block.weight, f"{path}{BLOCK}indices": block.indices}
+def _wholes(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AuxiliaryTrainingWrapper, str, str]]:
+    """What PEFT keeps of an adapter beside its slices: its module's path and itself, name in a file, name in the module."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            state = module.state_dict()
             for saved, held in module.adapter_state_dict_load_map(adapter_name).items():
-                found.tensors[f"{_path(name)}.{saved}"] = state[held]
-                found.aliases[f"{_path(name)}.{held}"] = f"{_path(name)}.{saved}"
-    return found
+                yield name, module, saved, held
 
 
 def kept_whole(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What PEFT saves of an adapter beside its slices, by the names in a file."""
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            for saved, held in module.adapter_state_dict_load_map(adapter_name).items():
-                path = name.removeprefix("_fsdp_wrapped_module.")
-                if f"{path}.{held}" in state_dict:
-                    found[f"{path}.{saved}"] = state_dict[f"{path}.{held}"]
+    for name, _, saved, held in _wholes(model, adapter_name):
+        path = name.removeprefix("_fsdp_wrapped_module.")  # as PEFT does
+        if f"{path}.{held}" in state_dict:
+            found[f"{path}.{saved}"] = state_dict[f"{path}.{held}"]
     return found
 
 
@@ -113,6 +102,12 @@ def _name_problems(expected: Mapping[str, Any], given: Mapping[str, Any]) -> Ite
             yield f"{name} is {theirs}; in the model it is {ours.dtype}"
 
 
+def _not_finite(given: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, tensor in given.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not finite(tensor):
+            yield f"{name} holds values that are not finite"
+
+
 def _kind(dtype: str) -> str:
     return "real" if dtype in DELTA_DTYPES else dtype
 
@@ -122,14 +117,14 @@ def check_state(
 ) -> bool:
     """As `check_incoming`, of the slices that a state of the whole model has."""
     modules = ((name, module) for name, module in tuner.named_modules() if isinstance(module, S2FTLinear))
-    layers = {name.removeprefix("model."): (name, layer) for name, layer in modules if adapter_name in layer.s2ft_block}
+    layers = {
+        _path(name).removeprefix("model."): (name, layer) for name, layer in modules if adapter_name in layer.s2ft_block
+    }
     names = {path: f"{prefix}{name}{BLOCK}{adapter_name}." for path, (name, _) in layers.items()}
     held = {f"{names[path]}weight": layer._block(adapter_name).weight for path, (_, layer) in layers.items()}
     given = {name: state[name] for name in held if name in state}
     raise_together(_name_problems({name: held[name] for name in given}, given))
-    raise_together(
-        f"{name} holds values that are not finite" for name, one in given.items() if not one.is_meta and not finite(one)
-    )
+    raise_together(_not_finite(given))
     indices = {path: state[f"{name}indices"] for path, name in names.items() if f"{name}indices" in state}
     return take_channels(config, adapter_name, {path: layer for path, (_, layer) in layers.items()}, indices)
 

@@ -30,6 +30,13 @@ from s2ft.method.base_weight import BaseWeight, add_delta, plain_matrix, shared_
 from s2ft.method.structure import why_not_plain
 from s2ft.method.turns import Turns
 
+_STATE = (
+    "merged_adapters",
+    "_disable_adapters",
+    "is_switched",
+    "switched_to",
+)  # what decides what stands in the weight
+
 
 class Shared:
     """What the layers of one model have in common."""
@@ -125,17 +132,12 @@ class Switchable(BaseTunerLayer):
         """
         names = self.new_names(adapter_names)
         self.refuse_merging(names)
-        before = self.merged_adapters
-        self.merged_adapters = [*before, *names]
-        try:
+        with all_or_nothing([self]):
+            self.merged_adapters = [*self.merged_adapters, *names]
             self.settle()
             for name in names if safe_merge else ():
                 if name in self.s2ft_block and not self._merged_values(name).isfinite().all():
                     raise S2FTError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        except BaseException:
-            self.merged_adapters = before
-            self.settle()
-            raise
 
     def new_names(self, adapter_names: list[str] | None) -> list[str]:
         """The adapters to be merged that are not, each once; as PEFT's `check_adapters_to_merge`, says what is already."""
@@ -203,15 +205,11 @@ class Switchable(BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """As in PEFT; what stands in the base weight goes out of it while adapters are disabled, and comes back after."""
-        before = self._disable_adapters
-        if not self.is_switched:
-            super().enable_adapters(enabled)
-        self._disable_adapters = not enabled
-        try:
+        with all_or_nothing([self]):
+            if not self.is_switched:
+                super().enable_adapters(enabled)
+            self._disable_adapters = not enabled
             self.settle()
-        except BaseException:
-            self._disable_adapters = before
-            raise
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; a layer that is switched to the adapter gets its base weight back first.
@@ -300,27 +298,35 @@ def mark_shared(model: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(layers: Sequence[Switchable]) -> Iterator[None]:
-    """What is merged and disabled; if anything is raised, all layers are as they were before."""
-    before = [(layer.merged_adapters, layer._disable_adapters) for layer in layers]
+    """What is merged, disabled and switched; if anything is raised, all layers are as they were before."""
+    before = [tuple(getattr(layer, name) for name in _STATE) for layer in layers]
     try:
         yield
     except BaseException:
-        for layer, (merged, disabled) in zip(layers, before, strict=True):
-            layer.merged_adapters, layer._disable_adapters = merged, disabled
-            layer.settle()
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in zip(_STATE, values, strict=True):
+                setattr(layer, name, value)
+        _settle_or_leave(layers)
         raise
+
+
+def _settle_or_leave(layers: Sequence[Switchable]) -> None:
+    """Where what stood in the weights cannot be written either, the base by itself is always possible."""
+    try:
+        for layer in layers:
+            layer.settle()
+    except BaseException:
+        for layer in layers:
+            layer.merged_adapters, layer.switched_to = [], None
+            layer.take_out()
 
 
 def enter(layers: Sequence[Switchable], adapter_name: str | None) -> None:
     """Switches all layers to an adapter, or to none. If anything is raised, they are as they were before."""
-    before = [(layer.is_switched, layer.switched_to) for layer in layers]
-    try:
+    with all_or_nothing(layers):
         for layer in layers:
             layer.is_switched, layer.switched_to = True, adapter_name
             layer.settle()
-    except BaseException:
-        _go_back(layers, before)
-        raise
 
 
 def leave(layers: Sequence[Switchable]) -> None:
@@ -351,15 +357,3 @@ def suspended(model: nn.Module) -> Iterator[None]:
             enter(layers, name if any(str(name) in layer.s2ft_block for layer in layers) else None)
         for layer in merged:
             layer.settle()
-
-
-def _go_back(layers: Sequence[Switchable], before: Sequence[tuple[bool, Any]]) -> None:
-    for layer, (was_switched, name) in zip(layers, before, strict=True):
-        layer.is_switched, layer.switched_to = was_switched, name
-    try:
-        for layer in layers:
-            layer.settle()
-    except BaseException:  # not even the earlier adapter can be written: the base by itself is always possible
-        for layer in layers:
-            layer.switched_to = None
-            layer.take_out()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,9 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, gathered, raise_together
 from s2ft.method.checksum import PREFIX, bare, checksum
-from s2ft.method.digest import check_parts
+from s2ft.method.digest import part_problems
 from s2ft.method.registration import NAME
 from s2ft.method.slices import Runs, Slice, all_finite
 from s2ft.reading import check_regular, is_clean, read_json, shown
@@ -119,7 +120,7 @@ def header_problems(config: S2FTConfig, headers: Mapping[str, Header]) -> Iterat
             yield f"has no {missing[0].rpartition('.')[2]} for {module}, which its config names: not the adapter of this config"
         else:
             yield from _slice_problems(Runs.parse(text), text, names, [headers[name] for name in names])
-        check_parts((config.base_digest or {}).get(module, ""), text)
+        yield from part_problems((config.base_digest or {}).get(module, ""), text)
     yield from (
         problem for name, one in headers.items() if name not in known and (problem := _foreign(config, name, one))
     )
@@ -222,17 +223,9 @@ def name_problems(config: S2FTConfig) -> Iterator[str]:
         for name in getattr(config, field) or {}:
             if not name or not is_clean(name):
                 yield f"{field} names {shown(name)}, which is empty or holds control characters"
-    yield from filter(None, (_text_problem(text) for text in (config.slices or {}).values()))
+    yield from gathered(*(partial(Runs.parse, text) for text in (config.slices or {}).values()))
     for name in (config.base_digest or {}).keys() - config.slices.keys() if config.slices else ():
         yield f"base_digest names {shown(name)}, which is not in the config's slices"
-
-
-def _text_problem(text: str) -> str | None:
-    try:
-        Runs.parse(text)
-    except S2FTError as error:
-        return str(error)
-    return None
 
 
 _TEXT, _NAMES, _RANGE = (str, type(None)), (list, set, str, type(None)), (list, int, type(None))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.files import staged
+from s2ft.reading import read_json
 
 Card = dict[str, Any]
 _TAIL = 0.1  # the part of the loss curve that the final loss is the mean of
@@ -30,8 +31,7 @@ def final_loss(curve: Sequence[tuple[int, float]]) -> float | None:
 
 def read_card(folder: str | Path) -> Card:
     """The card in `folder`."""
-    card: Card = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-    return card
+    return read_json(Path(folder) / "run.json")
 
 
 def write_card(folder: str | Path, card: Card) -> None:

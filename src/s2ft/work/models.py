@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, first_line
 from s2ft.method.tuner import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 from s2ft.work.failures import is_out_of_memory
 
@@ -88,5 +88,4 @@ def _unloadable(name: str, part: str, error: Exception) -> str:
         return (
             f"model={name!r}: its {part} needs code that comes with it, and s2ft runs no such code; take another model"
         )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"model={name!r}: its {part} cannot be loaded ({where}): {reason}"
+    return f"model={name!r}: its {part} cannot be loaded ({where}): {first_line(error)}"

@@ -17,7 +17,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES  # no public list of them
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, first_line
 
 FORMATS = frozenset(_PACKAGED_DATASETS_MODULES)  # "text", "json", "csv", "imagefolder", ...
 _SPACE = re.compile(r"\s*")
@@ -111,7 +111,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise S2FTError(f"data={str(path)!r} is not a readable parquet file: {_first_line(error)}") from None
+        raise S2FTError(f"data={str(path)!r} is not a readable parquet file: {first_line(error)}") from None
     if not len(table):
         raise S2FTError(f"data={str(path)!r} has no rows; it needs one record at least")
     for number, value in enumerate(table.to_pylist(), start=1):
@@ -140,7 +140,7 @@ def _from_hub(name: str) -> Dataset:
         found = load_dataset(name)
     except Exception as error:  # the library raises a dozen kinds here, from HTTP errors to plain ValueErrors
         raise S2FTError(
-            f"data={name!r} is no file or folder here, and could not be loaded from the Hub: {_first_line(error)}"
+            f"data={name!r} is no file or folder here, and could not be loaded from the Hub: {first_line(error)}"
         ) from error
     return _train_split(found, name)
 
@@ -151,7 +151,7 @@ def _from_disk(folder: Path) -> Dataset:
     except Exception as error:  # as many kinds as from the Hub
         raise S2FTError(
             f"data={str(folder)!r} has a state.json or dataset_dict.json, but is no data set saved by `save_to_disk`: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     return _train_split(found, str(folder))
 
@@ -231,7 +231,3 @@ def _skip(text: str, position: int) -> int:
 
 def _line(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

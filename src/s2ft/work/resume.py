@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from s2ft.adapter.file import open_adapter
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, first_line, raise_together
 from s2ft.files import entries
 from s2ft.method.registration import NAME
 from s2ft.method.whole import method_of
@@ -194,8 +194,9 @@ def _check_state(checkpoint: Path, name: str) -> None:
 
 
 def _damaged(checkpoint: Path, name: str, error: Exception) -> S2FTError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return S2FTError(f"{checkpoint / name} is damaged: {reason}; remove {checkpoint} to resume from the one before")
+    return S2FTError(
+        f"{checkpoint / name} is damaged: {first_line(error)}; remove {checkpoint} to resume from the one before"
+    )
 
 
 def _parts(checkpoint: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, first_line
 from s2ft.work.eval.tasks import Decoding, Prompt
 from s2ft.work.failures import is_out_of_memory
 from s2ft.work.template import chat_ids
@@ -138,8 +138,8 @@ def check_vllm() -> None:
 
 def in_words(error: BaseException) -> str:
     """The kind of an error and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def _as_vllm(prompts: list[list[int]]) -> list[dict[str, list[int]]]:

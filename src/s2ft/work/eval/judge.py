@@ -92,7 +92,7 @@ class Judge:
             raise _Passing(
                 self._clean(f"no answer from the judge: {getattr(error, 'reason', None) or error!r}")
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):  # the second where it is nested too deeply
             raise _Passing("the judge's answer is not JSON") from None
         rating = read_rating(text)
         if rating is None:

@@ -6,7 +6,6 @@ One base is loaded, and lent to one adapter after the other; each leaves it as i
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.reading import read_json
 from s2ft.work.eval.engines import Engine, VllmEngine, end_ids, in_words
 from s2ft.work.eval.generation import TransformersEngine
 from s2ft.work.failures import is_out_of_memory
@@ -73,7 +73,7 @@ def trained_on(name: str) -> str | None:
     folder = Path(name)
     try:
         note = folder / RUN_FILE if folder.is_dir() else Path(hf_hub_download(name, RUN_FILE))
-        found = json.loads(note.read_text(encoding="utf-8"))["data"]["format"]
+        found = read_json(note)["data"]["format"]
     except Exception:  # no such file, no connection, another tool's file of that name, ...
         return None
     return found if isinstance(found, str) else None
