@@ -15,6 +15,7 @@ _FULL = (  # torch.save's words, and NumPy's
 )
 
 MOST_PROBLEMS = 50  # that one message lists
+DIFFERENT_PROBLEMS = 10  # of places
 
 
 class S2FTError(ValueError):
@@ -64,10 +65,10 @@ def gathered(*checks: Callable[[], object]) -> list[str]:
     return found
 
 
-def raise_by_place(problems: Iterable[tuple[str, str]], others: Iterable[str] = (), shown: int = 10) -> None:
+def raise_by_place(problems: Iterable[tuple[str, str]], others: Iterable[str] = ()) -> None:
     """Raises one `S2FTError` for problems at places, after `others`; does nothing when there are none.
 
-    A problem that many places have is told once, and of different ones the first `shown`; all are counted.
+    A problem that many places have is told once, and of different ones the first ten; all are counted.
 
     Example:
         >>> raise_by_place([("a:1", "no text"), ("a:2", "no text"), ("a:3", "no end"), ("a:4", "no text")])
@@ -81,8 +82,8 @@ def raise_by_place(problems: Iterable[tuple[str, str]], others: Iterable[str] = 
     for place, problem in problems:
         places.setdefault(problem, []).append(place)
     lines = [f"{found[0]}: {problem}{_also(found[1:])}" for problem, found in places.items()]
-    rest = sum(len(found) for found in list(places.values())[shown:])
-    lines[shown:] = [f"... and {rest} more"] if rest else []
+    rest = sum(len(found) for found in list(places.values())[DIFFERENT_PROBLEMS:])
+    lines[DIFFERENT_PROBLEMS:] = [f"... and {rest} more"] if rest else []
     elsewhere = list(others)
     if len(lines) + len(elsewhere) > 1:
         count = len(elsewhere) + sum(map(len, places.values()))

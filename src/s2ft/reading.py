@@ -28,16 +28,16 @@ def check_regular(path: Path) -> None:
         raise S2FTError(f"{str(path)!r} is no regular file")
 
 
-def read_json(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        S2FTError: if it cannot be read, is larger than `largest` bytes, no JSON, nested too deeply, or no object.
+        S2FTError: if it cannot be read, is larger than `LARGEST_JSON` bytes, no JSON, nested too deeply, or no object.
     """
     check_regular(path)
     try:
-        if path.stat().st_size > largest:
-            raise S2FTError(f"{path} has {path.stat().st_size:,} bytes; more than {largest:,} are not read")
+        if path.stat().st_size > LARGEST_JSON:
+            raise S2FTError(f"{path} has {path.stat().st_size:,} bytes; more than {LARGEST_JSON:,} are not read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except S2FTError:
         raise

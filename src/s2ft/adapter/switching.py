@@ -14,11 +14,11 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.errors import S2FTError, raise_by_place
+from s2ft.errors import S2FTError, raise_by_place, raise_together
 from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTBlock, S2FTLinear
 from s2ft.method.slices import all_finite
-from s2ft.method.switchable import enter, mark_shared, turns_of
+from s2ft.method.switchable import Switchable, enter, mark_shared, not_loaded, switchable_layers, turns_of
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:
@@ -52,7 +52,7 @@ def switch(model: nn.Module, adapter: str | None) -> None:
         True
     """
     with turns_of(model).alone():
-        layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+        layers = switchable_layers(model)
         if not layers:
             raise S2FTError(f"{type(model).__name__} holds no S²FT adapter; load one before switching")
         refuse_inside(model, "switching")
@@ -70,9 +70,8 @@ def park(model: nn.Module, adapter: str) -> None:
         S2FTError: if the name is not loaded.
     """
     with turns_of(model).alone():
-        layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
-        if not any(adapter in layer.s2ft_block for layer in layers):
-            raise S2FTError(_unknown(layers, adapter))
+        layers = switchable_layers(model)
+        raise_together(not_loaded([adapter], _loaded(layers)))
         for block in (cast(S2FTBlock, layer.s2ft_block[adapter]) for layer in layers if adapter in layer.s2ft_block):
             for tensor in (block.weight, block.indices):
                 host = tensor.data.cpu()
@@ -80,7 +79,7 @@ def park(model: nn.Module, adapter: str) -> None:
             block.is_parked = True
 
 
-def _refuse(model: nn.Module, layers: list[S2FTLinear], adapter: str | None) -> None:
+def _refuse(model: nn.Module, layers: list[Switchable], adapter: str | None) -> None:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
         raise S2FTError(
@@ -93,8 +92,7 @@ def _refuse(model: nn.Module, layers: list[S2FTLinear], adapter: str | None) -> 
         for path, layer in model.named_modules()
         if isinstance(layer, S2FTLinear) and adapter in layer.s2ft_block
     }
-    if not chosen:
-        raise S2FTError(_unknown(layers, adapter))
+    raise_together(not_loaded([] if chosen else [adapter], _loaded(layers)))
     whole = [path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if whole:
         raise S2FTError(
@@ -123,6 +121,5 @@ def _is_finite(block: S2FTBlock) -> bool:
     return True
 
 
-def _unknown(layers: list[S2FTLinear], adapter: str) -> str:
-    loaded = dict.fromkeys(name for layer in layers for name in layer.s2ft_block)
-    return f"adapter {adapter!r} is not loaded; loaded are {', '.join(map(repr, loaded))}"
+def _loaded(layers: list[Switchable]) -> dict[str, None]:
+    return dict.fromkeys(name for layer in layers for name in layer.s2ft_block)

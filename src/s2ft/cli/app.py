@@ -15,6 +15,7 @@ import typer
 
 import s2ft
 from s2ft.cli import bench, study, train
+from s2ft.cli.codes import BAD_INPUT, INTERRUPTED
 from s2ft.cli.eval import evaluate
 from s2ft.cli.export import export
 from s2ft.cli.fuse import fuse
@@ -23,9 +24,6 @@ from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
 from s2ft.cli.reproduce import reproduce
 from s2ft.errors import S2FTError, no_space
-
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as a shell would say
 
 _OUTSIDE = {  # what is wrong with the machine, not with the program
     getattr(errno, name)

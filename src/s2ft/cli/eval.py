@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
 from s2ft.errors import S2FTError
 from s2ft.files import write_json
 
 HARNESS = "lm-eval"
-INTERRUPTED = 130
 
 
 def evaluate(

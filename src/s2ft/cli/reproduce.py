@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.bench import show
-from s2ft.cli.eval import INTERRUPTED, progress
+from s2ft.cli.codes import INTERRUPTED
+from s2ft.cli.eval import progress
 from s2ft.cli.outputs import check_writable
 from s2ft.errors import raise_together
 from s2ft.files import write_json

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
+from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.outputs import check_writable
 from s2ft.files import write_json
 from s2ft.work.options import TrainOptions, parse_options, read_config
@@ -23,8 +24,6 @@ Example: `s2ft train --model Qwen/Qwen3-0.6B --data math.json --output math-adap
 
 Ctrl-C finishes the step and saves a checkpoint; `--resume` goes on from it, to the same weights as without the pause.
 """
-
-INTERRUPTED = 130
 
 
 def command(**values: Any) -> int:

@@ -28,7 +28,7 @@ from s2ft.method.ordering import channel_order, copermutation
 from s2ft.method.probe import Probe
 from s2ft.method.slices import Indices, Slice
 from s2ft.method.slot import Slot
-from s2ft.method.structure import Structure, find_structures, linear_layer, weight_matrix
+from s2ft.method.structure import Structure, linear_layer, read_structures, weight_matrix
 from s2ft.method.switchable import turns_of
 
 
@@ -138,7 +138,7 @@ def enter(model: nn.Module, permute: bool = True, activations: bool = True) -> L
     layers = {path: module for path, module in model.named_modules() if isinstance(module, S2FTLinear)}
     adapter = _only_adapter(layers)
     slices = {path: Slice.parse(layer.chosen(adapter)) for path, layer in layers.items() if adapter in layer.s2ft_block}
-    structures = find_structures(model, skip_unreadable=True)
+    structures = read_structures(model).structures
     unmovable, unwritable, norms = find_obstacles(model, structures)
     if not permute:
         unmovable |= dict.fromkeys(slices, "not permuted, as asked")
@@ -222,7 +222,7 @@ def planned(model: nn.Module, slices: Mapping[str, Slice]) -> tuple[Placement, .
 
     Says what modules and shapes tell; only a model that runs shows whether it computes the same in another order.
     """
-    structures = find_structures(model, skip_unreadable=True)
+    structures = read_structures(model).structures
     unmovable, unwritable, _ = find_obstacles(model, structures, live=False)
     return _placements(slices, _module_orders(structures, slices, unmovable), unmovable, unwritable)
 

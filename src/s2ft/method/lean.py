@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from s2ft.method.structure import features, find_structures, linear_layer
+from s2ft.method.structure import features, linear_layer, read_structures
 
 Activation = str  # "silu" | "gelu_tanh" | "gelu"
 NormKind = str
@@ -144,7 +144,7 @@ def _ask(module: nn.Module, recognise: Callable[[nn.Module], Any]) -> Any:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Module], Any]]]:
-    mlps = {s.path: s for s in find_structures(model, skip_unreadable=True) if s.kind == "mlp"}
+    mlps = {s.path: s for s in read_structures(model).structures if s.kind == "mlp"}
     for path, module in model.named_modules():
         if "forward" in vars(module):
             continue

@@ -83,12 +83,11 @@ class Reading:
     ]  # path of a module that has the projections of a structure → why it has none all the same
 
 
-def find_structures(model: nn.Module, skip_unreadable: bool = False) -> list[Structure]:
+def find_structures(model: nn.Module) -> list[Structure]:
     """The attention and MLP structures of `model`, in its own order; adapted layers are seen through to their base.
 
     Raises:
-        S2FTError: where a module has the projections of a structure, but their shapes contradict it
-            (with `skip_unreadable`, such a module counts as having no structure).
+        S2FTError: where a module has the projections of a structure, but their shapes contradict it; `read_structures` goes on.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,7 +96,7 @@ def find_structures(model: nn.Module, skip_unreadable: bool = False) -> list[Str
         [('attention', 'model.layers.0.self_attn', 4), ('mlp', 'model.layers.0.mlp', 24)]
     """
     reading = read_structures(model)
-    if reading.unreadable and not skip_unreadable:
+    if reading.unreadable:
         raise S2FTError(next(iter(reading.unreadable.values())))
     return reading.structures
 

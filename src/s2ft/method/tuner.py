@@ -7,7 +7,7 @@ merge
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ from s2ft.method.switchable import (
     all_or_nothing,
     leave,
     mark_shared,
+    not_loaded,
     suspended,
     switchable_layers,
 )
@@ -131,7 +132,7 @@ class S2FTModel(BaseTuner):
         names = list(dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name))
         with self.shared.turns.alone():
             layers = switchable_layers(self.model)
-            raise_together(_unknown(names, self.peft_config))
+            raise_together(not_loaded(names, self.peft_config))
             for layer in layers[:1]:
                 layer.refuse_beside_layout(names)
             leave(layers)
@@ -185,7 +186,7 @@ class S2FTModel(BaseTuner):
     def _refuse_merging(self, layers: list[Switchable], adapter_names: list[str] | None) -> None:
         refuse_inside(self.model, "merging")
         names = self.active_adapters if adapter_names is None else adapter_names
-        raise_together(_unknown(names, self.peft_config))
+        raise_together(not_loaded(names, self.peft_config))
         raise_together(dict.fromkeys(filter(None, (layer.why_not_own("merging", merged=False) for layer in layers))))
         raise_together(self._kept_whole(names))
         paths = {layer: path for path, layer in self.model.named_modules()}
@@ -340,12 +341,6 @@ class S2FTModel(BaseTuner):
         unknown = sorted(set(names) - {BASE} - set(self.peft_config) - set(self.pool or ()))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-
-
-def _unknown(names: Iterable[str], loaded: Iterable[str]) -> Iterator[str]:
-    for name in names:
-        if name not in loaded:
-            yield f"adapter {name!r} is not loaded; loaded are {', '.join(map(repr, loaded)) or 'none'}"
 
 
 def _give(names: list[str]) -> Any:

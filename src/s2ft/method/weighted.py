@@ -18,6 +18,7 @@ from s2ft.method.combination import Combination, combine
 from s2ft.method.config import S2FTConfig
 from s2ft.method.linear import S2FTBlock, S2FTLinear
 from s2ft.method.slices import Slice, all_finite
+from s2ft.method.switchable import not_loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +125,7 @@ def name_problem(adapter_name: str) -> str | None:
 def _name_problems(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str) -> Iterator[str]:
     if isinstance(adapters, str):
         raise S2FTError(f"adapters={adapters!r} is one name; give a list of names")
-    for name in adapters:
-        if name not in tuner.peft_config:
-            yield f"adapter {name!r} is not loaded; loaded are {', '.join(map(repr, tuner.peft_config))}"
+    yield from not_loaded(adapters, tuner.peft_config)
     if adapter_name in tuner.peft_config:
         yield f"adapter_name={adapter_name!r} is taken; choose another name, or delete that adapter first"
     if problem := name_problem(adapter_name):

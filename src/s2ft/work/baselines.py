@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from s2ft.errors import S2FTError
-from s2ft.method.structure import features, find_structures, linear_layer
+from s2ft.method.structure import features, linear_layer, read_structures
 from s2ft.work.channels import choose_channels
 from s2ft.work.galore import PlaceProjections, galore_arguments, import_galore, readable_projections
 from s2ft.work.lisa import Lisa
@@ -177,7 +177,7 @@ def lora_targets(model: nn.Module) -> str | list[str]:
 
     Fused projections are adapted whole.
     """
-    structures = find_structures(model, skip_unreadable=True)
+    structures = read_structures(model).structures
     if any(structure.partial for structure in structures):
         return "all-linear"
     paths = [p.module for structure in structures for p in structure.projections if p.name in LORA_TARGETS]

@@ -23,7 +23,7 @@ SWITCHES = ("weight", "train")  # of a message: whether it is learned
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
 CALLS = "tool_calls"
 _PLAIN = ("role", "content")
-_OPTIONS = ("tools", "documents")
+OPTIONS = ("tools", "documents")  # of a record, for the template
 _KWARGS = "chat_template_kwargs"
 _UNKNOWN = ("functions", "function_call", "images", "image", "videos", "audio", "audios", *SWITCHES)  # of a record
 _UNKNOWN_IN_MESSAGE = ("function_call", "images", "image", "audio")
@@ -53,7 +53,7 @@ def chat_examples(value: dict[str, Any]) -> Iterator[Example]:
     if value.get("system"):
         prompt, rest = ([], [*_system(value), *rest]) if not prompt else ([*_system(value), *prompt], rest)
     messages, first = [*prompt, *rest], max(1, len(prompt))
-    options = {name: _parsed(value[name]) for name in _OPTIONS if value.get(name)} | (value.get(_KWARGS) or {})
+    options = {name: _parsed(value[name]) for name in OPTIONS if value.get(name)} | (value.get(_KWARGS) or {})
     for turn in range(first, len(messages)):
         if messages[turn]["role"] == LEARNED and _is_learned(messages[turn]):
             told = [_told(message) for message in messages[: turn + 1]]
@@ -161,14 +161,14 @@ def _record_problems(value: dict[str, Any]) -> Iterator[str]:
         for field in _UNKNOWN
         if value.get(field) is not None
     )
-    for field in _OPTIONS:
+    for field in OPTIONS:
         parsed = _parsed(value.get(field))
         if parsed is not None and not (isinstance(parsed, list) and all(isinstance(item, dict) for item in parsed)):
             yield f"{field} is {shown(value[field])}; it must be a list of objects"
         elif problem := _no_text(field, parsed):
             yield problem
     kwargs = value.get(_KWARGS)
-    if kwargs is not None and not (isinstance(kwargs, dict) and not kwargs.keys() & {*_OWN, *_OPTIONS}):
+    if kwargs is not None and not (isinstance(kwargs, dict) and not kwargs.keys() & {*_OWN, *OPTIONS}):
         yield f"{_KWARGS} is {shown(kwargs)}; it must be an object with variables of the chat template"
     elif problem := _no_text(_KWARGS, kwargs):
         yield problem

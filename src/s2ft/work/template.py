@@ -11,10 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from s2ft.errors import S2FTError
-from s2ft.work.chat import CALLS, REASONING, Message
+from s2ft.work.chat import CALLS, OPTIONS, REASONING, Message
 
 SECONDS = 20.0  # for one conversation; milliseconds are usual
-_OPTIONS = ("tools", "documents")
 _PROBE = "how are you"
 
 
@@ -86,11 +85,11 @@ def left_out(
         except S2FTError:
             return False
 
-    for name in _OPTIONS:
+    for name in OPTIONS:
         if options.get(name) and is_same(messages, {key: item for key, item in options.items() if key != name}):
             yield name
     text = tokenizer.get_chat_template(tools=options.get("tools"))
-    yield from (f"chat_template_kwargs.{name}" for name in options if name not in _OPTIONS and name not in text)
+    yield from (f"chat_template_kwargs.{name}" for name in options if name not in OPTIONS and name not in text)
     for index, message in enumerate(messages):
         for name, bare in _without_each(message, reasoning=index >= learned):
             surely = name == "content" and len(message) == 2 and message["content"].strip() in whole
