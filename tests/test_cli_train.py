@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from commands import Command
+from commands import Command, wait_for
 from s2ft.cli.train import _report
 from s2ft.work.options import TrainOptions
 from s2ft.work.trainer import Flow
@@ -159,8 +158,7 @@ def test_a_signal_to_end_saves_a_checkpoint_from_which_the_run_goes_on(base, dat
     ]
     command = Command(["train", *words], tmp_path / "log")
     wait_for(lambda: out.is_dir() and any(out.glob("checkpoint-*")), command)
-    os.kill(command.process.pid, number)
-    assert command.wait() == 130, command.printed
+    assert command.signal(number).wait() == 130, command.printed
     assert "Traceback" not in command.printed
     assert f"{name}: finishing this step" in command.printed
     assert "--resume" in command.printed
@@ -199,14 +197,6 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(train, base, data, tmp_path
     assert code == 130
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
-
-
-def wait_for(condition, command: Command, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert command.process.is_alive(), command.printed
-        assert time.monotonic() < end, "nothing happened in time"
-        time.sleep(0.05)
 
 
 def test_the_real_arithmetic_set_runs_through(train, base, tmp_path):

@@ -2,21 +2,34 @@
 
 import json
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from commands import Command, contents
+from commands import Command, contents, wait_for
 from s2ft import S2FTConfig
 from tiny_base import byte_tokenizer
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("server")]
 Tries = Callable[[int, int], int]
+
+
+class Undisturbed(NamedTuple):
+    """What a command leaves when nobody disturbs it, the seconds that it takes, and all that it does to files."""
+
+    contents: dict[str, str]
+    seconds: float
+    changes: list[str]
+
+
+Expected = Callable[[str, str], Undisturbed]
 
 SUFFIX = {"gguf": ".gguf", "patch": ".safetensors"}
 ADAPTERS = ("a", "b")
@@ -24,7 +37,25 @@ KINDS = ("merge", "fuse", "lora", "gguf", "patch")
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The process that all are forked from has started, which is not to be taken for time that a command needs."""
+    assert Command(["--version"], tmp_path_factory.mktemp("server") / "log").wait() == 0
+
+
+def undisturbed(words: list[str], output: Path, left: Callable[[Path], dict[str, str]] = contents) -> Undisturbed:
+    start = time.perf_counter()
+    command = Command(words, output.parent.with_suffix(".log"), within=output.parent)
+    assert command.wait() == 0, command.printed
+    return Undisturbed(left(output), time.perf_counter() - start, command.changes)
+
+
+def moments(among: range, few: int, tries: Tries) -> list[int]:
+    """When to kill: all of them in a soak, else some."""
+    return sorted(random.sample(among, tries(min(few, len(among)), len(among))))
+
+
+@pytest.fixture(scope="module")
+def given(server: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of 2.3M parameters and two adapters for it: writing takes a while."""
     folder = tmp_path_factory.mktemp("given")
     config = LlamaConfig(
@@ -52,17 +83,13 @@ def words(kind: str, given: Path, adapter: str, output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def expected(given: Path) -> Callable[[str, str], tuple[dict[str, str], float]]:
-    """What a command leaves when nobody disturbs it, and the seconds that it takes."""
-    known: dict[tuple[str, str], tuple[dict[str, str], float]] = {}
+def expected(given: Path) -> Expected:
+    known: dict[tuple[str, str], Undisturbed] = {}
 
-    def find(kind: str, adapter: str) -> tuple[dict[str, str], float]:
+    def find(kind: str, adapter: str) -> Undisturbed:
         if (kind, adapter) not in known:
-            output = given / f"expected-{kind}-{adapter}{SUFFIX.get(kind, '')}"
-            start = time.perf_counter()
-            command = Command(words(kind, given, adapter, output), given / "log")
-            assert command.wait() == 0, command.printed
-            known[kind, adapter] = contents(output), time.perf_counter() - start
+            output = given / f"expected-{kind}-{adapter}" / f"out{SUFFIX.get(kind, '')}"
+            known[kind, adapter] = undisturbed(words(kind, given, adapter, output), output)
         return known[kind, adapter]
 
     return find
@@ -88,10 +115,10 @@ def check_next(command: list[str], output: Path, wanted: dict[str, str], log: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_writer_leaves_nothing_that_needs_a_hand(
-    kind: str, given: Path, expected: Callable[..., tuple[dict[str, str], float]], tmp_path: Path, tries: Tries
+    kind: str, given: Path, expected: Expected, tmp_path: Path, tries: Tries
 ) -> None:
     """30 times each, at any moment."""
-    wanted, seconds = expected(kind, "a")
+    wanted, seconds, _ = expected(kind, "a")
     for number in range(tries(1, 30)):
         output = tmp_path / str(number) / f"out{SUFFIX.get(kind, '')}"
         command = words(kind, given, "a", output)
@@ -104,44 +131,37 @@ def test_a_killed_writer_leaves_nothing_that_needs_a_hand(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_writer_may_die_before_anything_that_it_does_to_a_file(
-    kind: str, given: Path, expected: Callable[..., tuple[dict[str, str], float]], tmp_path: Path, tries: Tries
+    kind: str, given: Path, expected: Expected, tmp_path: Path, tries: Tries
 ) -> None:
     """Every moment in turn: at each call that opens, makes, renames or removes something at the output."""
-    wanted, _ = expected(kind, "a")
-    most = tries(3, 1000)
-    first, step = random.randrange(5), random.randrange(3, 6)  # in the suite, some of the moments
-    for number in range(most):
-        moment = number if most > 10 else first + step * number
+    wanted, _, changes = expected(kind, "a")
+    for moment in moments(range(len(changes)), 3, tries):
         output = tmp_path / str(moment) / f"out{SUFFIX.get(kind, '')}"
         command = words(kind, given, "a", output)
         killed = Command(command, tmp_path / f"{moment}.log", die_at=moment, within=output.parent)
-        code = killed.wait()
-        assert code in (0, -9), killed.printed
+        assert killed.wait() == -9, killed.printed
         check_whole_or_nothing(output, wanted)
         check_next(command, output, wanted, tmp_path / f"{moment}.again")
-        if code == 0:
-            return
 
 
 @pytest.mark.parametrize("kind", ["merge", "fuse"])
 def test_a_writer_may_die_while_it_fills_an_empty_folder(
-    kind: str, given: Path, expected: Callable[..., tuple[dict[str, str], float]], tmp_path: Path, tries: Tries
+    kind: str, given: Path, expected: Expected, tmp_path: Path, tries: Tries
 ) -> None:
     """There its files are moved one by one, which the next command ends; never is there a config without weights."""
-    wanted, _ = expected(kind, "a")
-    for number in range(tries(2, 1000)):
-        moment = number if tries(0, 1) else random.randrange(15, 40)  # in the suite, where files are moved
+    wanted = expected(kind, "a").contents
+    (tmp_path / "whole" / "out").mkdir(parents=True)
+    _, _, changes = undisturbed(words(kind, given, "a", tmp_path / "whole" / "out"), tmp_path / "whole" / "out")
+    moved = next(number for number, change in enumerate(changes) if change.startswith("os.rename"))
+    for moment in moments(range(tries(moved, 0), len(changes)), 2, tries):  # in the suite, where files are moved
         output = tmp_path / str(moment) / "out"
         output.mkdir(parents=True)
         killed = Command(words(kind, given, "a", output), tmp_path / f"{moment}.log", moment, output.parent)
-        code = killed.wait()
-        assert code in (0, -9), killed.printed
+        assert killed.wait() == -9, killed.printed
         assert any(output.glob("*.safetensors")) or not any(output.glob("*config.json"))
         again = Command(words(kind, given, "a", output), tmp_path / f"{moment}.again")
         assert again.wait() == 0 or "holds files already" in again.printed
         assert contents(output) == wanted
-        if code == 0:
-            return
 
 
 @pytest.mark.parametrize(
@@ -150,7 +170,7 @@ def test_a_writer_may_die_while_it_fills_an_empty_folder(
 def test_of_two_writers_one_wins_whole_and_the_other_is_refused(
     kinds: tuple[str, str],
     given: Path,
-    expected: Callable[..., tuple[dict[str, str], float]],
+    expected: Expected,
     tmp_path: Path,
     tries: Tries,
 ) -> None:
@@ -168,7 +188,7 @@ def test_of_two_writers_one_wins_whole_and_the_other_is_refused(
         refused = pair[codes.index(2)].printed
         assert any(words in refused for words in ("another process", "holds files already", "exists already")), refused
         winner = codes.index(0)
-        assert contents(output) == expected(kinds[winner], ADAPTERS[winner])[0]
+        assert contents(output) == expected(kinds[winner], ADAPTERS[winner]).contents
         assert [path.name for path in folder.iterdir()] == [output.name]
 
 
@@ -181,13 +201,10 @@ def train_words(base: str, data: str, output: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
-    """The adapter of an undisturbed training, and the seconds that it takes."""
-    folder = tmp_path_factory.mktemp("trained")
-    start = time.perf_counter()
-    command = Command(train_words(base, data, folder / "out"), folder / "log")
-    assert command.wait() == 0, command.printed
-    return adapter_in(folder / "out"), time.perf_counter() - start
+def trained(server: None, base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Its adapter."""
+    output = tmp_path_factory.mktemp("trained") / "run" / "out"
+    return undisturbed(train_words(base, data, output), output, adapter_in)
 
 
 def adapter_in(folder: Path) -> dict[str, str]:
@@ -214,9 +231,9 @@ def check_result(output: Path, wanted: dict[str, str]) -> None:
 
 
 def test_a_killed_training_ends_with_the_same_bits(
-    base: str, data: str, trained: tuple[dict[str, str], float], tmp_path: Path, tries: Tries
+    base: str, data: str, trained: Undisturbed, tmp_path: Path, tries: Tries
 ) -> None:
-    wanted, seconds = trained
+    wanted, seconds, _ = trained
     for number in range(tries(1, 30)):
         output = tmp_path / str(number) / "out"
         for attempt in range(2):  # killed once more when it goes on
@@ -229,33 +246,30 @@ def test_a_killed_training_ends_with_the_same_bits(
 
 
 def test_a_training_may_die_before_anything_that_it_does_to_a_file(
-    base: str, data: str, trained: tuple[dict[str, str], float], tmp_path: Path, tries: Tries
+    base: str, data: str, trained: Undisturbed, tmp_path: Path, tries: Tries
 ) -> None:
-    for number in range(tries(1, 1000)):
-        moment = number if tries(0, 1) else random.randrange(90)
+    for moment in moments(range(len(trained.changes)), 2, tries):
         output = tmp_path / str(moment) / "out"
         command = Command(train_words(base, data, output), tmp_path / f"{moment}.log", moment, output.parent)
-        code = command.wait()
-        assert code in (0, -9), command.printed
+        assert command.wait() == -9, command.printed
         finish(base, data, output, tmp_path / f"{moment}.again")
-        check_result(output, trained[0])
-        if code == 0:
-            return
+        check_result(output, trained.contents)
 
 
 def test_a_second_training_into_one_folder_is_refused_at_once(
-    base: str, data: str, trained: tuple[dict[str, str], float], tmp_path: Path
+    base: str, data: str, trained: Undisturbed, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    first = Command(train_words(base, data, output), tmp_path / "first")
-    while not (tmp_path / ".out.lock").exists():
-        time.sleep(0.01)
-    others = [Command(train_words(base, data, output, *more), tmp_path / f"log{more}") for more in ([], ["--resume"])]
-    assert [other.wait() for other in others] == [2, 2]
-    for other in others:
-        assert "is being written by another process" in other.printed
-    assert first.wait() == 0, first.printed
-    check_result(output, trained[0])
+    with Command(train_words(base, data, output), tmp_path / "first", within=tmp_path, stop_at="checkpoint-4") as first:
+        wait_for(lambda: first.is_stopped, first)
+        others = [
+            Command(train_words(base, data, output, *more), tmp_path / f"log{more}") for more in ([], ["--resume"])
+        ]
+        assert [other.wait() for other in others] == [2, 2]
+        for other in others:
+            assert "is being written by another process" in other.printed
+        assert first.signal(signal.SIGCONT).wait() == 0, first.printed
+    check_result(output, trained.contents)
 
 
 @pytest.fixture(scope="module")
@@ -294,9 +308,10 @@ def test_a_killed_evaluation_ends_with_the_same_answers(
 
 def test_a_second_evaluation_into_one_folder_is_refused(base: str, questions: str, tmp_path: Path) -> None:
     command = ["eval", "--model", base, "--data", questions, "--output", str(tmp_path / "out"), *EVAL.split()]
-    pair = [Command(command, tmp_path / f"log{number}") for number in range(2)]
-    codes = [one.wait() for one in pair]
-    assert sorted(codes) in ([0, 2], [0, 0])  # 0, 0: the second came when the first had ended
-    for code, one in zip(codes, pair, strict=True):
-        assert code == 0 or "is being written by another process" in one.printed
+    with Command(command, tmp_path / "first", within=tmp_path / "out", stop_at="gsm8k.jsonl") as first:
+        wait_for(lambda: first.is_stopped, first)
+        second = Command(command, tmp_path / "second")
+        assert second.wait() == 2, second.printed
+        assert "is being written by another process" in second.printed
+        assert first.signal(signal.SIGCONT).wait() == 0, first.printed
     assert len((tmp_path / "out" / "base" / "gsm8k.jsonl").read_text().splitlines()) == 61
