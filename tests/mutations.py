@@ -96,9 +96,7 @@ def change_tensor(folder: Path, rng: random.Random) -> None:
     tensors = load_file(folder / WEIGHTS)
     name = rng.choice(list(tensors))
     tensor = tensors[name]
-    change = rng.choice(
-        ("drop", "dtype", "narrow", "wide", "transposed", "value", "unsorted", "rename", "empty", "scalar", "noise")
-    )
+    change = rng.choice(CHANGES)
     if change == "drop":
         del tensors[name]
     elif change == "dtype":
@@ -236,6 +234,9 @@ MUTATIONS: dict[str, Mutation] = {
         *(replace_config, replace_file, leave, copy),
     )
 }
+
+
+SOUND = (leave.__name__, copy.__name__)
 
 
 def fresh(source: Path, target: Path) -> Path:

@@ -1,6 +1,7 @@
 """Every command that writes, on a disk that is full: exit code 2, one clear line, nothing half-written."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -27,11 +28,16 @@ EVAL = "--max-new-tokens 4 --beams 1 --precision fp32 --task gsm8k"
 def disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+    words = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}k,uid={os.getuid()}", "tmpfs", str(folder)]
+    may = next((prefix for prefix in ([], ["sudo", "-n"]) if succeeds([*prefix, *words])), None)
+    if may is None:
         pytest.skip("no small disk can be mounted here")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run([*may, "umount", str(folder)], check=True)
+
+
+def succeeds(words: list[str]) -> bool:
+    return shutil.which(words[0]) is not None and subprocess.run(words, capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         check_whole(disk)
         if expected:
             assert results(disk) in ([expected] if code == 0 else [{}, expected])
-        if code == 0:
+        if code == 0 and free:
             continue
         assert code == 2, errors
         assert errors.startswith("error: ") or "\nerror: " in errors
