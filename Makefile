@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-soak test-peft test-lowest test-kernels test-engines test-wheel docs lint clean
+.PHONY: setup quickstart test test-slow test-soak test-peft test-lowest test-quantised test-kernels test-engines test-wheel docs lint clean
 
 setup: .venv/ready
 
@@ -43,6 +43,16 @@ test-lowest: build/lowest/ready
 build/lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv build/lowest
 	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis gguf
+	touch $@
+
+# Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (6 GB)
+test-quantised: build/quantised/ready
+	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/test_digest.py tests/test_together.py
+
+build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
+	$(PYTHON) -m venv build/quantised
+	build/quantised/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-quantised.txt \
+		--editable . pytest bitsandbytes optimum-quanto torchao
 	touch $@
 
 # The GPU kernels, run by Triton's interpreter on the CPU, and compiled for a GPU that need not be there

@@ -1,5 +1,7 @@
 """Models whose linear layers are quantised, by the libraries that are installed and by a stand-in for them."""
 
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +56,13 @@ def stand_in(model: nn.Module, levels: int = 16) -> nn.Module:
     return model
 
 
+def library(name: str) -> Any:
+    """A library of quantised layers; where it is missing the test is skipped, and fails by `make test-quantised`."""
+    return importlib.import_module(name) if os.environ.get("S2FT_TEST_QUANTISED") else pytest.importorskip(name)
+
+
 def _bitsandbytes(model: nn.Module, kind: str) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes").nn
+    bnb = library("bitsandbytes").nn
     for parent, name, linear in _linears(model):
         sizes, has_bias, weight = (linear.in_features, linear.out_features), linear.bias is not None, linear.weight.data
         if kind == "int8":
@@ -70,14 +77,14 @@ def _bitsandbytes(model: nn.Module, kind: str) -> nn.Module:
 
 
 def _torchao(model: nn.Module) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = library("torchao.quantization")
     chosen = {linear for _, _, linear in _linears(model)}
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, _: module in chosen)
     return model
 
 
 def _quanto(model: nn.Module, kind: str) -> nn.Module:
-    quanto = pytest.importorskip("optimum.quanto")
+    quanto = library("optimum.quanto")
     quanto.quantize(model, weights=getattr(quanto, kind), exclude="lm_head")
     quanto.freeze(model)
     return model

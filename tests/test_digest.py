@@ -156,12 +156,15 @@ def test_fusing_takes_adapters_of_a_base_and_of_its_quantised_copy(tmp_path: Pat
 @pytest.mark.parametrize("shape", [(1, 3), (7, 5), (64, 1), (200, 33)])
 def test_a_sketch_keeps_the_angle(shape: tuple[int, int]) -> None:
     """Against the cosine of the values themselves; the sketch's own error is 1/√64 where they are unrelated."""
-    a = torch.randn(shape)
-    b = torch.randn(shape)
     for mixed in (0.0, 0.05, 0.3):
-        other = (1 - mixed) * a + mixed * b
-        exact = float(torch.nn.functional.cosine_similarity(a.flatten(), other.flatten(), dim=0))
-        assert cosine(sketch(a), sketch(other)) == pytest.approx(exact, abs=0.02 + 0.5 * (1 - exact))
+        errors, unlike = [], []
+        for _ in range(11):  # one alone may lie 3σ away
+            a, b = torch.randn(shape), torch.randn(shape)
+            other = (1 - mixed) * a + mixed * b
+            exact = float(torch.nn.functional.cosine_similarity(a.flatten(), other.flatten(), dim=0))
+            errors.append(cosine(sketch(a), sketch(other)) - exact)
+            unlike.append(1 - exact)
+        assert abs(np.median(errors)) <= 0.02 + 0.25 * np.median(unlike)
     assert cosine(sketch(a), sketch(-a)) == pytest.approx(-1)
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2ft
 from families import VOCABULARY, build, tokens
+from quantised import QUANTISED, stand_in
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.pool import AdapterPool
 from s2ft.files import check_free, new_file, staged
@@ -358,33 +359,11 @@ class TestSharedWeights:
             assert torch.equal(first.weight, before)
 
 
-class Coded(Tensor):
-    """A stand-in for what quanto and torchao make of a weight: looks like float32, holds integers and a scale."""
-
-    @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor) -> "Coded":
-        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
-
-    def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        self.codes, self.scale = codes, scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].codes, args[0].scale)
-        values = [one.codes * one.scale if isinstance(one, Coded) else one for one in args]  # writes are lost
-        return func(*values, **(kwargs or {}))
-
-
 class TestQuantisedWeights:
     def coded(self, path: Path) -> tuple[PeftModel, nn.Module]:
         base = build("llama", torch.float32)
         plain = copy.deepcopy(base)
-        for block in base.model.layers:
-            linear = block.mlp.down_proj
-            scale = linear.weight.abs().amax(1, keepdim=True) / 127
-            codes = (linear.weight / scale).round().to(torch.int8)
-            linear.weight = nn.Parameter(Coded(codes, scale.detach()), requires_grad=False)
+        stand_in(base, levels=127)
         made = get_peft_model(base, S2FTConfig(ratios={"down_proj": 0.3}, init_weights=False)).eval()
         made.save_pretrained(path)
         return made, plain
@@ -393,7 +372,7 @@ class TestQuantisedWeights:
         made, plain = self.coded(tmp_path)
         ids = tokens(2, 7)
         expected = logits(made, ids)
-        message = r"layers\.0\.mlp\.down_proj: its weight is a Coded, as quantisation .* \(also \S+, \S+\)$"
+        message = r"layers\.0\.mlp\.down_proj: its weight is a Grid, as quantisation .* \(also \S+, \S+\)$"
         for change in (made.merge_adapter, made.merge_and_unload, lambda: s2ft.switch(made, "default")):
             with pytest.raises(S2FTError, match=message):
                 change()
@@ -438,25 +417,19 @@ def test_a_weight_that_is_not_plain_is_named(
     assert why_not_plain(linear) == reason
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes(bits: int) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_base_runs_and_trains_and_is_not_written_into(kind: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes))
-    for block in base.model.layers:
-        linear, options = block.mlp.down_proj, {"bias": False}
-        kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
-        options |= {} if bits == 4 else {"has_fp16_weights": False}
-        block.mlp.down_proj = kind(linear.in_features, linear.out_features, **options)
-        block.mlp.down_proj.load_state_dict(linear.state_dict())
-        block.mlp.down_proj.to("cpu")
+    QUANTISED[kind](base)
     made, ids = get_peft_model(base, S2FTConfig(ratios={"down_proj": 0.5}, init_weights=False)).eval(), tokens(2, 7)
     expected = logits(made, ids)
     made(ids, labels=ids).loss.backward()  # in evaluation mode, with gradients
     layer = layers(made)[0]
+    assert layer.s2ft_block["default"].weight.grad.abs().max() > 0
     assert layer.get_delta_weight("default").shape == (64, 128)
     for change in (made.merge_adapter, lambda: s2ft.switch(made, "default")):
-        with pytest.raises(S2FTError, match="quantised"):
+        with pytest.raises(S2FTError, match="quantis"):
             change()
     torch.testing.assert_close(logits(made, ids), expected)
 
