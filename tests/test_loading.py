@@ -185,6 +185,12 @@ def test_all_that_is_wrong_with_a_config_is_listed(base: nn.Module, tmp_path: Pa
     assert found == ["auto_mapping", "modules_to_save"]
 
 
+def test_what_a_library_repeats_of_a_file_is_printable(base: nn.Module, tmp_path: Path) -> None:
+    folder = save(base, tmp_path / "a")
+    edit(folder, task_type="\x1b[2J")
+    assert problems_of(folder)[0].partition(": ")[2].startswith(r"Invalid task type: '\x1b[2J'")
+
+
 def test_a_digest_of_foreign_slices_does_not_hide_what_else_is_wrong(base: nn.Module, tmp_path: Path) -> None:
     folder = save(base, tmp_path / "a")
     edit(folder, base_digest={DOWN: "out 1=ab; in 2-=cd"}, checksums=None)

@@ -114,7 +114,7 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 return list(file.keys())
         except SafetensorError as error:
-            raise S2FTError(f"{path} is truncated or no safetensors file: {error}") from error
+            raise S2FTError(f"{path} is truncated or no safetensors file: {first_line(error)}") from error
 
     def tensor_name(self, module: str, parameter: str = "weight") -> str:
         """The checkpoint's name of a module's parameter.

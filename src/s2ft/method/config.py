@@ -18,7 +18,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from s2ft.errors import S2FTError, raise_together
+from s2ft.errors import S2FTError, first_line, raise_together
 from s2ft.method.checksum import taken
 from s2ft.method.registration import NAME, peft_type
 from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
@@ -164,7 +164,7 @@ class S2FTConfig(PeftConfig):
         except S2FTError as error:
             problems = error.problems
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            problems = [str(error)]
+            problems = [first_line(error)]
         raise_together(f"{folder / CONFIG_NAME}: {problem}" for problem in problems)
         if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
             check_whole(folder, config)
@@ -275,7 +275,7 @@ def _pattern_problems(config: S2FTConfig) -> Iterator[str]:
         try:
             re.compile(given if isinstance(given, str) else "")
         except re.error as error:
-            yield f"{name}={given!r} is no regular expression: {error}"
+            yield f"{name}={given!r} is no regular expression: {first_line(error)}"
 
 
 def _is_fraction(value: Any) -> bool:

@@ -23,7 +23,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from s2ft.errors import S2FTError, gathered, raise_together
+from s2ft.errors import S2FTError, first_line, gathered, raise_together
 from s2ft.method.checksum import PREFIX, bare, checksum
 from s2ft.method.digest import part_problems
 from s2ft.method.registration import NAME
@@ -76,7 +76,9 @@ class WeightFile(Mapping[str, Tensor]):
             self._names = dict.fromkeys(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
             size = self.path.stat().st_size
-            raise S2FTError(f"{self.path} is truncated or no safetensors file ({size} bytes): {error}") from error
+            raise S2FTError(
+                f"{self.path} is truncated or no safetensors file ({size} bytes): {first_line(error)}"
+            ) from error
 
     def headers(self) -> dict[str, Header]:
         """Name → dtype and shape."""

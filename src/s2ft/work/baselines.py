@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from s2ft.errors import S2FTError
+from s2ft.errors import S2FTError, first_line
 from s2ft.method.structure import features, linear_layer, read_structures
 from s2ft.work.channels import choose_channels
 from s2ft.work.galore import PlaceProjections, galore_arguments, import_galore, readable_projections
@@ -193,7 +193,7 @@ def _check_targets(config: LoraConfig, model: nn.Module) -> None:
     try:
         matched = [(path, m) for path, m in model.named_modules() if check_target_module_exists(config, path)]
     except re.error as error:
-        raise S2FTError(f"target_modules={given!r} is no regular expression: {error}") from None
+        raise S2FTError(f"target_modules={given!r} is no regular expression: {first_line(error)}") from None
     if not matched:
         names = {path.rpartition(".")[2] for path, module in model.named_modules() if linear_layer(module) is not None}
         raise S2FTError(f"target_modules={_listed(given)} match none of the linear layers {', '.join(sorted(names))}")
