@@ -42,7 +42,7 @@ test-lowest: build/lowest/ready
 
 build/lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv build/lowest
-	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis gguf
+	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis gguf packaging
 	touch $@
 
 # Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (6 GB)

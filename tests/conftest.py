@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,8 @@ def seeded(request: pytest.FixtureRequest) -> None:
     seed = request.config.getoption("--seed")
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     request.node.add_report_section("setup", "seed", f"--seed {seed}")
 
 

@@ -202,7 +202,7 @@ def test_lisa_finds_the_blocks_of_every_family():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_equal_rank_is_the_nearest_that_peft_has(family, dora):
-    wanted = random.Random().randrange(500, 20_000)
+    wanted = random.randrange(500, 20_000)
     rank = equal_rank(build(family, torch.float32), wanted, dora)
 
     def distance(rank: int) -> int:

@@ -51,6 +51,11 @@ def test_what_a_template_takes_and_what_it_drops(path) -> None:
         assert ENDS[path.stem] == (None if end is None else tokenizer.convert_ids_to_tokens(end))
 
 
+def test_there_are_templates_to_try_and_those_whose_end_is_known_are_among_them() -> None:
+    assert len(TEMPLATES) >= 40
+    assert set(ENDS) <= {path.stem for path in TEMPLATES}
+
+
 def test_a_text_beside_a_call_is_not_always_taken() -> None:
     takes = {}
     for name in ("llama3_1", "qwen3"):

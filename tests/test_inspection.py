@@ -16,9 +16,7 @@ from s2ft.method.slices import Slice
 
 def adapter(modules: list[str]) -> Adapter:
     """One random slice for each module, in the order of their names as text, as configs keep them."""
-    slices = {
-        path: Slice("in", np.sort(np.random.default_rng().choice(50, 4, replace=False))) for path in sorted(modules)
-    }
+    slices = {path: Slice("in", np.sort(np.random.choice(50, 4, replace=False))) for path in sorted(modules)}
     return Adapter(Path("a"), S2FTConfig(), slices, {path: torch.randn(7, 4) for path in slices}, {})
 
 

@@ -434,9 +434,7 @@ def full(part: Part | None, shape: torch.Size) -> Tensor:
 
 
 @pytest.mark.soak
-def test_random_operations_against_a_dense_model(
-    tries: Callable[[int, int], int], one_thread: None, request: pytest.FixtureRequest
-) -> None:
+def test_random_operations_against_a_dense_model(tries: Callable[[int, int], int], one_thread: None) -> None:
     run_state_machine_as_test(
         LiveModel,
         settings=settings(
