@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+from adapter_files import CONFIG, PREFIX, WEIGHTS
+
 Mutation = Callable[[Path, random.Random], None]
 
 JUNK: tuple[Any, ...] = (
@@ -197,13 +197,6 @@ def replace_file(folder: Path, rng: random.Random) -> None:
         path.symlink_to("nowhere")
     elif kind == "pickle":
         torch.save({"x": torch.ones(2)}, folder / "adapter_model.bin")
-
-
-def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """An adapter's tensors changed on purpose: without the checksums of those that it was saved with."""
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    fields = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**fields, "checksums": None}))
 
 
 def leave(folder: Path, rng: random.Random) -> None:

@@ -1,7 +1,6 @@
 """Adapter files are read without a base, checked, and described as they are."""
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from adapter_files import edit
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapter.file import read_adapter
@@ -75,11 +75,6 @@ def test_the_drawing_is_a_picture(saved: Path, tmp_path: Path) -> None:
     assert (tmp_path / "channels.png").read_bytes().startswith(b"\x89PNG")
 
 
-def edit_config(folder: Path, **fields: object) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def edit_tensors(folder: Path, change) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors, next(name for name in tensors if name.endswith("layers.0.mlp.down_proj.s2ft_block.weight")))
@@ -89,10 +84,10 @@ def edit_tensors(folder: Path, change) -> None:
 DAMAGE = {
     "no adapter: there is no adapter_config.json": lambda f: (f / "adapter_config.json").unlink(),
     "is not JSON": lambda f: (f / "adapter_config.json").write_text("{"),
-    "peft_type is 'LORA'": lambda f: edit_config(f, peft_type="LORA"),
-    "names no slices": lambda f: edit_config(f, slices=None),
-    "is no slice": lambda f: edit_config(f, slices={"model.layers.0.mlp.down_proj": "up 3"}),
-    "strategy='best' is unknown": lambda f: edit_config(f, strategy="best"),
+    "peft_type is 'LORA'": lambda f: edit(f, peft_type="LORA"),
+    "names no slices": lambda f: edit(f, slices=None),
+    "is no slice": lambda f: edit(f, slices={"model.layers.0.mlp.down_proj": "up 3"}),
+    "strategy='best' is unknown": lambda f: edit(f, strategy="best"),
     "no adapter weights": lambda f: (f / "adapter_model.safetensors").unlink(),
     "truncated or no safetensors": lambda f: (f / "adapter_model.safetensors").write_bytes(
         (f / "adapter_model.safetensors").read_bytes()[:-50]
@@ -196,10 +191,10 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     print_table(table(read_adapter(tmp_path)))
     assert "0.[/red]" in capsys.readouterr().out
     for bad in ("\x1b[2J", "a\nb", "\ud800", ""):
-        edit_config(tmp_path, slices={bad: "in 0"})
+        edit(tmp_path, slices={bad: "in 0"})
         with pytest.raises(S2FTError, match="empty or holds control characters") as error:
             read_adapter(tmp_path)
         assert all(letter.isprintable() or letter == "\n" for letter in str(error.value))
-    edit_config(tmp_path, slices={module: "in 0"}, base_model_name_or_path="\x1b]0;x\x07")
+    edit(tmp_path, slices={module: "in 0"}, base_model_name_or_path="\x1b]0;x\x07")
     with pytest.raises(S2FTError, match=r"base_model_name_or_path=.*holds control characters"):
         read_adapter(tmp_path)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import FAMILIES, build, tokens
+from live import same
 from s2ft import S2FTError
 from s2ft.work import galore
 from s2ft.work.baselines import METHODS, equal_rank, lora_config, lora_targets
@@ -17,7 +18,7 @@ from s2ft.work.lisa import Lisa, draw, find_blocks
 from s2ft.work.options import OPTIONS_OF, parse_options, read_config, to_yaml
 from s2ft.work.resume import _check_whole
 from s2ft.work.train import train
-from tiny_runs import interrupt_at, same, skip_without, weights
+from tiny_runs import interrupt_at, skip_without, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

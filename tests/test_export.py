@@ -12,17 +12,15 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import s2ft
+from adapter_files import WEIGHTS, edit, write_tensors
 from exported import SIDES, load, load_base, save_adapter, save_base
 from families import FAMILIES, tokens
-from mutations import write_tensors
 from s2ft import S2FTError
 from s2ft.adapter.export import TARGETS
 from s2ft.adapter.export_lora import VLLM_RANKS, factors
 from s2ft.adapter.file import read_adapter
 from s2ft.cli.app import app
 from s2ft.method.slices import Slice
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:
@@ -205,11 +203,6 @@ def tamper(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     next(tensor for name, tensor in tensors.items() if name.endswith("weight")).view(-1)[5] = torch.nan
     write_tensors(folder, tensors)
-
-
-def edit(folder: Path, **fields: object) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def rename(folder: Path, old: str, new: str) -> None:

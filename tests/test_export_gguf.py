@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import s2ft
+from adapter_files import write_tensors
 from exported import SIDES, load_base, save_adapter, save_base
-from mutations import write_tensors
 from s2ft import S2FTError
 from s2ft.adapter.export_gguf import ARCHITECTURES
 from s2ft.adapter.file import read_adapter

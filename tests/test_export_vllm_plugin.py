@@ -14,12 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 import s2ft
+from adapter_files import WEIGHTS, write_tensors
 from exported import SIDES, save_adapter, save_base
-from mutations import write_tensors
 from s2ft import S2FTError
 from s2ft.adapter.vllm_plugin import ROOT, adapter_folder, register
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 class Registry(dict):

@@ -18,8 +18,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import s2ft
+from adapter_files import CONFIG, WEIGHTS, edit, write_tensors
 from families import build, tokens
-from mutations import write_tensors
 from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapter.file import open_adapter, read_adapter
 from s2ft.adapter.overlap import draw, table
@@ -28,7 +28,6 @@ from s2ft.cli.tables import print_table
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.slices import Slice
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RATIOS = {"o_proj": 0.25, "v_proj": 0.5, "down_proj": 0.3}
 
 
@@ -154,11 +153,6 @@ def test_an_adapter_of_a_resaved_fusion_keeps_its_digests(base: nn.Module, pair:
     s2ft.fuse(pair, output=tmp_path / "ab")
     load(base, tmp_path / "ab").save_pretrained(tmp_path / "resaved")
     assert read_adapter(tmp_path / "resaved").config.base_digest == read_adapter(tmp_path / "ab").config.base_digest
-
-
-def edit(folder: Path, **fields: object) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor], str], object]) -> None:

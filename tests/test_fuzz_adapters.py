@@ -18,6 +18,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from families import build, tokens
+from live import state, unchanged
 from mutations import SOUND, fresh, mutate
 from s2ft import S2FTConfig, S2FTError, export, fuse
 from s2ft.adapter.file import open_adapter, read_adapter
@@ -83,26 +84,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     return House(tmp_path_factory.mktemp("fuzz"))
 
 
-def state(model: nn.Module) -> dict[str, Any]:
-    """All that a refusal must leave alone: structure, values, what is active, what trains."""
-    peft_config = getattr(model, "peft_config", {})
-    return {
-        "modules": [(name, type(module).__name__) for name, module in model.named_modules()],
-        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "trains": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
-        "adapters": sorted(peft_config) if isinstance(peft_config, dict) else None,
-        "loaded": getattr(model, "_hf_peft_config_loaded", None),
-        "training": model.training,
-    }
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    values = a["values"].keys() == b["values"].keys() and all(
-        torch.equal(a["values"][name], b["values"][name]) for name in a["values"]
-    )
-    return values and all(a[key] == b[key] for key in a if key != "values")
-
-
 def read(house: House, folder: Path) -> None:
     read_adapter(folder)
 
@@ -128,7 +109,7 @@ def unharmed(model: nn.Module, before: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception:
-        assert same(before, state(model)), "refused, and changed the model"
+        assert unchanged(before, model), "refused, and changed the model"
         raise
     assert all(torch.equal(tensor, before["values"][name]) for name, tensor in held), "changed the base"
 

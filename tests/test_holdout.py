@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from live import same
 from s2ft import S2FTError
 from s2ft.work.baselines import METHODS
 from s2ft.work.data import load_examples
@@ -16,7 +17,7 @@ from s2ft.work.options import parse_options, read_config
 from s2ft.work.tokens import hold_out, tokenize
 from s2ft.work.train import train
 from s2ft.work.trainer import Flow, Trainer
-from tiny_runs import interrupt_at, same, skip_without, weights
+from tiny_runs import interrupt_at, skip_without, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

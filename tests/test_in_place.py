@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from families import FAMILIES, build, tokens
+from live import values
 from s2ft import S2FTConfig, S2FTError, in_place
 from s2ft.method import in_place as module_under_test
 from s2ft.method.in_place import Layout
@@ -45,10 +46,6 @@ class Wrapped(Tensor):
 def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
     config = S2FTConfig(**{"ratios": DEFAULT, "init_weights": False, "task_type": "CAUSAL_LM", **options})
     return get_peft_model(build(family, dtype), config).train()
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def deltas(model: nn.Module) -> dict[str, Tensor]:
@@ -78,7 +75,7 @@ def layout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_base_output_gradients_and_the_way_back(family: str, ratios: Any) -> None:
     model = adapted(family, torch.float64, ratios=ratios)
-    ids, before = tokens(2, 9), state(model)
+    ids, before = tokens(2, 9), values(model)
     expected, expected_gradients = model(ids).logits, gradients(model, ids)
     with model.disable_adapter():
         base = model(ids).logits
@@ -91,7 +88,7 @@ def test_output_base_output_gradients_and_the_way_back(family: str, ratios: Any)
         assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-11)
-    assert_same(state(model), before)
+    assert_same(values(model), before)
     fused = {p.module for p in layout.placements if p.how != "contiguous"}
     assert all(path.endswith(("qkv_proj", "c_attn")) for path in fused)  # several projections in one layer
 
@@ -123,11 +120,11 @@ def both_ways(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Deltas before; after `run` outside; and after `run` in place."""
     before, other = deltas(model), copy.deepcopy(model)
-    base = {name: value for name, value in state(model).items() if "s2ft" not in name}
+    base = {name: value for name, value in values(model).items() if "s2ft" not in name}
     run(model)
     with in_place(other):
         run(other)
-    assert_same({name: value for name, value in state(other).items() if "s2ft" not in name}, base)
+    assert_same({name: value for name, value in values(other).items() if "s2ft" not in name}, base)
     return before, deltas(model), deltas(other)
 
 
@@ -232,11 +229,11 @@ class TestTheWayBack:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_base_weights_return_bit_for_bit_after_training(self, dtype: torch.dtype) -> None:
         model = adapted("qwen2", dtype, ratios=NESTED)
-        base = {name: value for name, value in state(model).items() if "s2ft" not in name}
+        base = {name: value for name, value in values(model).items() if "s2ft" not in name}
         for _ in range(3):
             with in_place(model):
                 train(model, [tokens(2, 5)], "sgd")
-        assert_same({name: value for name, value in state(model).items() if "s2ft" not in name}, base)
+        assert_same({name: value for name, value in values(model).items() if "s2ft" not in name}, base)
 
     def test_saving_inside_writes_checkpoint_coordinates(self, tmp_path: Path) -> None:
         model = adapted(ratios=NESTED)
@@ -269,7 +266,7 @@ class TestTheWayBack:
 
     def test_a_step_that_raises_leaves_a_model_that_goes_on(self) -> None:
         model, ids = adapted("llama", torch.float64), tokens(2, 7)
-        before = state(model)
+        before = values(model)
         with in_place(model):
             expected = gradients(model, ids)
             loss = model(input_ids=ids, labels=ids).loss
@@ -279,52 +276,52 @@ class TestTheWayBack:
             handle.remove()
             assert all(torch.allclose(value, expected[name]) for name, value in gradients(model, ids).items())
             del loss
-        assert_same(state(model), before)
+        assert_same(values(model), before)
 
     def test_an_exception_inside_leaves_the_layout(self) -> None:
         model = adapted()
-        before = state(model)
+        before = values(model)
         with pytest.raises(RuntimeError, match="on purpose"), in_place(model):
             fail(model(tokens(2, 5)))
-        assert_same(state(model), before)
+        assert_same(values(model), before)
 
     def test_a_failure_on_entering_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = adapted()
-        before = state(model)
+        before = values(model)
         monkeypatch.setattr(module_under_test, "lean", fail)
         with pytest.raises(RuntimeError, match="on purpose"), in_place(model):
             pass
-        assert_same(state(model), before)
+        assert_same(values(model), before)
         model.merge_adapter()  # outside again
 
     def test_entering_inside_changes_nothing_and_the_outermost_leaves(self) -> None:
         model = adapted()
-        before = state(model)
+        before = values(model)
         with in_place(model) as outer:
-            inside = state(model)
+            inside = values(model)
             with in_place(model) as inner, in_place(model.get_base_model()):
                 assert inner is outer
-            assert_same(state(model), inside)
-        assert_same(state(model), before)
+            assert_same(values(model), inside)
+        assert_same(values(model), before)
 
     @pytest.mark.parametrize(
         "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
     )
     def test_copies_made_inside_are_inside_and_leave_by_a_block_of_their_own(self, duplicate: Any) -> None:
         model, ids = adapted(), tokens(2, 7)
-        before, outside = state(model), model.eval()(ids).logits
+        before, outside = values(model), model.eval()(ids).logits
         with in_place(model):
             expected = model.eval()(ids).logits
             other = duplicate(model)
         assert torch.equal(other(ids).logits, expected)
         train(other.train(), [tokens(2, 5)], "sgd")
-        assert_same(state(model), before)
+        assert_same(values(model), before)
         with pytest.raises(S2FTError, match="inside"):
             other.merge_adapter()
         with in_place(other):
             pass
         assert_same(
-            {n: v for n, v in state(other).items() if "s2ft" not in n},
+            {n: v for n, v in values(other).items() if "s2ft" not in n},
             {n: v for n, v in before.items() if "s2ft" not in n},
         )
         assert not torch.allclose(other.eval()(ids).logits, outside)
@@ -432,7 +429,7 @@ class TestWhatTheSlotHolds:
 
     def test_a_graph_does_not_cross_the_border(self) -> None:
         model, ids = adapted(), tokens(2, 7)
-        before = state(model)
+        before = values(model)
         outside = model(input_ids=ids, labels=ids).loss
         with in_place(model):
             inside = model(input_ids=ids, labels=ids).loss
@@ -440,7 +437,7 @@ class TestWhatTheSlotHolds:
                 outside.backward()
         with pytest.raises((S2FTError, RuntimeError), match=r"run backward inside|modified by an inplace operation"):
             inside.backward()
-        assert_same(state(model), before)
+        assert_same(values(model), before)
 
 
 class TestWhatIsRefusedInside:
@@ -459,20 +456,20 @@ class TestWhatIsRefusedInside:
     )
     def test_what_would_read_the_base(self, act: Callable[[Any], Any]) -> None:
         model = adapted()
-        before = state(model)
+        before = values(model)
         with in_place(model):
             with pytest.raises(S2FTError, match="in_place"):
                 act(model)
             model.train()(tokens(2, 5))
-        assert_same(state(model), before)
+        assert_same(values(model), before)
 
     def test_merging_an_adapter_that_lies_elsewhere(self) -> None:
         model = adapted()
         model.add_adapter("other", S2FTConfig(ratios={"up_proj": 0.2}, seed=5))
-        before = state(model)
+        before = values(model)
         with in_place(model), pytest.raises(S2FTError, match="merging"):
             model.merge_adapter(adapter_names=["other"])
-        assert_same(state(model), before)
+        assert_same(values(model), before)
 
     def test_another_active_adapter(self) -> None:
         model = adapted()
@@ -522,11 +519,11 @@ def hows(layout: Layout, ending: str) -> set[tuple[str, str]]:
 
 class TestObstacles:
     def same_inside(self, model: nn.Module, dtype_tolerance: float = 1e-4) -> Layout:
-        ids, before = tokens(2, 7), state(model)
+        ids, before = tokens(2, 7), values(model)
         expected = model(ids).logits
         with in_place(model) as layout:
             torch.testing.assert_close(model(ids).logits, expected, rtol=dtype_tolerance, atol=dtype_tolerance)
-        assert_same(state(model), before)
+        assert_same(values(model), before)
         return layout
 
     def test_heads_in_three_groups_are_gathered(self) -> None:

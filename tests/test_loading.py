@@ -20,13 +20,13 @@ from peft import (
 from safetensors.torch import load_file
 from torch import nn
 
+from adapter_files import CONFIG, PREFIX, WEIGHTS, edit, write_tensors
 from families import build, tokens
-from mutations import CONFIG, PREFIX, WEIGHTS, write_tensors
+from live import state, unchanged
 from s2ft import AdapterPool, S2FTConfig, S2FTError, fuse, merge, read_adapter
 from s2ft.method.checksum import checksums
 from s2ft.method.slices import Slice
 from s2ft.method.whole import Header, header_problems
-from test_fuzz_adapters import same, state
 
 RATIOS = {"o_proj": 0.25, "v_proj": 0.5, "down_proj": 0.2}
 DOWN = "model.layers.0.mlp.down_proj"
@@ -41,11 +41,6 @@ def save(base: nn.Module, folder: Path, **options: Any) -> Path:
     config = S2FTConfig(**{"ratios": RATIOS, "init_weights": False, "task_type": "CAUSAL_LM", **options})
     get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
     return folder
-
-
-def edit(folder: Path, **fields: object) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def by_peft(base: nn.Module, folder: Path) -> nn.Module:
@@ -87,7 +82,7 @@ def test_a_file_cannot_overwrite_the_base(
             S2FTError, match=rf"{name}' is neither a slice nor what the config declares.*overwrite the base"
         ):
             reader()
-    assert same(before, state(model))
+    assert unchanged(before, model)
 
 
 def test_a_state_dict_cannot_overwrite_the_base(base: nn.Module) -> None:
@@ -97,7 +92,7 @@ def test_a_state_dict_cannot_overwrite_the_base(base: nn.Module) -> None:
     before = state(model)
     with pytest.raises(S2FTError, match=r"model\.norm\.weight' is no part of the adapter"):
         set_peft_model_state_dict(model, saved)
-    assert same(before, state(model))
+    assert unchanged(before, model)
 
 
 def test_an_adapter_without_safetensors_is_checked_as_well(base: nn.Module, tmp_path: Path) -> None:
@@ -110,7 +105,7 @@ def test_an_adapter_without_safetensors_is_checked_as_well(base: nn.Module, tmp_
     before = state(base)
     with pytest.raises(S2FTError, match="neither a slice nor"):
         by_peft(base, tmp_path)
-    assert same(before, state(base))
+    assert unchanged(before, base)
 
 
 EXTRAS = ({"trainable_token_indices": {"embed_tokens": [1, 5]}}, {"modules_to_save": ["lm_head"]})
@@ -127,7 +122,7 @@ def test_a_load_that_fails_leaves_the_model_and_the_next_one_works(
     before = state(model)
     with pytest.raises(S2FTError, match=r"has no token_adapter|lm_head\.weight is missing"):
         loader(model, bad)
-    assert same(before, state(model))
+    assert unchanged(before, model)
     assert isinstance(loader(model, good), nn.Module)
 
 
@@ -158,7 +153,7 @@ def test_torchs_own_state_dict_chooses_channels_too_or_changes_nothing(base: nn.
     before = state(second)
     with pytest.raises(S2FTError, match="not finite"):
         second.load_state_dict({**zeros, names[-1]: torch.full_like(saved[names[-1]], torch.nan)})
-    assert same(before, state(second))
+    assert unchanged(before, second)
 
 
 def test_channels_of_a_state_go_to_the_modules_path_where_a_block_is_compiled(base: nn.Module) -> None:

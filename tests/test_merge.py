@@ -16,6 +16,7 @@ import s2ft
 from commands import contents
 from exported import SIDES, load, load_base, save_adapter, save_base
 from families import FAMILIES
+from live import same
 from s2ft import S2FTError
 from s2ft.adapter.checkpoint import Checkpoint
 from s2ft.adapter.file import read_adapter
@@ -29,11 +30,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint's files."""
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Names, dtypes and values."""
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import s2ft
 from families import build, tokens
+from live import layers, logits, same, values
 from s2ft import S2FTConfig, S2FTError
 from s2ft.method.linear import S2FTLinear
 
@@ -43,24 +43,6 @@ def adapted(model: nn.Module, names: str = "ab", **options: Any) -> PeftModel:
     return peft_model.eval()
 
 
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
-    found: Tensor = model(input_ids=ids, **options).logits
-    return found
-
-
-def layers(model: nn.Module) -> Iterator[S2FTLinear]:
-    return (module for module in model.modules() if isinstance(module, S2FTLinear))
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 class TestSaveAndLoad:
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_comes_back_bit_for_bit(self, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
@@ -70,7 +52,7 @@ class TestSaveAndLoad:
         assert not list(tmp_path.rglob("*.bin"))
         loaded = PeftModel.from_pretrained(plain, tmp_path / "a", "a", low_cpu_mem_usage=low_cpu_mem_usage)
         loaded.load_adapter(tmp_path / "b", "b", low_cpu_mem_usage=low_cpu_mem_usage)
-        assert same(weights(model), weights(loaded))
+        assert same(values(model), values(loaded))
         for name in "ab":
             model.set_adapter(name)
             loaded.set_adapter(name)
@@ -98,14 +80,14 @@ class TestSaveAndLoad:
     def test_another_base_is_refused_before_any_change(self, tmp_path: Path) -> None:
         adapted(base(), "a").save_pretrained(tmp_path)
         other = base()
-        before = weights(other)
+        before = values(other)
         with pytest.raises(S2FTError, match="another base"):
             PeftModel.from_pretrained(other, tmp_path / "a")
-        assert same(before, weights(other))
-        assert not list(layers(other))
+        assert same(before, values(other))
+        assert not layers(other)
         with s2ft.any_base():
             loaded = PeftModel.from_pretrained(other, tmp_path / "a")
-        assert list(layers(loaded))
+        assert layers(loaded)
 
     def test_a_model_without_the_modules_is_refused(self, tmp_path: Path) -> None:
         adapted(base(), "a").save_pretrained(tmp_path)
@@ -185,22 +167,22 @@ class TestSeveralAdapters:
     )
     def test_one_that_cannot_be_added_leaves_no_trace(self, wrong: dict[str, Any]) -> None:
         model, ids = adapted(base(), "a"), tokens(2, 5)
-        before, expected = weights(model), logits(model, ids)
+        before, expected = values(model), logits(model, ids)
         with pytest.raises(S2FTError):
             model.add_adapter("b", config(**{"ratios": 0.5, **wrong}))
         assert list(model.peft_config) == ["a"]
-        assert same(before, weights(model))
+        assert same(before, values(model))
         assert torch.equal(logits(model, ids), expected)
         assert all(parameter.requires_grad == (".a." in name) for name, parameter in model.named_parameters())
 
     def test_a_foreign_one_leaves_no_trace(self, tmp_path: Path) -> None:
         adapted(base(), "b").save_pretrained(tmp_path)
         model = adapted(base(), "a")
-        before = weights(model)
+        before = values(model)
         with pytest.raises(S2FTError, match="another base"):
             model.load_adapter(tmp_path / "b", "b")
         assert list(model.peft_config) == ["a"]
-        assert same(before, weights(model))
+        assert same(before, values(model))
 
     def test_two_active_at_once_add_up(self) -> None:
         plain, ids = base(torch.float64), tokens(2, 6)
@@ -316,12 +298,12 @@ class TestMerge:
     def test_unmerge_is_exact(self, dtype: torch.dtype) -> None:
         plain = base(dtype)
         model = adapted(copy.deepcopy(plain), "ab")
-        before = weights(model)
+        before = values(model)
         model.merge_adapter(["a", "b"])
-        assert not same(before, weights(model))
+        assert not same(before, values(model))
         model.unmerge_adapter()
-        assert same(before, weights(model))
-        assert same(weights(plain), weights(model.unload()))
+        assert same(before, values(model))
+        assert same(values(plain), values(model.unload()))
 
     def test_a_thousand_cycles_in_bfloat16(self) -> None:
         layer = S2FTLinear(nn.Linear(16, 12).bfloat16(), "a", s2ft_slice("in 1,5-7,15"), init_weights=False)
@@ -348,25 +330,25 @@ class TestMerge:
         model, ids = adapted(base(torch.float64), "ab"), tokens(2, 6)
         expected = logits(model, ids)
         merged = model.merge_and_unload()
-        assert not list(layers(merged))
+        assert not layers(merged)
         torch.testing.assert_close(logits(merged, ids), expected)
 
     def test_merging_twice_warns_and_changes_nothing(self) -> None:
         model = adapted(base(), "a")
         model.merge_adapter()
-        once = weights(model)
+        once = values(model)
         with pytest.warns(UserWarning, match="already merged"):
             model.merge_adapter()
-        assert same(once, weights(model))
+        assert same(once, values(model))
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_safe_merge_refuses_what_is_not_finite(self, value: float) -> None:
         model = adapted(base(), "a")
-        before = weights(model.base_model.model.model.layers[2])
+        before = values(model.base_model.model.model.layers[2])
         next(p for n, p in model.named_parameters() if "layers.2" in n and p.requires_grad).data[0, 0] = value
         with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter a"):
             model.merge_adapter(safe_merge=True)
-        after = weights(model.base_model.model.model.layers[2])
+        after = values(model.base_model.model.model.layers[2])
         assert all(torch.equal(before[name], after[name]) for name in before if "base_layer" in name)
 
     def test_adapters_made_on_a_merged_base_are_not_checked_against_it(self) -> None:
@@ -404,9 +386,9 @@ class TestTargets:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_choosing_changes_no_weight(self, strategy: str, dtype: torch.dtype) -> None:
         plain = base(dtype)
-        before = weights(plain)
+        before = values(plain)
         model = get_peft_model(plain, S2FTConfig(ratios=0.5, strategy=strategy))
-        assert same(before, weights(model.unload()))
+        assert same(before, values(model.unload()))
 
     @pytest.mark.parametrize(
         ("targets", "options", "expected"),
@@ -426,7 +408,7 @@ class TestTargets:
         model = MLP()
         with pytest.raises(S2FTError, match="conv, a Conv1d"):
             get_peft_model(model, mlp_config(["lin0", "conv"]))
-        assert not list(layers(model))
+        assert not layers(model)
 
     def test_nothing_found(self) -> None:
         with pytest.raises(ValueError, match="Target modules not found"):

@@ -14,19 +14,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftType, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from torch import Tensor, nn
 
 import s2ft
 from families import build, tokens
+from live import logits
 from s2ft import S2FTConfig, S2FTModel
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.registration import peft_type, register
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    found: Tensor = model(input_ids=ids).logits
-    return found
 
 
 def config(**options: Any) -> S2FTConfig:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from families import build, tokens
+from live import logits
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter import pool as module
 from s2ft.adapter.pool import AdapterPool
@@ -35,12 +36,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 def model(saved: tuple[nn.Module, Path]) -> Any:
     config = S2FTConfig(ratios=RATIOS, seed=9, init_weights=False)
     return get_peft_model(copy.deepcopy(saved[0]), config, adapter_name="own").eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
-    found: Tensor = model(input_ids=ids, **options).logits
-    return found
 
 
 def size(root: Path, *names: str) -> int:

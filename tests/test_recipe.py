@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
+from live import same
 from s2ft import S2FTConfig, S2FTError
 from s2ft.demo import base_path
 from s2ft.demo.skills import STUDY_SKILLS
@@ -16,7 +17,7 @@ from s2ft.work.options import LEARNING_RATES, OPTIONS_OF, TrainOptions, parse_op
 from s2ft.work.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.work.resume import as_before, check_same_run
 from s2ft.work.train import train
-from tiny_runs import interrupt_at, same, weights
+from tiny_runs import interrupt_at, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

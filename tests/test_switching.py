@@ -12,6 +12,7 @@ from torch import nn
 
 import s2ft
 from families import FAMILIES, build, tokens
+from live import layers, same
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.switching import park
 from s2ft.method import base_weight
@@ -37,14 +38,6 @@ def config(seed: int, **options: object) -> S2FTConfig:
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "s2ft_block" not in name}
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def layers(model: nn.Module) -> list[S2FTLinear]:
-    return [module for module in model.modules() if isinstance(module, S2FTLinear)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -11,21 +11,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 import s2ft
 from families import build, tokens
+from live import logits
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.pool import AdapterPool
 from s2ft.method.turns import Turns
 
 NAMES = [f"user{number}" for number in range(6)]
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
-    found: Tensor = model(input_ids=ids, **options).logits
-    return found
 
 
 def together(work: list[Callable[[], Any]]) -> list[Any]:

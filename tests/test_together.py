@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2ft
 from families import VOCABULARY, build, tokens
+from live import layers, logits
 from quantised import QUANTISED, stand_in
 from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.pool import AdapterPool
@@ -31,19 +32,9 @@ def model() -> PeftModel:
     return made.eval()
 
 
-@torch.no_grad()
-def logits(made: nn.Module, ids: Tensor) -> Tensor:
-    found: Tensor = made(ids).logits
-    return found
-
-
 def base_output(made: PeftModel, ids: Tensor) -> Tensor:
     with made.disable_adapter():
         return logits(made, ids)
-
-
-def layers(made: nn.Module) -> list[S2FTLinear]:
-    return [module for module in made.modules() if isinstance(module, S2FTLinear)]
 
 
 def test_disabling_gives_the_base_when_an_adapter_was_merged_after_switching_to_none() -> None:

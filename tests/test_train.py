@@ -11,8 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from adapter_files import PREFIX, WEIGHTS, flip, write_tensors
 from families import FAMILIES, build
-from mutations import PREFIX, WEIGHTS, write_tensors
+from live import same
 from s2ft import S2FTError
 from s2ft.adapter.file import read_adapter
 from s2ft.work import packing
@@ -24,7 +25,7 @@ from s2ft.work.recipe import settle_batch
 from s2ft.work.resume import check_same_run
 from s2ft.work.train import train
 from s2ft.work.trainer import Trainer
-from tiny_runs import interrupt_at, same
+from tiny_runs import interrupt_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,12 +137,6 @@ DAMAGE = {
     r"optimizer\.pt is damaged: it holds no state": lambda folder: torch.save([1], folder / "optimizer.pt"),
     r"incomplete: it has no rng_state\.pth": lambda folder: (folder / "rng_state.pth").unlink(),
 }
-
-
-def flip(path, place):
-    data = bytearray(path.read_bytes())
-    data[place] ^= 16
-    path.write_bytes(data)
 
 
 def test_what_was_changed_in_a_checkpoint_is_not_resumed(run, tmp_path, monkeypatch):

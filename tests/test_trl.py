@@ -9,12 +9,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from live import layers
 from s2ft import S2FTConfig
-from s2ft.method.linear import S2FTLinear
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -48,10 +47,6 @@ def settings(folder: Path, **options: Any) -> dict[str, Any]:
         "bf16": False,
     }
     return {**common, "use_cpu": True, "save_strategy": "no", "learning_rate": 0.1, "disable_tqdm": True, **options}
-
-
-def layers(model: nn.Module) -> list[S2FTLinear]:
-    return [module for module in model.modules() if isinstance(module, S2FTLinear)]
 
 
 PREFERENCES = Dataset.from_list(

@@ -15,13 +15,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit, dtypes included."""
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
-
-
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Sets what the first Ctrl-C sets, in the middle of a step."""
     begin = Flow.on_step_begin
