@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import s2ft
 from families import build, tokens
+from live import layers
 from s2ft import S2FTConfig, S2FTError
 from s2ft.method.combination import blend
 from s2ft.method.linear import S2FTLinear
@@ -200,7 +201,7 @@ def test_a_sum_changes_the_weights_by_the_sum(two: tuple[nn.Module, Path]) -> No
     base, folder = two
     model = live(base, folder)
     model.add_weighted_adapter(["a", "b"], [0.25, 2.0], "ab")
-    for layer in (module for module in model.modules() if isinstance(module, S2FTLinear)):
+    for layer in layers(model):
         expected = sum(
             weight * layer.get_delta_weight(name).double()
             for name, weight in (("a", 0.25), ("b", 2.0))

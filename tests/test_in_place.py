@@ -28,12 +28,11 @@ from transformers import (
 )
 
 from families import FAMILIES, build, tokens
-from live import values
+from live import layers, values
 from s2ft import S2FTConfig, S2FTError, in_place
 from s2ft.method import in_place as module_under_test
 from s2ft.method.in_place import Layout
 from s2ft.method.lean import Patches
-from s2ft.method.linear import S2FTLinear
 
 DEFAULT = {"o_proj": 0.25, "down_proj": 0.1}
 NESTED = {"q_proj": 0.5, "k_proj": 0.5, "v_proj": 0.5, "o_proj": 0.25, "up_proj": 0.2, "down_proj": 0.1}
@@ -487,7 +486,7 @@ class TestWhatIsRefusedInside:
         model.add_adapter("other", S2FTConfig(ratios=ratios, seed=5, init_weights=False))
         expected = model(ids).logits
         with in_place(model):
-            for target in (model.base_model, *(m for m in model.modules() if isinstance(m, S2FTLinear))):
+            for target in (model.base_model, *layers(model)):
                 with pytest.raises(S2FTError, match="asked for: 'default', 'other'"):
                     target.set_adapter(["default", "other"])
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)

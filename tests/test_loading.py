@@ -20,7 +20,7 @@ from peft import (
 from safetensors.torch import load_file
 from torch import nn
 
-from adapter_files import CONFIG, PREFIX, WEIGHTS, edit, write_tensors
+from adapter_files import CONFIG, PREFIX, WEIGHTS, edit, flip, write_tensors
 from families import build, tokens
 from live import state, unchanged
 from s2ft import AdapterPool, S2FTConfig, S2FTError, fuse, merge, read_adapter
@@ -197,9 +197,7 @@ def test_a_digest_of_foreign_slices_does_not_hide_what_else_is_wrong(base: nn.Mo
 
 def test_a_flipped_bit_is_named_and_old_files_are_read(base: nn.Module, tmp_path: Path) -> None:
     folder = save(base, tmp_path / "a", modules_to_save=["lm_head"])
-    data = bytearray((folder / WEIGHTS).read_bytes())
-    data[-9] ^= 1
-    (folder / WEIGHTS).write_bytes(data)
+    flip(folder / WEIGHTS, -9)
     for reader in (read_adapter, lambda path: by_peft(base, path)):
         with pytest.raises(S2FTError, match=r"is not what was saved: its checksum differs") as error:
             reader(folder)

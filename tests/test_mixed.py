@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from families import build, tokens
+from live import layers
 from s2ft import S2FTConfig
 from s2ft.method import mixed
 from s2ft.method.linear import S2FTLinear
@@ -216,9 +217,8 @@ class TestModel:
             input_ids=tokens(3, 4), adapter_names=["b", "a", BASE], max_new_tokens=5, min_new_tokens=5, do_sample=False
         )
         assert len(made) == 2  # one for each row, one for each beam
-        layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
-        assert len(packed) == len(layers)
-        assert set(packed) == set(layers)
+        assert len(packed) == len(layers(model))
+        assert set(packed) == set(layers(model))
 
     def test_a_table_does_not_outlive_its_model(self) -> None:
         model = self.model()

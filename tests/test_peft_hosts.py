@@ -17,9 +17,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import s2ft
 from families import build, tokens
-from live import logits
+from live import layers, logits
 from s2ft import S2FTConfig, S2FTModel
-from s2ft.method.linear import S2FTLinear
 from s2ft.method.registration import peft_type, register
 
 
@@ -88,7 +87,7 @@ class TestTransformers:
         model.enable_adapters()
         assert torch.equal(logits(model, ids), of_a)
         model.delete_adapter("b")
-        assert all("b" not in m.s2ft_block for m in model.modules() if isinstance(m, S2FTLinear))
+        assert all("b" not in layer.s2ft_block for layer in layers(model))
         assert torch.equal(logits(model, ids), of_a)
 
     def test_save_and_load(self, tmp_path: Path) -> None:
@@ -120,12 +119,7 @@ class TestLora:
     def test_conversion_is_exact_from_the_slices_rank_on(self, family: str, dtype: torch.dtype) -> None:
         plain, ids = build(family, dtype), tokens(2, 6)
         model = get_peft_model(copy.deepcopy(plain), config(ratios=0.2, target_modules="all-linear")).eval()
-        rank = max(
-            block.indices.numel()
-            for m in model.modules()
-            if isinstance(m, S2FTLinear)
-            for block in m.s2ft_block.values()
-        )
+        rank = max(block.indices.numel() for layer in layers(model) for block in layer.s2ft_block.values())
         lora_config, tensors = convert_to_lora(model, rank=rank)
         assert isinstance(lora_config, LoraConfig)
         lora = get_peft_model(plain, lora_config).eval()
