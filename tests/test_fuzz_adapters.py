@@ -242,6 +242,8 @@ def judged(reader: Any, found: Any, expected: Any, left: list[str]) -> Iterator[
     """Violations of one reader, beside the verdict of `read_adapter`."""
     if "its peft_type is" in str(expected) and reader is configured:
         return  # as PEFT has it: another method's config, or PEFT's own error
+    if "its peft_type is 'LORA'" in str(expected) and reader is loaded_fresh and "changed the base" in str(found):
+        return  # PEFT alone reads a LoRA, and loads whatever the file names
     if isinstance(found, AssertionError):
         yield str(found)
     if isinstance(found, Exception) and "\x1b" in str(found):
