@@ -35,7 +35,7 @@ test-soak: setup
 test-peft: setup
 	$(BIN)/python tests/peft_suite/run.py
 
-# PEFT, TRL and the command line on the lowest versions that pyproject.toml allows, in an environment of their own (2 GB)
+# PEFT, TRL and the command line on the lowest versions that pyproject.toml allows, in an environment of their own (6 GB)
 test-lowest: build/lowest/ready
 	build/lowest/bin/python -m pytest -m 'not slow and not soak' \
 		tests/test_dependencies.py tests/test_peft.py tests/test_peft_training.py tests/test_trl.py tests/test_cli_train.py
@@ -45,7 +45,7 @@ build/lowest/ready: pyproject.toml constraints-lowest.txt
 	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis gguf packaging
 	touch $@
 
-# Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (2 GB)
+# Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (6 GB)
 test-quantised: build/quantised/ready
 	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/test_digest.py tests/test_together.py
 
