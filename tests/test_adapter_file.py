@@ -14,6 +14,7 @@ from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapter.file import read_adapter
 from s2ft.adapter.inspection import changes, draw, summary, table
 from s2ft.cli.tables import print_table
+from s2ft.method import whole
 from s2ft.method.digest import agree, slice_digest
 from s2ft.method.in_place import planned
 from s2ft.method.linear import S2FTLinear
@@ -178,6 +179,18 @@ def test_a_damaged_delta_is_refused_when_it_is_loaded(saved: Path, damage: str) 
     edit_tensors(saved, change[damage])
     with any_base(), pytest.raises(S2FTError, match=r"has no weight for|not finite"):
         PeftModel.from_pretrained(build("llama", torch.float32), saved)
+
+
+def test_a_file_is_opened_anew_before_much_of_it_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"t{number}": torch.randn(8) for number in range(12)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    monkeypatch.setattr(whole, "MOST_MAPPED", 3 * 8 * 4)
+    opened: list[str] = []
+    plain = whole.safe_open
+    monkeypatch.setattr(whole, "safe_open", lambda path, **how: (opened.append(str(path)), plain(path, **how))[1])
+    read = dict(whole.WeightFile(tmp_path))
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert len(opened) == 3
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from s2ft.method.config import S2FTConfig
 
 BLOCK = ".s2ft_block."
+MOST_MAPPED = 16 << 20  # bytes of a file; what was read of it counts as memory until it is opened anew
 TOKENS = ".token_adapter.trainable_tokens_delta"
 DELTA_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _INTERNAL = (".base_layer.", ".original_module.", BLOCK)  # never in a name of what is kept whole
@@ -71,9 +72,13 @@ class WeightFile(Mapping[str, Tensor]):
         check_regular(self.path)
         if not self.path.is_file():
             raise S2FTError(f"{folder} holds no adapter weights: there is no {self.path.name}")
+        self._open()
+        self._names = dict.fromkeys(self._file.keys())
+
+    def _open(self) -> None:
+        self._mapped = 0
         try:
             self._file = safe_open(self.path, framework="pt")
-            self._names = dict.fromkeys(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
             size = self.path.stat().st_size
             raise S2FTError(
@@ -91,7 +96,10 @@ class WeightFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
+        if self._mapped > MOST_MAPPED:
+            self._open()
         tensor: Tensor = self._file.get_tensor(name)
+        self._mapped += tensor.nbytes
         return tensor
 
     def __iter__(self) -> Iterator[str]:
