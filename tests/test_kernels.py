@@ -20,7 +20,7 @@ if not (INTERPRETED or torch.cuda.is_available()):
 
 from s2ft.errors import S2FTError  # noqa: E402
 from s2ft.method import kernels, mixed  # noqa: E402 - only where Triton is
-from s2ft.method.mixed import LooseSlice, MixedBatch  # noqa: E402
+from s2ft.method.pack import LooseSlice, MixedBatch  # noqa: E402
 
 BASE = "__base__"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from families import VOCABULARY, tokens
 from s2ft import S2FTConfig, S2FTError, select
+from s2ft.method.linears import linear_layer
 from s2ft.method.obstacles import find_obstacles
-from s2ft.method.structure import Structure, find_structures, linear_layer
+from s2ft.method.structure import Structure, find_structures
 from test_structure import head_order, permute_projection
 
 SIZES = {

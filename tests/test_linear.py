@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.linears import linear_layer, weight_matrix
 from s2ft.method.selection import select
 from s2ft.method.slices import Slice
-from s2ft.method.structure import find_structures, linear_layer, weight_matrix
+from s2ft.method.structure import find_structures
 from s2ft.method.terms import PROJECTIONS
 
 

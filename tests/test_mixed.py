@@ -18,7 +18,8 @@ from live import layers
 from s2ft import S2FTConfig
 from s2ft.method import mixed
 from s2ft.method.linear import S2FTLinear
-from s2ft.method.mixed import FEW_TOKENS, MixedBatch
+from s2ft.method.mixed import FEW_TOKENS
+from s2ft.method.pack import MixedBatch
 from s2ft.method.slices import Slice
 
 BASE = "__base__"

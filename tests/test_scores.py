@@ -11,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
 from s2ft.method import scores as scores_module
+from s2ft.method.linears import linear_layer, weight_matrix
 from s2ft.method.scores import key, random_scores, score_units
-from s2ft.method.structure import Projection, Structure, find_structures, linear_layer, weight_matrix
+from s2ft.method.structure import Projection, Structure, find_structures
 
 
 def unit_of(structure: Structure, projection: Projection, unit: int) -> slice:

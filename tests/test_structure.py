@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTError
-from s2ft.method.structure import Projection, Structure, find_structures, linear_layer, read_structures, weight_matrix
+from s2ft.method.linears import linear_layer, weight_matrix
+from s2ft.method.structure import Projection, Structure, find_structures, read_structures
 
 
 def permute_projection(model: nn.Module, projection: Projection, order: torch.Tensor) -> None:

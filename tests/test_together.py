@@ -21,8 +21,8 @@ from s2ft import S2FTConfig, S2FTError
 from s2ft.adapter.pool import AdapterPool
 from s2ft.files import check_free, new_file, staged
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.linears import why_not_plain
 from s2ft.method.slices import Slice
-from s2ft.method.structure import why_not_plain
 
 
 def model() -> PeftModel:

@@ -26,8 +26,8 @@ from s2ft.adapter.file import AdapterFile
 from s2ft.errors import S2FTError, first_line, raise_together
 from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
 from s2ft.method.fitting import check_fits
+from s2ft.method.linears import as_matrix, features, linear_layer
 from s2ft.method.slices import Slice
-from s2ft.method.structure import as_matrix, features, linear_layer
 from s2ft.reading import check_regular, read_json
 
 _CLASSES = {

@@ -27,8 +27,8 @@ from s2ft.adapter.export_output import Progress
 from s2ft.adapter.file import AdapterFile
 from s2ft.errors import raise_together
 from s2ft.method.checksum import PREFIX
+from s2ft.method.linears import features, linear_layer
 from s2ft.method.slices import Slice
-from s2ft.method.structure import features, linear_layer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` takes."""

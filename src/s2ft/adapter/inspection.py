@@ -18,7 +18,7 @@ from torch import nn
 
 from s2ft.adapter.file import Adapter
 from s2ft.method.in_place import planned
-from s2ft.method.structure import layer_index, layer_stack
+from s2ft.method.linears import layer_index, layer_stack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

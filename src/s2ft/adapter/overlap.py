@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from s2ft.method.combination import Combination
+from s2ft.method.linears import layer_index
 from s2ft.method.slices import Indices, Slice
-from s2ft.method.structure import layer_index
 
 if TYPE_CHECKING:
     from rich.table import Table

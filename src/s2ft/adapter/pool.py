@@ -25,7 +25,7 @@ from s2ft.errors import S2FTError, raise_together
 from s2ft.method.fitting import check_fits
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.loading import warn_of_overflow
-from s2ft.method.mixed import LooseSlice
+from s2ft.method.pack import LooseSlice
 from s2ft.method.slices import Slice
 from s2ft.method.switchable import switchable_layers
 from s2ft.method.tuner import BASE, S2FTModel

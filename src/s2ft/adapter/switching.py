@@ -15,10 +15,18 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from s2ft.errors import S2FTError, raise_by_place, raise_together
-from s2ft.method.in_place import refuse_inside
-from s2ft.method.linear import S2FTBlock, S2FTLinear
+from s2ft.method.block import S2FTBlock
+from s2ft.method.linear import S2FTLinear
 from s2ft.method.slices import all_finite
-from s2ft.method.switchable import Switchable, enter, mark_shared, not_loaded, switchable_layers, turns_of
+from s2ft.method.switchable import (
+    Switchable,
+    enter,
+    mark_shared,
+    not_loaded,
+    refuse_inside,
+    switchable_layers,
+    turns_of,
+)
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:

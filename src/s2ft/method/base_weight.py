@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError
-from s2ft.method.structure import weight_matrix, why_not_plain
+from s2ft.method.linears import weight_matrix, why_not_plain
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

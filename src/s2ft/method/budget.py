@@ -20,7 +20,8 @@ from torch import nn
 
 from s2ft.errors import raise_together
 from s2ft.method.config import S2FTConfig
-from s2ft.method.structure import Projection, Target, features, layer_stack, linear_layer
+from s2ft.method.linears import features, layer_stack, linear_layer
+from s2ft.method.structure import Projection, Target
 from s2ft.method.targets import by_projection
 from s2ft.method.terms import DEFAULT_BUDGET
 

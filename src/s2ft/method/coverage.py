@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from s2ft.method.linears import features, layer_stack, linear_layer
 from s2ft.method.registration import PREFIX
-from s2ft.method.structure import Target, features, layer_stack, linear_layer, read_structures
+from s2ft.method.structure import Target, read_structures
 from s2ft.method.towers import towers
 
 _WORTH_A_WORD = 0.01  # of the model's parameters: a router or a gate is left out without one

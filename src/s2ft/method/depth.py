@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft.method.structure import layer_stack
+from s2ft.method.linears import layer_stack
 
 _HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # as transformers and PEFT call theirs
 

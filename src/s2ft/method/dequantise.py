@@ -12,7 +12,7 @@ from typing import Any
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from s2ft.method.structure import features
+from s2ft.method.linears import features
 
 _GRID = ("quant_type", "qtype", "blocksize", "block_size", "_group_size", "axis")  # what tells one grid from another
 

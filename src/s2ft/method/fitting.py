@@ -14,10 +14,10 @@ from s2ft.method.checksum import bare
 from s2ft.method.config import S2FTConfig
 from s2ft.method.dequantise import dequantised, grid
 from s2ft.method.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.method.linears import features, is_plain, linear_layer, weight_matrix
 from s2ft.method.loading import check_incoming, check_state
 from s2ft.method.selection import select
 from s2ft.method.slices import Runs, Slice
-from s2ft.method.structure import features, is_plain, linear_layer, weight_matrix
 from s2ft.method.whole import is_carried
 
 

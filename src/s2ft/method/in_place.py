@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from s2ft.errors import S2FTError
 from s2ft.method.lean import Patches, lean
 from s2ft.method.linear import S2FTLinear
+from s2ft.method.linears import linear_layer, weight_matrix
 from s2ft.method.obstacles import Norms, find_obstacles
 from s2ft.method.ordering import channel_order, copermutation
 from s2ft.method.probe import Probe
 from s2ft.method.slices import Indices, Slice
 from s2ft.method.slot import Slot
-from s2ft.method.structure import Structure, linear_layer, read_structures, weight_matrix
+from s2ft.method.structure import Structure, read_structures
 from s2ft.method.switchable import turns_of
 
 
@@ -207,14 +208,6 @@ def _move_all(
     for path, order in orders.items():
         for module in [model.get_submodule(path), *norms.get(path, [])]:
             _move(layout, module, order, 0 if sides[path] == "out" else 1)
-
-
-def refuse_inside(model: nn.Module, what: str) -> None:
-    """Raises `S2FTError` if `model` is in the in-place layout."""
-    if _present(model) is not None:
-        raise S2FTError(
-            f"{what} is not possible inside `s2ft.in_place(model)`, where base weights are permuted; leave it first"
-        )
 
 
 def planned(model: nn.Module, slices: Mapping[str, Slice]) -> tuple[Placement, ...]:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2ft.errors import S2FTError
-from s2ft.method.mixed import Pack
+from s2ft.method.pack import Pack
 
 TOKENS = 16  # the least that a tensor core multiplies
 CHANNELS = 16

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from s2ft.method.structure import features, linear_layer, read_structures
+from s2ft.method.linears import features, linear_layer
+from s2ft.method.structure import read_structures
 
 Activation = str  # "silu" | "gelu_tanh" | "gelu"
 NormKind = str

@@ -24,64 +24,19 @@ batch's adapters change; what follows from names and shapes is kept with the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.errors import S2FTError
+from s2ft.method.pack import MixedBatch, Pack, Step, find_slice, pack_slices, packed
 
 FEW_TOKENS = 16  # a row; where the two CPU paths take about the same time
 _SPREAD = 1.25  # largest rank over smallest in a product that pads
-
-
-class MixedBatch(list[str]):
-    """The name of each row's adapter, shared by all layers, with what they prepare for it.
-
-    Example:
-        >>> batch = MixedBatch(["b", "__base__", "a", "b"])
-        >>> batch.distinct, batch.of_row.tolist()
-        (('__base__', 'a', 'b'), [2, 0, 1, 2])
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__(names)
-        self.distinct = tuple(sorted(set(self)))
-        place = {name: number for number, name in enumerate(self.distinct)}
-        self.of_row = torch.tensor([place[name] for name in self], dtype=torch.int64)  # [rows], into `distinct`
-        self.packs: dict[tuple[nn.Module, torch.dtype], list[Pack]] = {}
-        self.steps: dict[tuple[nn.Module, torch.dtype], list[Step]] = {}
-
-    def __deepcopy__(self, memo: Any) -> MixedBatch:
-        return MixedBatch(self)
-
-
-@dataclass(frozen=True, eq=False)
-class LooseSlice:
-    """An adapter's slice of one layer that is no part of the model (see `adapter/pool.py`); as `S2FTBlock`."""
-
-    side: str
-    indices: Tensor  # [s], int64
-    weight: Tensor  # [out_features, s] on the input side, [s, in_features] on the output side
-
-
-@dataclass(frozen=True, eq=False)
-class Pack:
-    """One side of several adapters of a layer, one after the other."""
-
-    side: str
-    table: Tensor  # [channels + 1, out_features or in_features]; the last row is zero
-    channels: Tensor  # [channels + 1], each row's channel of the layer; the last is 0; on the CPU
-    starts: Tensor  # [adapters], each one's first row; on the CPU
-    counts: Tensor  # [adapters], how many rows it has; on the CPU
-
-
-Step = tuple[Callable[..., Tensor], Pack, Any]  # how to add, what, and by which plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +70,7 @@ def add_mixed(
         return y
     x, tokens = x.to(y.dtype), y.numel() // (len(batch) * y.shape[-1])
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or _trains(layer, batch)):
-        for pack in _pack(layer, batch, y):
+        for pack in pack_slices(layer, batch, y):
             y = _by_buckets(pack, y, x, _buckets(pack, batch.of_row, tokens, _width(pack, y, x), y.device), False)
         return y
     x, y = x.contiguous(), y.contiguous()
@@ -123,17 +78,6 @@ def add_mixed(
     for add, pack, plan in _steps(layer, batch, y, x, tokens) if steps is None else steps:
         y = add(pack, y, x, plan)
     return y
-
-
-def forget(layer: nn.Module) -> None:
-    """Lets go of the layer's table; it is made anew when needed."""
-    _tables.pop(layer, None)
-
-
-def find_slice(layer: nn.Module, name: str) -> Any:  # S2FTBlock | LooseSlice | None
-    """The adapter's slice of this layer: the model's own, or from a pool."""
-    blocks: nn.ModuleDict = layer.s2ft_block  # type: ignore[assignment]
-    return blocks[name] if name in blocks else layer.pooled.get(name)  # type: ignore[operator, union-attr]
 
 
 def _way(x: Tensor, tokens: int) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
@@ -154,68 +98,10 @@ def _has_triton() -> bool:
 
 # ---- packing ------------------------------------------------------------------------------------------------------
 
-_tables: WeakKeyDictionary[nn.Module, tuple[Any, list[Pack]]] = WeakKeyDictionary()
-
 
 def _trains(layer: nn.Module, batch: MixedBatch) -> bool:
     slices = (find_slice(layer, name) for name in batch.distinct)
     return any(found is not None and found.weight.requires_grad for found in slices)
-
-
-def _packs(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
-    """The layer's table for this batch: what the batch has, else what the layer still holds, else a new one."""
-    kept = batch.packs.get((layer, like.dtype))
-    if kept is None:
-        stamp = (like.dtype, like.device, [_stamp(find_slice(layer, name), name) for name in batch.distinct])
-        table = _tables.get(layer)
-        if table is None or table[0] != stamp:
-            forget(layer)  # before the new one: two need not fit
-            with torch.no_grad():
-                table = _tables[layer] = (stamp, _pack(layer, batch, like))
-        kept = batch.packs[layer, like.dtype] = table[1]
-    return kept
-
-
-def _stamp(found: Any, name: str) -> Any:
-    """Differs when the adapter's slice does."""
-    if found is None:
-        return name
-    weight = found.weight
-    return name, _Identity(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-class _Identity:
-    """Equals that of the same tensor. Holds it weakly: a deleted adapter's memory is freed."""
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = ref(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        mine = self._tensor()
-        return isinstance(other, _Identity) and mine is not None and mine is other._tensor()
-
-
-def _pack(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
-    found = [find_slice(layer, name) for name in batch.distinct]
-    sides = sorted({one.side for one in found if one is not None})
-    return [_pack_side(side, [one if one and one.side == side else None for one in found], like) for side in sides]
-
-
-def _pack_side(side: str, found: list[Any], like: Tensor) -> Pack:
-    slices = [one for one in found if one is not None]
-    widths = {one.weight.shape[0 if side == "in" else 1] for one in slices}
-    if len(widths) > 1:  # the readers see to it; a table of other widths would be read past its end
-        raise S2FTError(f"slices of one layer have {', '.join(map(str, sorted(widths)))} features on their other side")
-    deltas = [one.weight.T if side == "in" else one.weight for one in slices]
-    rows = [delta.to(like.device, like.dtype) for delta in deltas]
-    channels = [one.indices.cpu() for one in slices]
-    counts = torch.tensor([0 if one is None else len(one.indices) for one in found])
-    zero = rows[0].new_zeros(1, rows[0].shape[1])
-    return Pack(
-        side, torch.cat([*rows, zero]), torch.cat([*channels, counts.new_zeros(1)]), counts.cumsum(0) - counts, counts
-    )
 
 
 # ---- preparing ----------------------------------------------------------------------------------------------------
@@ -224,7 +110,7 @@ def _pack_side(side: str, found: list[Any], like: Tensor) -> Pack:
 def _steps(layer: nn.Module, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -> list[Step]:
     """What to add, and how; kept for a single token a row."""
     add, prepare = _way(x, tokens)
-    packs = _packs(layer, batch, y)
+    packs = packed(layer, batch, y)
     steps = [(add, pack, prepare(pack, batch.of_row, tokens, _width(pack, y, x), y.device)) for pack in packs]
     if tokens == 1:
         batch.steps[layer, y.dtype] = steps

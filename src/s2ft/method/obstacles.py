@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from s2ft.method.structure import Projection, Structure, linear_layer, why_not_plain
+from s2ft.method.linears import linear_layer, why_not_plain
+from s2ft.method.structure import Projection, Structure
 
 HEAD_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}  # norms over all heads' channels, which move along
 

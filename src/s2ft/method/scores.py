@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError, raise_together
-from s2ft.method.structure import Projection, Structure, as_matrix, features, linear_layer, weight_matrix, why_not_plain
+from s2ft.method.linears import as_matrix, features, linear_layer, weight_matrix, why_not_plain
+from s2ft.method.structure import Projection, Structure
 
 Scores = dict[str, NDArray[np.float32]]  # key of the structure → [units]
 Batch = Mapping[str, Any]

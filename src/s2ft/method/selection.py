@@ -24,11 +24,10 @@ from s2ft.errors import S2FTError
 from s2ft.method.budget import count_units, trained_in_words
 from s2ft.method.config import S2FTConfig
 from s2ft.method.coverage import coverage
-from s2ft.method.in_place import refuse_inside
 from s2ft.method.scores import Batch, Scores, key, score_units
 from s2ft.method.slices import Indices, Slice
 from s2ft.method.structure import Projection, Structure, Target
-from s2ft.method.switchable import suspended, turns_of
+from s2ft.method.switchable import refuse_inside, suspended, turns_of
 from s2ft.method.targets import by_projection, find_targets
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from s2ft.errors import S2FTError
 from s2ft.method.backprop import BeforeBackward, SliceGradient, may_change
 from s2ft.method.base_weight import add_delta
-from s2ft.method.structure import weight_matrix
+from s2ft.method.linears import weight_matrix
 
 _UNKNOWN = (0, -1)  # the slot holds some delta
 

@@ -14,13 +14,11 @@ permuted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from s2ft.errors import S2FTError
 from s2ft.method.layouts import (
@@ -31,6 +29,7 @@ from s2ft.method.layouts import (
     dotted_names,
     mlp_names,
 )
+from s2ft.method.linears import features, layer_index, linear_layer
 
 
 @dataclass(frozen=True)
@@ -120,75 +119,6 @@ def single_linear(path: str, module: nn.Module) -> Structure:
     units = features(module)[0]
     name = path.rpartition(".")[2]
     return Structure("linear", path, layer_index(path), units, (Projection(name, path, "in", units, 1),))
-
-
-def linear_layer(module: nn.Module) -> nn.Module | None:
-    """The linear layer that `module` is, or that it wraps as a PEFT layer; None where there is none."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        module = inner
-    is_linear = isinstance(module, nn.Linear | Conv1D) or (
-        hasattr(module, "in_features")
-        and hasattr(module, "out_features")
-        and isinstance(getattr(module, "weight", None), Tensor)
-    )
-    return module if is_linear else None
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """`(in_features, out_features)` of a linear layer; a Conv1D (GPT-2) keeps its weight as [in, out]."""
-    if isinstance(module, Conv1D):
-        shape = getattr(module.weight, "ds_shape", module.weight.shape)  # the whole shape where ZeRO-3 keeps a part
-        return int(shape[0]), int(shape[1])
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the layer's weight holds its values as they are: whole, and not packed, scaled or wrapped."""
-    return why_not_plain(module) is None
-
-
-def why_not_plain(module: nn.Module) -> str | None:
-    """What the layer's weight is instead of a plain tensor of its values, such as "is quantised (Linear4bit)"."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    kind = type(weight.data).__name__
-    if hasattr(weight, "ds_id"):
-        return "is partitioned by DeepSpeed ZeRO-3"
-    if kind == "DTensor":
-        return "is a DTensor, sharded over devices (FSDP2 or tensor parallel)"
-    if not weight.is_floating_point() or weight.dtype.itemsize == 1 or hasattr(weight, "quant_state"):
-        return f"is quantised ({type(module).__name__}), stored as {weight.dtype}"
-    if type(weight.data) is not Tensor:  # whose dtype and shape may be those of the values it stands for
-        return f"is a {kind}, as quantisation libraries make them"
-    if weight.numel() != features(module)[0] * features(module)[1]:
-        return f"holds {weight.numel():,} of its values only (partitioned, as by FSDP, or packed)"
-    return None
-
-
-def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], a view
-    """The weight of a linear layer in the orientation of `nn.Linear`, sharing storage with the module's own."""
-    return as_matrix(module, module.weight)  # type: ignore[arg-type]
-
-
-def as_matrix(module: nn.Module, weight_like: Tensor) -> Tensor:  # [out_features, in_features], a view
-    """A tensor shaped like the module's weight (itself, its gradient) in the orientation of `nn.Linear`."""
-    return weight_like.T if isinstance(module, Conv1D) else weight_like
-
-
-def layer_stack(path: str) -> tuple[str, int] | None:
-    """The list of blocks that `path` lies in, and the index of its block there; None outside of any.
-
-    Example:
-        >>> layer_stack("model.layers.3.mlp.down_proj")
-        ('model.layers', 3)
-    """
-    match = re.match(r"(.*?)(?:^|\.)(\d+)(?:\.|$)", path)
-    return (match[1], int(match[2])) if match else None
-
-
-def layer_index(path: str) -> int | None:
-    """The index of the block that `path` lies in."""
-    place = layer_stack(path)
-    return place[1] if place else None
 
 
 _DOTTED = dotted_names()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.base_weight import BaseWeight, add_delta, plain_matrix, shared_weights, take_slice
-from s2ft.method.structure import why_not_plain
+from s2ft.method.linears import why_not_plain
 from s2ft.method.turns import Turns
 
 _STATE = (
@@ -363,3 +363,11 @@ def suspended(model: nn.Module) -> Iterator[None]:
             enter(layers, name if any(str(name) in layer.s2ft_block for layer in layers) else None)
         for layer in merged:
             layer.settle()
+
+
+def refuse_inside(model: nn.Module, what: str) -> None:
+    """Raises `S2FTError` if `model` is in the in-place layout."""
+    if any(layer.layout is not None for layer in switchable_layers(model)):
+        raise S2FTError(
+            f"{what} is not possible inside `s2ft.in_place(model)`, where base weights are permuted; leave it first"
+        )

@@ -17,15 +17,8 @@ from torch import nn
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.config import S2FTConfig, chosen_layers
 from s2ft.method.coverage import coverage
-from s2ft.method.structure import (
-    Reading,
-    Structure,
-    Target,
-    layer_stack,
-    linear_layer,
-    read_structures,
-    single_linear,
-)
+from s2ft.method.linears import layer_stack, linear_layer
+from s2ft.method.structure import Reading, Structure, Target, read_structures, single_linear
 from s2ft.method.towers import towers
 
 DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)

@@ -24,11 +24,10 @@ from s2ft.method.combination import DENSITY
 from s2ft.method.config import S2FTConfig
 from s2ft.method.depth import stop_below
 from s2ft.method.fitting import check_and_adopt, check_and_adopt_state, foreign_base, resolved
-from s2ft.method.in_place import refuse_inside
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.loaders import INCOMING, guard
 from s2ft.method.loading import kept_whole
-from s2ft.method.mixed import MixedBatch
+from s2ft.method.pack import MixedBatch
 from s2ft.method.registration import PREFIX, register
 from s2ft.method.rollback import rolled_back
 from s2ft.method.slices import Slice
@@ -39,6 +38,7 @@ from s2ft.method.switchable import (
     leave,
     mark_shared,
     not_loaded,
+    refuse_inside,
     suspended,
     switchable_layers,
 )

@@ -14,9 +14,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from s2ft.errors import S2FTError, raise_together
+from s2ft.method.block import S2FTBlock
 from s2ft.method.combination import Combination, combine
 from s2ft.method.config import S2FTConfig
-from s2ft.method.linear import S2FTBlock, S2FTLinear
+from s2ft.method.linear import S2FTLinear
 from s2ft.method.slices import Slice, all_finite
 from s2ft.method.switchable import not_loaded
 

@@ -26,7 +26,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from s2ft.errors import S2FTError, first_line
-from s2ft.method.structure import features, linear_layer, read_structures
+from s2ft.method.linears import features, linear_layer
+from s2ft.method.structure import read_structures
 from s2ft.work.channels import choose_channels
 from s2ft.work.galore import PlaceProjections, galore_arguments, import_galore, readable_projections
 from s2ft.work.lisa import Lisa

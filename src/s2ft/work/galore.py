@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2ft.errors import S2FTError
-from s2ft.method.structure import layer_stack
+from s2ft.method.linears import layer_stack
 
 OPTIM = "galore_adamw"
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2ft.errors import S2FTError
-from s2ft.method.structure import layer_stack
+from s2ft.method.linears import layer_stack
 
 Block = tuple[str, int]  # the list of blocks, and the place in it
 

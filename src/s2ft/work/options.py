@@ -26,11 +26,11 @@ from pydantic import (
 from s2ft.errors import S2FTError, raise_together
 from s2ft.method.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
 from s2ft.method.unknown import hint
+from s2ft.work.precision import PURE
 
 if TYPE_CHECKING:
     from s2ft.method.config import S2FTConfig
 
-PURE = "pure-bf16"  # of the precisions: the deltas too
 ADAM_BETAS = (0.9, 0.95)
 LONGEST = 2048  # tokens, unless the model has fewer positions
 WARMUP = 100  # steps, or a tenth of a shorter run

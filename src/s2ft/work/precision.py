@@ -5,8 +5,7 @@ Deltas start at zero and move in small steps, which bf16 would lose; the base ne
 
 import torch
 
-from s2ft.work.options import PURE
-
+PURE = "pure-bf16"  # of the precisions: the deltas too
 BF16_CAPABILITY = 8  # the first NVIDIA generation (Ampere) that multiplies bf16 in hardware
 
 

@@ -38,12 +38,13 @@ from s2ft.work.environment import environment, peak_memory
 from s2ft.work.eval.scores import Checked, Scorer, check_scores
 from s2ft.work.failures import clear_failures
 from s2ft.work.inputs import input_problems
+from s2ft.work.launch import check_processes
 from s2ft.work.layout import INDEXED, choose_layout, layout
 from s2ft.work.models import load_model, load_tokenizer
-from s2ft.work.options import AT_ONCE, LONGEST, PURE, TrainOptions
+from s2ft.work.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.work.packing import check_packing
-from s2ft.work.precision import choose_precision
-from s2ft.work.processes import as_leader, check_processes, leads, process_count
+from s2ft.work.precision import PURE, choose_precision
+from s2ft.work.processes import as_leader, leads, process_count
 from s2ft.work.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.work.results import parameters, save_result, section
 from s2ft.work.resume import as_before, check_output, check_place, check_same_run, note_run, noted_layout

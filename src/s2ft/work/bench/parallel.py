@@ -30,7 +30,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from s2ft.method.linear import S2FTLinear
-from s2ft.method.mixed import LooseSlice, MixedBatch, add_mixed
+from s2ft.method.mixed import add_mixed
+from s2ft.method.pack import LooseSlice, MixedBatch
 from s2ft.method.slices import Slice
 from s2ft.work.bench.report import Report
 from s2ft.work.timing import bytes_per_ms, free_bytes, milliseconds, no_spread, spread

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from s2ft.method.config import S2FTConfig
+from s2ft.method.linears import weight_matrix
 from s2ft.method.selection import select
-from s2ft.method.structure import find_structures, weight_matrix
+from s2ft.method.structure import find_structures
 from s2ft.work.bench.report import Report
 from s2ft.work.timing import milliseconds, spread
 

@@ -28,7 +28,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from s2ft.adapter.switching import switch
-from s2ft.method.linear import S2FTBlock, S2FTLinear
+from s2ft.method.block import S2FTBlock
+from s2ft.method.linear import S2FTLinear
 from s2ft.method.slices import Slice
 from s2ft.work.bench.report import Report
 from s2ft.work.timing import bytes_per_ms, free_bytes, milliseconds, no_spread, spread

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from s2ft.method.in_place import in_place
-from s2ft.method.structure import layer_stack
+from s2ft.method.linears import layer_stack
 from s2ft.method.tuner import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 from s2ft.work.baselines import METHODS
 from s2ft.work.bench.saved import own_tensors, saved_bytes
