@@ -73,7 +73,7 @@ def reference(layer: Layer, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
 def by_kernel(layer: Layer, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
     batch, x, y = MixedBatch(names), x.to(DEVICE), y.to(DEVICE, copy=True)
     tokens = y.numel() // (len(batch) * y.shape[-1])
-    for pack in mixed._pack(layer, batch, y):
+    for pack in mixed.pack_slices(layer, batch, y):
         y = kernels.add_by_kernel(pack, y, x, kernels.tiles(pack, batch.of_row, tokens, 0, y.device))
     return y.cpu()
 
@@ -122,7 +122,7 @@ def test_a_mixed_batch_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_without_adapters_is_left_alone(side: str) -> None:
     layer = layer_of({"a": 3}, side, (8, 8))
     batch, y = MixedBatch([BASE, "a"]), torch.randn(2, 8)
-    (pack,) = mixed._pack(layer, batch, y)
+    (pack,) = mixed.pack_slices(layer, batch, y)
     plan = kernels.tiles(pack, torch.zeros(2, dtype=torch.int64), 1, 0, y.device)  # both rows use the base
     assert not len(plan.tiles)
     assert torch.equal(kernels.add_by_kernel(pack, y.clone(), torch.randn(2, 8), plan), y)
@@ -131,7 +131,7 @@ def test_a_batch_without_adapters_is_left_alone(side: str) -> None:
 def test_tiles_hold_every_token_with_an_adapter_once() -> None:
     layer = layer_of({"a": 3, "b": 5}, "in", (8, 8))
     batch = MixedBatch(["b", "a", BASE, "b", "a", "a"])
-    (pack,) = mixed._pack(layer, batch, torch.zeros(0))
+    (pack,) = mixed.pack_slices(layer, batch, torch.zeros(0))
     plan = kernels.tiles(pack, batch.of_row, 7, 0, torch.device("cpu"))
     seen = []
     for first, count, start, rows in plan.tiles.tolist():

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from families import build, tokens
 from live import layers
 from s2ft import S2FTConfig
-from s2ft.method import mixed
+from s2ft.method import mixed, pack
 from s2ft.method.linear import S2FTLinear
 from s2ft.method.mixed import FEW_TOKENS
 from s2ft.method.pack import MixedBatch
@@ -166,7 +166,7 @@ class TestTheTable:
 
     def test_has_a_row_for_each_channel_and_one_of_zeros(self) -> None:
         layer, batch = layer_of({"a": ("in", 9), "b": ("in", 1), "c": ("out", 2)}), MixedBatch(["c", "b", "a", "b"])
-        inputs, outputs = sorted(mixed._pack(layer, batch, torch.zeros(0, dtype=torch.float32)), key=lambda p: p.side)
+        inputs, outputs = sorted(pack.pack_slices(layer, batch, torch.zeros(0, dtype=torch.float32)), key=lambda p: p.side)
         assert (inputs.table.shape, outputs.table.shape) == ((11, 11), (3, 13))
         assert inputs.table.dtype == torch.float32
         assert inputs.table.is_contiguous()
@@ -212,8 +212,8 @@ class TestModel:
     def test_plans_once_and_packs_once_while_generating(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, made, packed = self.model(), [], []
         monkeypatch.setattr("s2ft.method.tuner.MixedBatch", lambda names: made.append(1) or MixedBatch(names))
-        original = mixed._pack
-        monkeypatch.setattr(mixed, "_pack", lambda *args: packed.append(args[0]) or original(*args))
+        original = pack.pack_slices
+        monkeypatch.setattr(pack, "pack_slices", lambda *args: packed.append(args[0]) or original(*args))
         model.generate(
             input_ids=tokens(3, 4), adapter_names=["b", "a", BASE], max_new_tokens=5, min_new_tokens=5, do_sample=False
         )
@@ -225,7 +225,7 @@ class TestModel:
         model = self.model()
         with torch.no_grad():
             model(input_ids=tokens(2, 3), adapter_names=["a", "b"])
-        held = [weakref.ref(table) for _, packs in mixed._tables.values() for table in [packs[0].table]]
+        held = [weakref.ref(table) for _, packs in pack._tables.values() for table in [packs[0].table]]
         assert held
         del model
         gc.collect()
