@@ -20,6 +20,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: lint
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
@@ -38,7 +39,7 @@ test-peft: setup
 # PEFT, TRL and the command line on the lowest versions that pyproject.toml allows, in an environment of their own (6 GB)
 test-lowest: build/lowest/ready
 	build/lowest/bin/python -m pytest -m 'not slow and not soak' \
-		tests/test_dependencies.py tests/test_peft.py tests/test_peft_training.py tests/test_trl.py tests/test_cli_train.py
+		tests/house/test_dependencies.py tests/hosts/test_peft.py tests/hosts/test_peft_training.py tests/hosts/test_trl.py tests/cli/test_train.py
 
 build/lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv build/lowest
@@ -47,7 +48,7 @@ build/lowest/ready: pyproject.toml constraints-lowest.txt
 
 # Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (6 GB)
 test-quantised: build/quantised/ready
-	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/test_digest.py tests/test_together.py
+	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/format/test_digest.py tests/tuner/test_together.py
 
 build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 	$(PYTHON) -m venv build/quantised
@@ -57,7 +58,7 @@ build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 
 # The GPU kernels, run by Triton's interpreter on the CPU, and compiled for a GPU that need not be there
 test-kernels: build/kernels/ready
-	TRITON_INTERPRET=1 build/kernels/bin/python -m pytest tests/test_kernels.py
+	TRITON_INTERPRET=1 build/kernels/bin/python -m pytest tests/layer/test_mixed_triton.py
 
 build/kernels/ready: .venv/ready
 	$(BIN)/python -m venv build/kernels

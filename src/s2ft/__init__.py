@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2ft.adapter.export import export
-    from s2ft.adapter.file import read_adapter
-    from s2ft.adapter.fusion import fuse
-    from s2ft.adapter.merge import merge
-    from s2ft.adapter.pool import AdapterPool
-    from s2ft.adapter.switching import switch
-    from s2ft.errors import S2FTError
-    from s2ft.method.config import S2FTConfig
-    from s2ft.method.digest import any_base
-    from s2ft.method.in_place import in_place
-    from s2ft.method.selection import Selection, select
-    from s2ft.method.tuner import S2FTModel
+    from s2ft.adapters.file import read_adapter
+    from s2ft.adapters.fusion import fuse
+    from s2ft.adapters.merge import merge
+    from s2ft.common.errors import S2FTError
+    from s2ft.exports.export import export
+    from s2ft.format.config import S2FTConfig
+    from s2ft.format.digest import any_base
+    from s2ft.selection.select import Selection, select
+    from s2ft.training.in_place import in_place
+    from s2ft.tuner.model import S2FTModel
+    from s2ft.tuner.pool import AdapterPool
+    from s2ft.tuner.switching import switch
 
 __all__ = [
     "AdapterPool",
@@ -40,19 +40,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdapterPool": "adapter.pool",
-    "S2FTConfig": "method.config",
-    "S2FTError": "errors",
-    "S2FTModel": "method.tuner",
-    "Selection": "method.selection",
-    "any_base": "method.digest",
-    "export": "adapter.export",
-    "fuse": "adapter.fusion",
-    "in_place": "method.in_place",
-    "merge": "adapter.merge",
-    "read_adapter": "adapter.file",
-    "select": "method.selection",
-    "switch": "adapter.switching",
+    "AdapterPool": "tuner.pool",
+    "S2FTConfig": "format.config",
+    "S2FTError": "common.errors",
+    "S2FTModel": "tuner.model",
+    "Selection": "selection.select",
+    "any_base": "format.digest",
+    "export": "exports.export",
+    "fuse": "adapters.fusion",
+    "in_place": "training.in_place",
+    "merge": "adapters.merge",
+    "read_adapter": "adapters.file",
+    "select": "selection.select",
+    "switch": "tuner.switching",
 }
 
 
@@ -71,4 +71,4 @@ def __dir__() -> list[str]:
 
 
 if "s2ft_command" not in sys.modules:  # the command line answers before torch and PEFT are there: s2ft_command
-    import_module("s2ft.method.tuner")  # registers the method
+    import_module("s2ft.tuner.model")  # registers the method

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import s2ft
-from s2ft.adapter.merge import merge
+from s2ft.adapters.merge import merge
 from s2ft.demo import base_path
 
 ADAPTERS = {

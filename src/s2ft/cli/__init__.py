@@ -1,0 +1,18 @@
+"""The command line. Each command is one file; imports of what takes seconds wait until a command needs it.
+
+app         `s2ft` and the way errors leave
+codes       exit codes
+train       `s2ft train`
+quickstart  `s2ft quickstart`
+eval        `s2ft eval`
+reproduce   `s2ft reproduce`
+inspect     `s2ft inspect`
+fuse        `s2ft fuse`
+merge       `s2ft merge`
+export      `s2ft export`
+bench       `s2ft bench`
+study       `s2ft study`
+outputs     can the result be written? asked before the work
+tables      tables that are shown whole
+quiet       less noise from the libraries
+"""

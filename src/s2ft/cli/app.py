@@ -23,7 +23,7 @@ from s2ft.cli.inspect import inspect
 from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
 from s2ft.cli.reproduce import reproduce
-from s2ft.errors import S2FTError, no_space
+from s2ft.common.errors import S2FTError, no_space
 
 _OUTSIDE = {  # what is wrong with the machine, not with the program
     getattr(errno, name)

@@ -9,7 +9,7 @@ import typer
 
 from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
-from s2ft.files import replaced_file, write_json
+from s2ft.common.files import replaced_file, write_json
 
 app = typer.Typer(help="Measure, beside the floor of what is measured.", no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def selection(json_file: JsonFile = None) -> None:
     Example: s2ft bench selection --json selection.json
     """
     check_writable(json_file)
-    from s2ft.work.bench.selection import bench_selection
+    from s2ft.lab.bench.selection import bench_selection
 
     _measure(lambda tell: bench_selection(), dict, json_file)
 
@@ -51,8 +51,8 @@ def training(
     Example: s2ft bench training --preset cpu --json training.json --png training.png
     """
     _check(json_file, png)
-    from s2ft.work.bench.training import PRESETS, bench_training
-    from s2ft.work.bench.training_plot import draw_training
+    from s2ft.lab.bench.training import PRESETS, bench_training
+    from s2ft.lab.bench.training_plot import draw_training
 
     chosen = PRESETS[preset.value]
     report = _measure(
@@ -87,7 +87,7 @@ def switch(json_file: JsonFile = None, png: PngFile = None) -> None:
     Example: s2ft bench switch --json switch.json --png switch.png
     """
     _check(json_file, png)
-    from s2ft.work.bench.switch import bench_switch, draw_switch, switch_line
+    from s2ft.lab.bench.switch import bench_switch, draw_switch, switch_line
 
     _measure(lambda tell: bench_switch(tell=tell), switch_line, json_file, draw_switch, png)
 
@@ -99,7 +99,7 @@ def parallel(json_file: JsonFile = None, png: PngFile = None) -> None:
     Example: s2ft bench parallel --json parallel.json --png parallel.png
     """
     _check(json_file, png)
-    from s2ft.work.bench.parallel import bench_parallel, draw_parallel, parallel_line
+    from s2ft.lab.bench.parallel import bench_parallel, draw_parallel, parallel_line
 
     _measure(lambda tell: bench_parallel(tell=tell), parallel_line, json_file, draw_parallel, png)
 
@@ -111,7 +111,7 @@ def fusion(json_file: JsonFile = None) -> None:
     Example: s2ft bench fusion --json fusion.json
     """
     check_writable(json_file)
-    from s2ft.work.bench.fusion import bench_fusion
+    from s2ft.lab.bench.fusion import bench_fusion
 
     _measure(lambda tell: bench_fusion(tell=tell), dict, json_file)
 
@@ -130,7 +130,7 @@ def evaluation(
     """
     check_writable(json_file)
     from s2ft.demo import base_path
-    from s2ft.work.bench.evaluation import bench_evaluation, evaluation_line
+    from s2ft.lab.bench.evaluation import bench_evaluation, evaluation_line
 
     _measure(lambda tell: bench_evaluation(str(base_path()), data, tell=tell), evaluation_line, json_file)
 

@@ -12,8 +12,8 @@ import typer
 from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
-from s2ft.errors import S2FTError
-from s2ft.files import write_json
+from s2ft.common.errors import S2FTError
+from s2ft.common.files import write_json
 
 HARNESS = "lm-eval"
 
@@ -90,8 +90,8 @@ def evaluate(
         lacking = " and ".join(flag for flag, value in (("--data", data), ("--output", output)) if value is None)
         raise S2FTError(f"{lacking}: missing; name a folder")
     from s2ft.cli.quiet import quiet
-    from s2ft.work.eval import run as work
-    from s2ft.work.eval.judge import find_judge
+    from s2ft.evaluate import run as work
+    from s2ft.evaluate.judge import find_judge
 
     judge = find_judge(judge_url, judge_model) if work.needs_judge(names) else None
     options = work.EvalOptions(
@@ -135,7 +135,7 @@ def _by_harness(
     if not tasks:
         raise S2FTError("task: name at least one task of lm-eval")
     from s2ft.cli.quiet import quiet
-    from s2ft.work.eval.harness import known_folder, run_harness
+    from s2ft.evaluate.harness import known_folder, run_harness
 
     with quiet():
         report = run_harness(model, tasks, adapters, known_folder(data), limit, batch_size, precision)

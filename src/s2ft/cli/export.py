@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from s2ft.cli.outputs import check_writable
-from s2ft.files import write_json
+from s2ft.common.files import write_json
 
 
 def export(
@@ -27,7 +27,7 @@ def export(
     from rich.console import Console
     from rich.progress import track
 
-    from s2ft.adapter.export import export as write
+    from s2ft.exports.export import export as write
 
     console = Console()
     done = write(adapter, to, output, base, lambda modules: track(modules, "writing", transient=True, console=console))

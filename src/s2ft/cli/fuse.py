@@ -7,8 +7,8 @@ import typer
 
 from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
-from s2ft.errors import S2FTError
-from s2ft.files import check_free, replaced_file, write_json
+from s2ft.common.errors import S2FTError
+from s2ft.common.files import check_free, replaced_file, write_json
 
 
 def fuse(
@@ -35,8 +35,8 @@ def fuse(
     numbers = None if weights is None else _numbers(weights)
     from rich.console import Console
 
-    from s2ft.adapter.fusion import fuse as plan
-    from s2ft.adapter.overlap import draw, summary, table
+    from s2ft.adapters.fusion import fuse as plan
+    from s2ft.adapters.overlap import draw, summary, table
 
     if output is not None:
         check_free(output)

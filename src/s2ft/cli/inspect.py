@@ -7,7 +7,7 @@ import typer
 
 from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
-from s2ft.files import replaced_file, write_json
+from s2ft.common.files import replaced_file, write_json
 
 
 def inspect(
@@ -29,13 +29,13 @@ def inspect(
     check_writable(json_file)
     from rich.console import Console
 
-    from s2ft.adapter.file import read_adapter
-    from s2ft.adapter.inspection import draw, summary, table
+    from s2ft.adapters.file import read_adapter
+    from s2ft.adapters.inspection import draw, summary, table
 
     read = read_adapter(adapter)
     model = None
     if base is not None:
-        from s2ft.work.models import empty_model
+        from s2ft.runtime.models import empty_model
 
         model = empty_model(base)
     facts = summary(read, model)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from s2ft.cli.outputs import check_writable
-from s2ft.files import write_json
+from s2ft.common.files import write_json
 
 
 def merge(
@@ -26,8 +26,8 @@ def merge(
     from rich.console import Console
     from rich.progress import track
 
-    from s2ft.adapter.export_output import bytes_of
-    from s2ft.adapter.merge import merge as write
+    from s2ft.adapters.merge import merge as write
+    from s2ft.adapters.output import bytes_of
 
     console = Console()
     merged = write(adapter, output, base, lambda steps: track(steps, "merging", transient=True, console=console))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from s2ft.errors import S2FTError
+from s2ft.common.errors import S2FTError
 
 
 def check_writable(file: str | Path | None, option: str = "json", suffix: str | None = None) -> None:

@@ -20,7 +20,7 @@ def quiet() -> Iterator[None]:
     import datasets
     import transformers
 
-    from s2ft.work.processes import leads
+    from s2ft.runtime.processes import leads
 
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()

@@ -11,8 +11,8 @@ from s2ft.cli.bench import show
 from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.eval import progress
 from s2ft.cli.outputs import check_writable
-from s2ft.errors import raise_together
-from s2ft.files import write_json
+from s2ft.common.errors import raise_together
+from s2ft.common.files import write_json
 
 WANTED = {
     "RECIPE": "`s2ft reproduce --list` shows them all",
@@ -74,9 +74,9 @@ def reproduce(
     named = {"RECIPE": recipe, "--data": data, "--output": output}
     raise_together(f"{name}: missing; {WANTED[name]}" for name, value in named.items() if value is None)
     from s2ft.cli.quiet import quiet
-    from s2ft.work.eval.judge import find_judge
-    from s2ft.work.reproduce import run as work
-    from s2ft.work.reproduce.recipes import find_recipe
+    from s2ft.evaluate.judge import find_judge
+    from s2ft.lab.reproduce import run as work
+    from s2ft.lab.reproduce.recipes import find_recipe
 
     assert recipe is not None
     assert data is not None
@@ -112,7 +112,7 @@ def reproduce(
 
 
 def _interrupted() -> int:
-    from s2ft.work.processes import leads
+    from s2ft.runtime.processes import leads
 
     if not leads():
         return 0  # the leading process evaluates
@@ -125,7 +125,7 @@ def _list(json_file: Path | None) -> None:
     from rich.progress import Progress
 
     from s2ft.cli.quiet import quiet
-    from s2ft.work.reproduce.table import recipe_line, recipe_rows
+    from s2ft.lab.reproduce.table import recipe_line, recipe_rows
 
     with quiet(), Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("computing memory", total=1.0)

@@ -10,8 +10,8 @@ import typer
 
 from s2ft.cli.bench import show
 from s2ft.cli.outputs import check_writable
-from s2ft.errors import S2FTError
-from s2ft.files import replaced_file, sole_writer, write_json
+from s2ft.common.errors import S2FTError
+from s2ft.common.files import replaced_file, sole_writer, write_json
 
 app = typer.Typer(help="Ask the paper's claims of the embedded model, with several seeds.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def selection(seeds: Seeds = 5, runs: Kept = None, json_file: Json = None, png: 
     """
 
     def study(folder: Path, tell: Callable[[float], None]) -> Any:
-        from s2ft.demo.study.selection import SelectionSettings, study_selection
+        from s2ft.lab.study.selection import SelectionSettings, study_selection
 
         return study_selection(folder, SelectionSettings(seeds=seeds), tell)
 
@@ -44,7 +44,7 @@ def generalization(seeds: Seeds = 5, runs: Kept = None, json_file: Json = None, 
     """
 
     def study(folder: Path, tell: Callable[[float], None]) -> Any:
-        from s2ft.demo.study.generalization import GeneralizationSettings, study_generalization
+        from s2ft.lab.study.generalization import GeneralizationSettings, study_generalization
 
         return study_generalization(folder, GeneralizationSettings(seeds=seeds), tell)
 
@@ -59,7 +59,7 @@ def fusion(seeds: Seeds = 5, runs: Kept = None, json_file: Json = None, png: Png
     """
 
     def study(folder: Path, tell: Callable[[float], None]) -> Any:
-        from s2ft.demo.study.fusion import FusionSettings, study_fusion
+        from s2ft.lab.study.fusion import FusionSettings, study_fusion
 
         return study_fusion(folder, FusionSettings(seeds=seeds), tell)
 
@@ -80,7 +80,7 @@ def commonsense(
     """
 
     def study(folder: Path, tell: Callable[[float], None]) -> Any:
-        from s2ft.demo.study.commonsense import CommonsenseSettings, study_commonsense
+        from s2ft.lab.study.commonsense import CommonsenseSettings, study_commonsense
 
         return study_commonsense(folder, data, CommonsenseSettings(seeds=seeds), tell)
 
@@ -98,7 +98,7 @@ def _run(name: str, study: Callable[..., Any], folder: Path | None, json_file: P
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from s2ft.cli.quiet import quiet
-    from s2ft.demo.study.report import draw
+    from s2ft.lab.study.report import draw
 
     transformers.logging.disable_progress_bar()  # a bar for each base that is loaded would tear ours
     columns = (

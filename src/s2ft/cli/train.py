@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 
 from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.outputs import check_writable
-from s2ft.files import write_json
-from s2ft.work.options import TrainOptions, parse_options, read_config
+from s2ft.common.files import write_json
+from s2ft.finetune.options import TrainOptions, parse_options, read_config
 
 HELP = """Fine-tune a model and write a small adapter, with a run card beside it; or compare, by --method, with other methods.
 
@@ -37,9 +37,9 @@ def command(**values: Any) -> int:
 
 def _run(options: TrainOptions, json_file: str | None) -> int:
     from s2ft.cli.quiet import quiet
-    from s2ft.work.processes import leads
-    from s2ft.work.results import command as command_line
-    from s2ft.work.train import train
+    from s2ft.finetune.results import command as command_line
+    from s2ft.finetune.train import train
+    from s2ft.runtime.processes import leads
 
     with quiet():
         result = train(options)

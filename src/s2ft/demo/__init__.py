@@ -1,4 +1,10 @@
-"""The embedded default: a small base model, the skills it has and lacks, and the script that made it (docs/demo.md)."""
+"""The embedded base model, its skills, and the quickstart.
+
+skills      the skills of the embedded model, and those that it lacks
+pretrain    the script that made it
+evaluate    exact match
+quickstart  base against tuned
+"""
 
 from pathlib import Path
 

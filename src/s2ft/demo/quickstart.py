@@ -14,11 +14,11 @@ from typing import Any
 from s2ft.demo import base_path
 from s2ft.demo.evaluate import Score, exact_match
 from s2ft.demo.skills import NEW_SKILLS, OLD_SKILLS, SKILLS, Example
-from s2ft.work.card import Card, read_card, write_card
-from s2ft.work.models import load_model, load_tokenizer
-from s2ft.work.options import TrainOptions
-from s2ft.work.precision import choose_precision
-from s2ft.work.train import train
+from s2ft.finetune.card import Card, read_card, write_card
+from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.train import train
+from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.runtime.precision import choose_precision
 
 NEW_SKILL = NEW_SKILLS[0]
 SKILL_NAMES = (NEW_SKILL, *OLD_SKILLS)

@@ -1,0 +1,256 @@
+"""A base model as it lies on disk: its layers without values, its weights one tensor at a time.
+
+    config.json                      → the model on device `meta`: which layers are linear, and their sizes
+    *.safetensors (and their index)  → tensor name → file; a tensor is read when it is asked for
+
+A module's weight goes by the module's path, with or without the model's own prefix (`transformer.h.0` and `h.0`). Nothing
+is unpickled, and no whole model is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import torch
+import transformers
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from s2ft.adapters.file import AdapterFile
+from s2ft.adapters.fitting import check_fits
+from s2ft.common.errors import S2FTError, first_line, raise_together
+from s2ft.common.reading import check_regular, read_json
+from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.format.slices import Slice
+from s2ft.layer.linears import as_matrix, features, linear_layer
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""PEFT's name of a task → the class of transformers whose module paths an adapter for it has."""
+
+_PLAIN = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
+
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+"""What lies beside the weights: configuration, tokenizer, chat template."""
+
+
+class Checkpoint:
+    """The base model of an adapter, on disk; `open_base` makes and checks it."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self.folder = folder
+        self.model = model  # on device meta
+
+    def linear(self, module: str) -> nn.Module:
+        """The linear layer at a path; on device meta."""
+        linear = linear_layer(self.model.get_submodule(module))
+        assert linear is not None  # `check_fits` was there before
+        return linear
+
+    def sliced_size(self, module: str, side: str) -> int:
+        """How many channels the layer has on a side."""
+        return features(self.linear(module))[0 if side == "in" else 1]
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether the layer keeps its weight as [in, out], as GPT-2's Conv1D does."""
+        return isinstance(self.linear(module), Conv1D)
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name → the file that holds it.
+
+        Raises:
+            S2FTError: if there are no safetensors files, one is damaged, or the index names a file outside the folder.
+        """
+        names = sorted(set(self._index().values())) if self.is_sharded else [SAFE_WEIGHTS_NAME]
+        found = {tensor: self.folder / name for name in names for tensor in self._tensors(name)}
+        if not self.is_sharded:
+            return found
+        missing = [tensor for tensor in self._index() if tensor not in found]
+        if missing:
+            raise S2FTError(
+                f"{self.folder}: the index names {missing[0]}, which {self._index()[missing[0]]} does not hold"
+            )
+        return found
+
+    @property
+    def index_file(self) -> Path:
+        """Where the index of a sharded checkpoint is."""
+        return self.folder / SAFE_WEIGHTS_INDEX_NAME
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an index says in which file each tensor is."""
+        return not (self.folder / SAFE_WEIGHTS_NAME).is_file() and self.index_file.is_file()
+
+    def _index(self) -> dict[str, str]:
+        try:
+            names = read_json(self.index_file)["weight_map"]
+            foreign = [name for name in names.values() if PurePosixPath(name).name != name or "\\" in name]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise S2FTError(f"{self.index_file} is no index of a checkpoint: {error!r}") from error
+        if foreign:
+            raise S2FTError(f"{self.index_file} names the file {foreign[0]!r}; its files lie beside it")
+        return dict(names)
+
+    def _tensors(self, name: str) -> list[str]:
+        path = self.folder / name
+        check_regular(path)
+        if not path.is_file():
+            raise S2FTError(f"{self.folder} has no {name}; s2ft reads safetensors only, and never unpickles")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except SafetensorError as error:
+            raise S2FTError(f"{path} is truncated or no safetensors file: {first_line(error)}") from error
+
+    def tensor_name(self, module: str, parameter: str = "weight") -> str:
+        """The checkpoint's name of a module's parameter.
+
+        Raises:
+            S2FTError: if the checkpoint has no such tensor: it is tied to another, or stored in another form.
+        """
+        prefix = self.model.base_model_prefix
+        paths = (module, module.removeprefix(f"{prefix}."), f"{prefix}.{module}")
+        for name in (f"{path}.{parameter}" for path in paths):
+            if name in self.files:
+                return name
+        raise S2FTError(
+            f"the checkpoint in {self.folder} has no tensor {module}.{parameter}: it is tied to another one, or stored in "
+            "another form. Merge the loaded model instead (`merge_and_unload`)"
+        )
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, from the disk."""
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def matrix(self, module: str, weight: Tensor) -> Tensor:  # [out_features, in_features], a view of the weight
+        """A module's weight as it is stored, in the orientation of `nn.Linear`."""
+        return as_matrix(self.linear(module), weight)
+
+    def check_plain(self, adapter: AdapterFile) -> None:
+        """Raises `S2FTError` unless every weight that the adapter changes is here, as plain values of the right shape."""
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            raise S2FTError(f"the base in {self.folder} is quantised; its weights cannot take a delta")
+        raise_together(problem for module in adapter.slices if (problem := self._problem(module)))
+
+    def _problem(self, module: str) -> str | None:
+        name, expected = self.tensor_name(module), self._stored_shape(module)
+        with safe_open(self.files[name], framework="pt") as file:
+            found = file.get_slice(name)
+            dtype, shape = found.get_dtype(), list(found.get_shape())
+        if dtype in _PLAIN and shape == expected:
+            return None
+        return f"{name} is {dtype} of shape {shape} in {self.folder}; expected plain values of shape {expected}"
+
+    def _stored_shape(self, module: str) -> list[int]:
+        inputs, outputs = features(self.linear(module))
+        return [inputs, outputs] if self.is_transposed(module) else [outputs, inputs]
+
+    def check_made_for(self, adapter: AdapterFile) -> None:
+        """Raises `S2FTError` if the adapter was made for other weights; what cannot be compared is not."""
+        expected = adapter.config.base_digest or {}
+        found = {
+            module: self._digest(module, chosen, expected.get(module, "")) for module, chosen in adapter.slices.items()
+        }
+        check_base(expected, found, adapter.config.base_model_name_or_path)
+
+    def _digest(self, module: str, chosen: Slice, expected: str) -> str | None:
+        try:
+            if self._problem(module):
+                return None
+        except S2FTError:  # stored in another form
+            return None
+        matrix = self.matrix(module, self.tensor(self.tensor_name(module)))
+        parts = digest_parts(expected, chosen)
+        return join_digests({part: _digest(matrix, Slice.parse(part)) for part in parts}, chosen)
+
+
+def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = False) -> Checkpoint:
+    """The base of an adapter, checked to fit it.
+
+    Args:
+        adapter: Whose base it is.
+        name: A folder or a name on the Hub; by default what the adapter's config names.
+        weights: Whether the weights are needed, and compared with those that the adapter was made for.
+    """
+    name = name or adapter.config.base_model_name_or_path
+    if not name:
+        raise S2FTError(f"{adapter.folder} does not say which base it is for; name it with base=")
+    folder = _folder(str(name), adapter.config.revision, weights)
+    base = Checkpoint(folder, _empty_model(adapter, folder))
+    check_fits(base.model, adapter.config, adapter.shapes)
+    if weights:
+        base.check_plain(adapter)
+    if weights or _has_weights(folder):
+        base.check_made_for(adapter)
+    return base
+
+
+def settings_files(folder: Path) -> Iterator[Path]:
+    """The files beside the weights that make the folder a usable model."""
+    for pattern in SETTINGS:
+        yield from sorted(path for path in folder.glob(pattern) if _is_setting(path.name))
+    yield from sorted(folder.glob("additional_chat_templates"))
+
+
+def _is_setting(name: str) -> bool:
+    """Not an index of weights, nor an adapter's config, which would make the folder an adapter."""
+    return name != CONFIG_NAME and not name.endswith(".index.json")
+
+
+def _folder(name: str, revision: str | None, weights: bool) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise S2FTError(f"base={name!r} is a folder without config.json, so it holds no model")
+        return path
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise S2FTError(f"base={name!r} is not a folder; name the folder of a model, or a model on the Hub")
+    from huggingface_hub import snapshot_download
+
+    patterns = [*SETTINGS, "*.safetensors"] if weights else ["*.json"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # what a wrong name, a private model or no network lead to
+        raise S2FTError(
+            f"base={name!r} is no folder here, and the Hub does not give it: {first_line(error)}"
+        ) from error
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+
+
+def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:
+    """The model without values, of the class that the adapter's module paths are of."""
+    mapping = adapter.config.auto_mapping
+    named = getattr(transformers, str((mapping or {}).get("base_model_class")), None)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            if isinstance(named, type) and issubclass(named, PreTrainedModel):
+                return named(config)
+            auto = getattr(transformers, _CLASSES.get(str(adapter.config.task_type), "AutoModelForCausalLM"))
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+            return model
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
+        raise S2FTError(f"base={str(folder)!r}: its configuration cannot be loaded: {first_line(error)}") from error
+
+
+def _digest(matrix: Tensor, chosen: Slice) -> str | None:  # matrix: [out_features, in_features]
+    return slice_digest(matrix.index_select(1 if chosen.side == "in" else 0, torch.from_numpy(chosen.indices)))

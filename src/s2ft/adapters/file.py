@@ -1,0 +1,124 @@
+"""The adapter file: indices and deltas in the base checkpoint's own coordinates.
+
+    adapter_config.json          the resolved `S2FTConfig`: every module's slice, and a digest of the base weights
+                                 that it changes
+    adapter_model.safetensors    base_model.model.{module}.s2ft_block.weight    the delta: [out, s] on the input side,
+                                                                                [s, in] on the output side
+                                 base_model.model.{module}.s2ft_block.indices   its s channels, ascending
+                                 and whatever PEFT keeps beside (modules_to_save, trainable tokens)
+
+PEFT writes and loads these files; here they are read without any base model, and checked: nothing in them is trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from s2ft.common.errors import S2FTError
+from s2ft.format.checksum import PREFIX
+from s2ft.format.config import S2FTConfig
+from s2ft.format.slices import Slice
+from s2ft.format.whole import BLOCK, WeightFile, check_method, is_carried
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter in memory, without its base model."""
+
+    folder: Path
+    config: S2FTConfig
+    slices: dict[str, Slice]  # module → its trained channels
+    deltas: dict[str, Tensor]  # module → [out_features, s] on the input side, [s, in_features] on the output side
+    others: dict[str, Tensor]  # what PEFT keeps beside, under the file's own names
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the adapter changes."""
+        return sum(delta.numel() for delta in self.deltas.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Size on disk, config included."""
+        return sum((self.folder / name).stat().st_size for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """An adapter that stays on disk: checked whole, its tensors read one module at a time."""
+
+    folder: Path
+    config: S2FTConfig
+    slices: dict[str, Slice]  # module → its trained channels
+    shapes: dict[str, tuple[int, ...]]  # module → shape of its delta
+    kept: tuple[str, ...]  # names of what PEFT keeps beside
+    tensors: Mapping[str, Tensor]  # all of the file's, each read when it is asked for
+
+    @property
+    def name(self) -> str:
+        """The folder, for messages."""
+        return str(self.folder)
+
+    def delta(self, module: str) -> Tensor:  # [out_features, s] on the input side, [s, in_features] on the output side
+        """The module's delta, from the disk."""
+        return self.tensors[delta_name(module)]
+
+    def others(self) -> dict[str, Tensor]:
+        """What PEFT keeps beside, under the file's own names, from the disk."""
+        return {name: self.tensors[name] for name in self.kept}
+
+
+def delta_name(module: str) -> str:
+    """The name of the module's delta in the weight file."""
+    return f"{PREFIX}{module}{BLOCK}weight"
+
+
+def indices_name(module: str) -> str:
+    """The name of the module's channels in the weight file."""
+    return f"{PREFIX}{module}{BLOCK}indices"
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Reads an adapter folder and checks that it is whole.
+
+    Raises:
+        S2FTError: if a file is missing, truncated, of another method, or contradicts the config; or a value is not finite,
+            or not what was saved.
+    """
+    folder = Path(folder)
+    config, weights = _checked(folder)
+    slices = _slices(config)
+    deltas = {module: weights[delta_name(module)] for module in slices}
+    return Adapter(folder, config, slices, deltas, {name: weights[name] for name in _kept(config, weights)})
+
+
+def open_adapter(folder: str | Path) -> AdapterFile:
+    """Checks an adapter folder as `read_adapter` does, and keeps none of its tensors in memory."""
+    folder = Path(folder)
+    config, weights = _checked(folder)
+    headers, slices = weights.headers(), _slices(config)
+    shapes = {module: headers[delta_name(module)].shape for module in slices}
+    return AdapterFile(folder, config, slices, shapes, _kept(config, weights), weights)
+
+
+def _checked(folder: Path) -> tuple[S2FTConfig, WeightFile]:
+    if not folder.is_dir():
+        raise S2FTError(f"{folder} holds no adapter: there is no {CONFIG_NAME}")
+    check_method(folder)
+    config = S2FTConfig.from_pretrained(str(folder))
+    if not config.slices:
+        raise S2FTError(f"{folder / CONFIG_NAME} names no slices; was it saved before the adapter was made?")
+    return config, WeightFile(folder)
+
+
+def _slices(config: S2FTConfig) -> dict[str, Slice]:
+    return {module: Slice.parse(text) for module, text in (config.slices or {}).items()}
+
+
+def _kept(config: S2FTConfig, weights: WeightFile) -> tuple[str, ...]:
+    """Names of what PEFT keeps beside the slices."""
+    return tuple(name for name in weights if BLOCK not in name and not is_carried(config, name))

@@ -1,0 +1,162 @@
+"""What an adapter changes, per module: counts, norms, and a picture of which channels in which layers.
+
+layer   projection   side   channels   weights   ‖Δ‖   max |Δ|   which
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from s2ft.adapters.file import Adapter
+from s2ft.layer.linears import layer_index, layer_stack
+from s2ft.training.in_place import planned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_WHICH = 12  # characters of the list of channels that a row shows; JSON has them all
+_LABELS = 12  # layers that a panel of the picture names: more would run into each other
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """One module's row."""
+
+    module: str
+    layer: int | None
+    side: str
+    channels: int
+    weights: int
+    norm: float  # Frobenius
+    largest: float  # in absolute value
+    slice: str
+    in_place: str | None = None  # how the in-place layout holds it, where the base is known
+
+
+def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChange]:
+    """One row per module, in the order of the model's layers.
+
+    Args:
+        base: A model like the adapter's base (values are not needed): rows then say how the in-place layout holds each slice.
+    """
+    held = {} if base is None else {place.module: place.how for place in planned(base, adapter.slices)}
+    rows = [
+        ModuleChange(
+            module=path,
+            layer=layer_index(path),
+            side=chosen.side,
+            channels=len(chosen.indices),
+            weights=adapter.deltas[path].numel(),
+            norm=float(adapter.deltas[path].double().norm()),
+            largest=float(adapter.deltas[path].abs().max()),
+            slice=str(chosen),
+            in_place=held.get(path),
+        )
+        for path, chosen in adapter.slices.items()
+    ]
+    return sorted(rows, key=lambda row: -1 if row.layer is None else row.layer)
+
+
+def summary(adapter: Adapter, base: nn.Module | None = None) -> dict[str, Any]:
+    """The adapter as a whole, and its rows, ready for JSON."""
+    config, rows = adapter.config, changes(adapter, base)
+    return {
+        "adapter": str(adapter.folder),
+        "base_model": config.base_model_name_or_path,
+        "strategy": config.strategy,
+        "subset": config.subset,
+        "seed": config.seed,
+        "modules": len(rows),
+        "weights": adapter.parameters,
+        "norm": math.sqrt(sum(row.norm**2 for row in rows)),
+        "file_bytes": adapter.file_bytes,
+        "kept_whole": sorted(adapter.others),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def table(adapter: Adapter, base: nn.Module | None = None) -> Table:
+    """The rows for people; a blank layer repeats the one above."""
+    result = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "module", "side"):
+        result.add_column(name, no_wrap=True)
+    for name in ("channels", "weights", "‖Δ‖", "max |Δ|"):
+        result.add_column(name, justify="right", no_wrap=True)
+    result.add_column("which")
+    if base is not None:
+        result.add_column("in place", no_wrap=True)
+    above: int | None = None
+    for row in changes(adapter, base):
+        layer = "" if row.layer is None or row.layer == above else str(row.layer)
+        above = row.layer
+        name = ".".join(row.module.split(".")[-2:])
+        numbers = (str(row.channels), f"{row.weights:,}", f"{row.norm:.4g}", f"{row.largest:.3g}")
+        which = row.slice.partition(" ")[2]
+        which = which if len(which) <= _WHICH else which[: _WHICH - 1] + "…"
+        result.add_row(layer, escape(name), row.side, *numbers, which, *([row.in_place] if base is not None else []))
+    return result
+
+
+def draw(adapter: Adapter, png: Path, bins: int = 256) -> None:
+    """One panel per projection: layers down, channels across, brightness is the norm of the change.
+
+    Panels of one stack of blocks have the same rows, from its first block to the last that any of them changes; a block
+    without a slice is grey.
+    """
+    picture(adapter, bins).savefig(png, dpi=120)
+
+
+def picture(adapter: Adapter, bins: int = 256) -> Figure:
+    """The figure that `draw` saves."""
+    from matplotlib import colormaps  # deferred: slow to import, and only pictures need it
+    from matplotlib.figure import Figure
+
+    panels = _panels(adapter)
+    colours = colormaps["magma"].with_extremes(bad="0.85")
+    figure = Figure(figsize=(10, 0.8 + 2.2 * len(panels)), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        width = max(int(adapter.slices[path].indices[-1]) for path in rows if path) + 1
+        size = min(bins, width)
+        values = np.stack([_binned(adapter, path, width, size) if path else np.full(size, np.nan) for path in rows])
+        shape = (0, width, len(rows), 0)
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=shape, cmap=colours)
+        labelled = range(0, len(rows), -(-len(rows) // _LABELS))
+        names = [str(row) for row in labelled] if layer_index(next(filter(None, rows))) is not None else [""]
+        axes.set(title=title, ylabel="layer", yticks=[row + 0.5 for row in labelled], yticklabels=names)
+        figure.colorbar(image, ax=axes, label="‖Δ‖")
+    axes.set_xlabel("channel")
+    return figure
+
+
+def _panels(adapter: Adapter) -> dict[str, list[str | None]]:
+    """Title → the module of each row, None where a block has no slice; a row of its own for what is in no block."""
+    stacks: dict[str, int] = {}
+    for stack, layer in filter(None, map(layer_stack, adapter.slices)):
+        stacks[stack] = max(stacks.get(stack, 0), layer + 1)
+    panels: dict[str, list[str | None]] = {}
+    for path in adapter.slices:
+        place = layer_stack(path)
+        short = ".".join(path.split(".")[-2:])
+        if place is None:
+            panels[path] = [path]
+            continue
+        stack, layer = place
+        inside = path.removeprefix(f"{stack}.{layer}.".lstrip("."))
+        title = short if len(stacks) == 1 and inside.count(".") < 2 else f"{stack}.*.{inside}"
+        panels.setdefault(title, [None] * stacks[stack])[layer] = path
+    return panels
+
+
+def _binned(adapter: Adapter, path: str, width: int, bins: int) -> NDArray[np.float64]:  # [bins]
+    chosen = adapter.slices[path]
+    squares = adapter.deltas[path].double().square().sum(0 if chosen.side == "in" else 1).numpy()
+    return np.sqrt(np.bincount(chosen.indices * bins // width, weights=squares, minlength=bins))

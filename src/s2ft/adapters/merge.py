@@ -1,0 +1,158 @@
+"""A merged checkpoint: the base's own files with the adapter's slices added into them.
+
+    base/      model-00001-of-00002.safetensors ...    config.json  tokenizer.json  chat_template.jinja ...
+    output/    the same names, sizes, dtypes and order; in the shards, the bytes of the changed tensors are written over
+
+A shard is copied as a file and patched in place, one tensor at a time: memory is that of the largest layer, whatever the
+model's size, and what the adapter leaves alone stays as it is, byte for byte. Values equal those of PEFT's
+`merge_and_unload` on the loaded model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from s2ft.adapters.checkpoint import Checkpoint, open_base, settings_files
+from s2ft.adapters.file import AdapterFile, open_adapter
+from s2ft.adapters.output import Progress
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.files import check_free, new_folder
+from s2ft.format.checksum import bare
+from s2ft.format.slices import Slice, all_finite
+from s2ft.layer.base_weight import add_delta
+
+
+def merge(adapter: str | Path, output: str | Path, base: str | None = None, progress: Progress = iter) -> Path:
+    """Writes the base with the adapter merged into it, whole or not at all.
+
+    Args:
+        adapter: Folder of an S²FT adapter.
+        output: A new folder.
+        base: Folder or Hub name of its base, in safetensors; by default the one that the adapter names.
+        progress: Goes through the steps; a progress bar, say.
+
+    Returns:
+        The folder.
+
+    Raises:
+        S2FTError: before anything is written, if the adapter is not whole or not for this base, the base is quantised
+            or incomplete, a file of the base is a link out of its folder, or there is something at `output`.
+    """
+    output = Path(output)
+    check_free(output)
+    opened = open_adapter(adapter)
+    checkpoint = open_base(opened, base, weights=True)
+    whole = _whole_tensors(opened, checkpoint)
+    shards = {path.name: path for path in sorted(set(checkpoint.files.values()))}
+    _check_links(checkpoint, shards.values())
+    with new_folder(output) as aside:
+        for step in progress([*shards, *opened.slices]):
+            if step in shards:
+                shutil.copyfile(shards[step], aside / step)
+            else:
+                _merge_module(opened, checkpoint, step, aside)
+        for name, tensor in whole.items():
+            _overwrite(aside / checkpoint.files[name].name, name, tensor)
+        _copy_settings(checkpoint, aside)
+    return output
+
+
+def merged_slice(
+    matrix: Tensor,  # [out_features, in_features], the base's weight
+    chosen: Slice,
+    delta: Tensor,  # [out_features, s] on the input side, [s, in_features] on the output side
+) -> Tensor:  # shaped like delta, in the base's dtype
+    """The slice's new values: the sum in float32 (a float64 base: float64), rounded once to the base's dtype."""
+    own = matrix.index_select(_dim(chosen), torch.from_numpy(chosen.indices))
+    return add_delta(
+        own, delta if matrix.dtype == torch.float64 else delta.float()
+    )  # a live model's deltas are float32
+
+
+def _dim(chosen: Slice) -> int:
+    return 1 if chosen.side == "in" else 0
+
+
+def _merge_module(adapter: AdapterFile, base: Checkpoint, module: str, aside: Path) -> None:
+    name, chosen = base.tensor_name(module), adapter.slices[module]
+    weight = base.tensor(name)
+    matrix = base.matrix(module, weight)
+    values = merged_slice(matrix, chosen, adapter.delta(module))
+    if not all_finite(values):
+        raise S2FTError(
+            f"{name}: merged values do not fit {weight.dtype}, or the base holds values that are not finite"
+        )
+    matrix.index_copy_(_dim(chosen), torch.from_numpy(chosen.indices), values)
+    _overwrite(aside / base.files[name].name, name, weight)
+
+
+def _whole_tensors(adapter: AdapterFile, base: Checkpoint) -> dict[str, Tensor]:
+    """What modules_to_save holds, under the checkpoint's names and in its dtypes."""
+    raise_together(_unmergeable(adapter, base))
+    found = {}
+    for kept, tensor in adapter.others().items():
+        name = base.tensor_name(*bare(kept).rsplit(".", 1))
+        own = base.tensor(name)
+        if own.shape != tensor.shape:
+            raise S2FTError(f"{kept} has shape {list(tensor.shape)}; in the base it is {list(own.shape)}")
+        found[name] = tensor.to(own.dtype)
+    return found
+
+
+def _unmergeable(adapter: AdapterFile, base: Checkpoint) -> list[str]:
+    whole = adapter.config.modules_to_save or []
+    ends = {base.model.get_input_embeddings(), base.model.get_output_embeddings()} - {None}
+    tied = {name for name, module in base.model.named_modules() if module in ends} if _is_tied(base) else set()
+    problems = []
+    for name in adapter.kept:
+        module = bare(name).rpartition(".")[0]
+        if not any(f".{part}." in f".{module}." for part in whole) or ".token_adapter" in name:
+            problems.append(f"{name} cannot be merged on files; load the model and use PEFT's merge_and_unload")
+        elif module in tied:
+            problems.append(f"{name}: the base ties its embedding to its output layer, so one cannot change alone")
+    return problems
+
+
+def _is_tied(base: Checkpoint) -> bool:
+    configs = (base.model.config, base.model.config.get_text_config())
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+
+
+def _overwrite(file: Path, name: str, tensor: Tensor) -> None:
+    """Writes a tensor's bytes over those that a safetensors file holds under its name."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        start, end = json.loads(stream.read(size))[name]["data_offsets"]
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert len(data) == end - start  # shape and dtype are the file's own
+        stream.seek(8 + size + start)
+        stream.write(data)
+
+
+def _check_links(base: Checkpoint, shards: Iterable[Path]) -> None:
+    """A result may be published, so that nothing is copied from elsewhere; the Hub's cache links to the blobs beside."""
+    folder = base.folder.resolve()
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    settings = [file for path in settings_files(base.folder) for file in (path, *path.rglob("*"))]
+    copied = {path: path.resolve() for path in (*shards, *settings, *([base.index_file] if base.is_sharded else []))}
+    raise_together(
+        f"{path} is a link out of its folder, to {target}; a merge copies what lies in the base's folder alone"
+        for path, target in copied.items()
+        if not any(target.is_relative_to(home) for home in homes)
+    )
+
+
+def _copy_settings(base: Checkpoint, aside: Path) -> None:
+    for path in settings_files(base.folder):
+        if path.is_dir():
+            shutil.copytree(path, aside / path.name)
+        else:
+            shutil.copyfile(path, aside / path.name)
+    if base.is_sharded:
+        shutil.copyfile(base.index_file, aside / base.index_file.name)

@@ -1,0 +1,180 @@
+"""Where adapters meet, before they are fused: per module and pair, the shared channels and what happens on them.
+
+    shared           channels that both train; the others are added exactly, whatever the method
+    cosine           of the two deltas on the shared channels: 1 pulls the same way, -1 against each other
+    sign conflict    share of the shared entries whose signs differ: what TIES resolves
+    interference     ‖what the other adds to my channels‖ / ‖my whole delta‖ in this module, by the given weights.
+                     For inputs that are white this is the relative error, root mean square, of my delta's output
+                     that comes from shared channels (E‖Δx‖² = ‖Δ‖²).
+
+Disjoint channels have no interference in the weights; their outputs still add up, as any two changes of a model do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2ft.adapters.combination import Combination
+from s2ft.format.slices import Indices, Slice
+from s2ft.layer.linears import layer_index
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two adapters on one module. Adapters are counted as they were given, from 0."""
+
+    module: str
+    layer: int | None
+    side: str
+    first: int
+    second: int
+    first_channels: int
+    second_channels: int
+    shared: int
+    share: float  # of the channels that either holds
+    cosine: float | None  # None without shared channels, or where a delta is zero on them
+    sign_conflict: float | None
+    interference_on_first: float | None  # None where the adapter's own weighted delta is zero
+    interference_on_second: float | None
+
+
+def overlaps(combination: Combination) -> list[Overlap]:
+    """One row for each module and each pair of adapters that change it, in the order of the model's layers."""
+    rows = [
+        _overlap(combination, module, *pair) for module in combination.slices for pair in _pairs(combination, module)
+    ]
+    return sorted(rows, key=lambda row: -1 if row.layer is None else row.layer)
+
+
+def summary(combination: Combination, rows: list[Overlap]) -> dict[str, Any]:
+    """The fusion as a whole, and its rows, ready for JSON."""
+    return {
+        "adapters": [source.name for source in combination.sources],
+        "weights": list(combination.weights),
+        "method": combination.method,
+        "density": combination.density,
+        "seed": combination.seed,
+        "modules": len(combination.slices),
+        "channels": sum(len(chosen.indices) for chosen in combination.slices.values()),
+        "shared": sum(row.shared for row in rows),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def table(rows: list[Overlap]) -> Table:
+    """The rows for people; a blank layer repeats the one above."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    result = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "module", "side"):
+        result.add_column(name, no_wrap=True)
+    for name in ("adapters", "channels", "shared", "share", "cosine", "sign conflict", "interference"):
+        result.add_column(name, justify="right", no_wrap=True)
+    above: int | None = None
+    for row in rows:
+        layer = "" if row.layer is None or row.layer == above else str(row.layer)
+        above = row.layer
+        result.add_row(
+            *(layer, escape(".".join(row.module.split(".")[-2:])), row.side),
+            *(f"{row.first}, {row.second}", f"{row.first_channels}, {row.second_channels}", str(row.shared)),
+            *(f"{row.share:.0%}", _number(row.cosine, ".2f"), _number(row.sign_conflict, ".0%")),
+            f"{_number(row.interference_on_first, '.2f')}, {_number(row.interference_on_second, '.2f')}",
+        )
+    return result
+
+
+def draw(rows: list[Overlap], png: Path) -> None:
+    """Two heat maps, layers down and projections across: share of shared channels, and the larger interference."""
+    from matplotlib.figure import Figure  # deferred: slow to import, and only pictures need it
+
+    layers = sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
+    names = list(dict.fromkeys(".".join(row.module.split(".")[-2:]) for row in rows))
+    share, interference = np.full((2, len(layers), len(names)), np.nan)
+    for row in rows:
+        cell = layers.index(row.layer), names.index(".".join(row.module.split(".")[-2:]))
+        share[cell] = np.fmax(share[cell], row.share)
+        both = [value for value in (row.interference_on_first, row.interference_on_second) if value is not None]
+        interference[cell] = np.fmax(interference[cell], max(both, default=np.nan))
+    figure = Figure(figsize=(3 + 2.4 * len(names), 1.6 + 0.28 * len(layers)), layout="constrained")
+    maps = (("share of shared channels", share, 1.0), ("interference", interference, None))
+    for axes, (title, values, highest) in zip(figure.subplots(1, 2), maps, strict=True):
+        image = axes.imshow(values, aspect="auto", cmap="magma", vmin=0, vmax=highest)
+        axes.set(title=title, ylabel="layer", yticks=range(len(layers)), yticklabels=layers)
+        axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        figure.colorbar(image, ax=axes)
+    figure.savefig(png, dpi=120)
+
+
+def _pairs(combination: Combination, module: str) -> list[tuple[int, int]]:
+    holders = [number for number, source in enumerate(combination.sources) if module in source.slices]
+    return list(combinations(holders, 2))
+
+
+def _overlap(combination: Combination, module: str, first: int, second: int) -> Overlap:
+    slices = [combination.sources[number].slices[module] for number in (first, second)]
+    counts = [len(chosen.indices) for chosen in slices]
+    common = np.intersect1d(slices[0].indices, slices[1].indices, assume_unique=True)
+    meeting = (None, None, 0.0, 0.0) if not len(common) else _meeting(combination, module, (first, second), common)
+    cosine, sign_conflict, on_first, on_second = meeting
+    return Overlap(
+        module=module,
+        layer=layer_index(module),
+        side=slices[0].side,
+        first=first,
+        second=second,
+        first_channels=counts[0],
+        second_channels=counts[1],
+        shared=len(common),
+        share=len(common) / (sum(counts) - len(common)),
+        cosine=cosine,
+        sign_conflict=sign_conflict,
+        interference_on_first=on_first,
+        interference_on_second=on_second,
+    )
+
+
+def _meeting(
+    combination: Combination, module: str, numbers: tuple[int, int], common: Indices
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """Cosine, sign conflict, interference on the first and on the second."""
+    weights = [abs(combination.weights[number]) for number in numbers]
+    sources = [combination.sources[number] for number in numbers]
+    deltas = [source.delta(module).cpu() for source in sources]
+    a, b = (_at(delta, source.slices[module], common).double() for delta, source in zip(deltas, sources, strict=True))
+    return (
+        _ratio(float((a * b).sum()), float(a.norm() * b.norm())),
+        float((a.sign() * b.sign() < 0).float().mean()),
+        _ratio(weights[1] * float(b.norm()), weights[0] * _norm(deltas[0])),
+        _ratio(weights[0] * float(a.norm()), weights[1] * _norm(deltas[1])),
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    ratio = part / whole if whole else math.nan
+    return ratio if math.isfinite(ratio) else None
+
+
+def _norm(delta: Tensor) -> float:
+    return float(torch.linalg.vector_norm(delta, dtype=torch.promote_types(delta.dtype, torch.float32)))
+
+
+def _at(delta: Tensor, chosen: Slice, channels: Indices) -> Tensor:
+    return delta.index_select(
+        1 if chosen.side == "in" else 0, torch.from_numpy(np.searchsorted(chosen.indices, channels))
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

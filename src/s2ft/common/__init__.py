@@ -1,0 +1,7 @@
+"""What every folder needs: errors, whole files, locks.
+
+errors   clear errors
+reading  files that others wrote, read within bounds
+files    files that are whole or not there
+locks    one writer at a time
+"""

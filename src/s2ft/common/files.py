@@ -1,0 +1,280 @@
+"""Files that are whole or not there: written aside, flushed to disk, then renamed into place, by one writer at a time.
+
+    parent/
+        .OUTPUT.lock                held while OUTPUT is written (s2ft/common/locks.py)
+        .OUTPUT.unfinished-3f2a     a new OUTPUT, folder or file, in the making: one rename, and it is there
+    OUTPUT/
+        .unfinished-3f2a/           what is being added to a folder that is there; renamed once it is whole, to
+        .finished-3f2a/             whose entries are then moved up: by the next writer, if this one was killed meanwhile
+
+What a killed writer leaves is cleared by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from safetensors import SafetensorError, safe_open
+
+from s2ft.common.errors import S2FTError, no_space
+from s2ft.common.locks import is_lock, locked, no_empty_folders
+
+_UNFINISHED, _FINISHED = ".unfinished", ".finished"
+_CONFIGS = "config.json"  # what makes a folder an adapter or a model comes after the weights
+_DEVICES = ("/dev", "/proc")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` in one rename; nothing is left there if the block raises.
+
+    An empty folder that is there already is filled as by `staged`.
+
+    Raises:
+        S2FTError: if something lies at `folder` already, someone else is writing there, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "new"
+        >>> with new_folder(target) as aside:
+        ...     _ = (aside / "a.txt").write_text("whole")
+        >>> sorted(path.name for path in target.iterdir())
+        ['a.txt']
+    """
+    target = folder.resolve()
+    with _writing(folder), locked(folder):
+        _settle(target)
+        check_free(folder)
+        if target.is_dir():  # empty; it stays itself, with its permissions, and with those who are in it
+            with staged(target) as aside:
+                yield aside
+            return
+        with _aside(target.parent / f".{target.name}{_UNFINISHED}") as aside:
+            yield aside
+            _flush(aside)
+            aside.rename(target)
+            _flush_names(target.parent)
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `file` in one rename; nothing is there if the block raises.
+
+    Raises:
+        S2FTError: if something lies at `file` already, someone else is writing there, or the disk is full.
+    """
+    target = file.resolve()
+    with _writing(file), locked(file):
+        _settle(target)
+        check_free(file, file.suffix)
+        with _one_file(target) as aside:
+            yield aside
+
+
+@contextmanager
+def replaced_file(file: Path) -> Iterator[Path]:
+    """A path to write to, which then takes the place of `file` in one rename; if the block raises, what was there stays.
+
+    A device or a pipe, and a file in a folder where nothing else may be written, is written directly.
+    """
+    target = file.resolve()
+    if _is_device(file) or not os.access(target.parent, os.W_OK | os.X_OK):
+        yield file
+        return
+    with _writing(file), locked(file, wait=True):
+        _settle(target)
+        with _one_file(target) as aside:
+            yield aside
+
+
+def write_json(file: Path, value: Any, indent: int = 2, **how: Any) -> None:
+    """Writes `value` as `json.dumps` puts it, the file whole or as it was before."""
+    text = json.dumps(value, indent=indent, **how) + "\n"
+    with replaced_file(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder` to write into; afterwards its entries are moved into `folder`, one rename each.
+
+    Nothing is moved if the block raises. An entry that is there already is replaced; the configuration comes last.
+
+    Raises:
+        S2FTError: if the folder cannot be made, someone else is writing there, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp())
+        >>> with staged(target) as aside:
+        ...     _ = (aside / "a.txt").write_text("whole")
+        >>> sorted(path.name for path in target.iterdir())
+        ['a.txt']
+    """
+    target = folder.resolve()
+    with _writing(folder), locked(folder), no_empty_folders(target):
+        _settle(target)
+        with _aside(target / _UNFINISHED) as aside:
+            yield aside
+            _flush(aside)
+            _move_up(aside.rename(target / aside.name.replace(_UNFINISHED, _FINISHED)))
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps others from writing into `folder` during the block, and clears what a killed writer left there.
+
+    Raises:
+        S2FTError: if someone else is writing there.
+    """
+    with locked(folder):
+        _settle(folder.resolve())
+        yield
+
+
+def check_free(output: Path, suffix: str | None = None) -> None:
+    """Raises `S2FTError` if something lies at `output` already (an empty folder aside), or it cannot be made.
+
+    Args:
+        output: What is to be written.
+        suffix: Of a file; None for a folder.
+    """
+    given = f"output={str(output)!r}"
+    if suffix is not None and output.suffix != suffix:
+        raise S2FTError(f"{given} must be a file that ends in {suffix}")
+    if suffix is not None and (output.exists() or output.is_symlink()):
+        raise S2FTError(f"{given} exists already; name another file")
+    if suffix is None and (output.is_file() or (output.is_symlink() and not output.exists())):
+        raise S2FTError(f"{given} is a file; name a folder")
+    if suffix is None and output.is_dir() and _holds_files(output):
+        raise S2FTError(f"{given} is a folder that holds files already; name another")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise S2FTError(f"{given}: {str(above)!r} is a file, not a folder")
+    if not os.access(output if output.is_dir() else above, os.W_OK | os.X_OK):
+        raise S2FTError(f"{given}: {str(above)!r} is not a folder that you may write to")
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, but for what writers leave there while they write, or when they are killed."""
+    ours = (_UNFINISHED, _FINISHED)
+    return [path for path in folder.iterdir() if not path.name.startswith(ours) and not is_lock(path)]
+
+
+def _holds_files(folder: Path) -> bool:
+    """Not if a writer was killed while it moved its files: the next one finishes that, and sees."""
+    return bool(entries(folder)) and not any(path.name.startswith(_FINISHED) for path in folder.iterdir())
+
+
+@contextmanager
+def _writing(given: Path) -> Iterator[None]:
+    """A full disk is said in words, whoever meets it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, S2FTError) or (reason := no_space(error)) is None:
+            raise
+        raise S2FTError(f"{str(given)!r} cannot be written: {reason}; nothing half-written is left") from error
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A new folder that is gone afterwards, unless the block renames it."""
+    aside = path.with_name(f"{path.name}-{_unique()}")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise S2FTError(f"{str(path.parent)!r} cannot be written to: {error.strerror}") from error
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _one_file(target: Path) -> Iterator[Path]:
+    aside = target.with_name(f".{target.name}{_UNFINISHED}-{_unique()}{target.suffix}")
+    try:
+        yield aside
+        _flush_file(aside)
+        aside.replace(target)
+        _flush_names(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _settle(target: Path) -> None:
+    """Ends what a killed writer began: what was whole is moved to its place, the rest goes. The caller holds the lock."""
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        if path.name.startswith(f".{target.name}{_UNFINISHED}-"):
+            _remove(path)
+    for path in list(target.iterdir()) if target.is_dir() else ():
+        if path.name.startswith(_UNFINISHED):
+            _remove(path)
+        elif path.name.startswith(_FINISHED):
+            _move_up(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unique() -> str:
+    return uuid4().hex[:8]
+
+
+def _move_up(done: Path) -> None:
+    for entry in sorted(done.iterdir(), key=lambda path: (path.name.endswith(_CONFIGS), path.name)):
+        target = done.parent / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.replace(target)
+    done.rmdir()
+    _flush_names(done.parent)
+
+
+def _flush(folder: Path) -> None:
+    """A rename must not reach the disk before the contents do."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush_names(path) if path.is_dir() else _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    if path.suffix == ".safetensors":
+        _check_whole(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):  # asks whether the file is as long as its tensors need
+            pass
+    except SafetensorError as error:
+        raise S2FTError(f"{path.name} was not written whole, so it is not kept: {error}") from error
+
+
+def _flush_names(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_device(file: Path) -> bool:
+    """Not a file that could be replaced: /dev/stdout stays what it is, even where it leads to a file."""
+    named = file.absolute()
+    return any(named.is_relative_to(root) for root in _DEVICES) or (file.exists() and not file.is_file())

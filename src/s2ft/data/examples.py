@@ -1,0 +1,190 @@
+"""Training data: files, folders and Hub data sets, brought to one form.
+
+    Alpaca             {"instruction", "input"?, "output"}         ┐
+    prompt/completion  {"prompt", "completion"}, text or messages  ├─→  {"prompt", "completion"}  ─→  loss on the completion
+    chat               {"messages": [{"role", "content"}, ...]}    ┘
+
+A conversation becomes one example for each turn of the assistant, with all that was said before as its prompt (`chat.py`). So
+the loss falls on every response and on nothing else, under any chat template: templates that mark the assistant's tokens are
+rare, and some render a turn differently once another follows it.
+
+Examples of chat know their place, since a model's template may refuse them. Tables have one type for each field, and calls of
+tools have not, so what a message holds besides role and content is kept as JSON (`more`), and so are the template's `options`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+
+from s2ft.common.errors import S2FTError, raise_by_place, raise_together
+from s2ft.data.chat import Example, Message, chat_examples, chat_problems, is_broken, is_chat_record, shown, to_json
+from s2ft.data.prompts import alpaca_example, is_alpaca
+from s2ft.data.records import Record, read_records
+
+LAYOUTS = "instruction, output (and input); or prompt, completion; or messages"
+LAYOUT_FIELDS = (
+    {"messages"},
+    {"prompt", "completion"},
+    {"instruction", "output"},
+)  # the first that a record has all of
+_OF_CHAT = ("system", "history", "tools", "documents", "images")  # what a prompt that is text has no place for
+
+
+def load_examples(source: str | Sequence[str], limit: int | None = None) -> Dataset:
+    """The examples of one or several sources, in order, as columns `prompt` and `completion`.
+
+    Args:
+        source: A `.json` (array of objects), `.jsonl` or `.parquet` file, a folder of them, or the name of a data set on
+            the Hub (its split `train`). Several sources are joined. In a folder that has files named `train*`, only those
+            are read.
+        limit: At most so many examples, the first ones.
+
+    Raises:
+        S2FTError: with file and line, if a source is missing, empty or malformed, or records cannot be used.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    raise_together([] if sources else ["data is empty; name a file, a folder or a data set on the Hub"])
+    examples: list[Example] = []
+    unreadable: list[str] = []
+    problems: list[tuple[str, str]] = []
+    for name in sources:
+        try:
+            found = _examples(read_records(name), problems)
+            examples += found if limit is None else islice(found, max(0, limit - len(examples)))
+        except S2FTError as error:
+            unreadable += error.problems
+    raise_by_place(problems, unreadable)
+    _check_one_kind(examples, sources)
+    return _table(examples)
+
+
+def is_chat(dataset: Dataset) -> bool:
+    """Whether the examples are messages rather than text."""
+    return not isinstance(dataset[0]["prompt"], str)
+
+
+def prompt_format(dataset: Dataset) -> str:
+    """The words that the examples ask in: "chat", "alpaca", or "text" for prompts of the user's own."""
+    if is_chat(dataset):
+        return "chat"
+    return "alpaca" if all(map(is_alpaca, dataset["prompt"])) else "text"
+
+
+def conversation(example: Example) -> tuple[list[Message], list[Message], dict[str, Any]]:
+    """Prompt, completion, and options for the chat template, of an example of chat."""
+    options = example.get("options") or {}
+    options = json.loads(options) if isinstance(options, str) else options
+    return _whole(example["prompt"]), _whole(example["completion"]), options
+
+
+def data_digest(dataset: Dataset) -> str:
+    """SHA-256 over the examples in their order, as 64 hex digits: the same for the same text from another file or layout.
+
+    Example:
+        >>> data_digest(Dataset.from_list([{"prompt": "1+1=", "completion": "2"}]))[:8]
+        'a49261f9'
+    """
+    digest = hashlib.sha256()
+    for example in dataset:
+        digest.update(json.dumps(_told(example), sort_keys=True, ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _told(example: Example) -> list[Any]:
+    """What an example says, however it is stored."""
+    if isinstance(example["prompt"], str):
+        return [example["prompt"], example["completion"]]
+    prompt, completion, options = conversation(example)
+    return [prompt, completion, options] if options else [prompt, completion]
+
+
+def _table(examples: list[Example]) -> Dataset:
+    """Every row has every column: options of the template, where any example has some."""
+    names = dict.fromkeys(name for example in examples for name in example)
+    return Dataset.from_list([{name: _stored(name, example.get(name)) for name in names} for example in examples])
+
+
+def _stored(name: str, value: Any) -> Any:
+    if name == "options":
+        return to_json(value or {})
+    return [_message(message) for message in value] if isinstance(value, list) else value
+
+
+def _message(message: Message) -> Message:
+    more = {key: item for key, item in message.items() if key not in ("role", "content")}
+    plain = {"role": message["role"], "content": message["content"]}
+    return {**plain, "more": to_json(more)} if more else plain
+
+
+def _whole(messages: Sequence[Message]) -> list[Message]:
+    return [
+        {**{key: item for key, item in message.items() if key != "more"}, **json.loads(message.get("more") or "{}")}
+        for message in messages
+    ]
+
+
+def _examples(records: Iterable[Record], problems: list[tuple[str, str]]) -> Iterator[Example]:
+    for record in records:
+        found = list(_record_problems(record.value))
+        problems += [(record.place, problem) for problem in found]
+        if not found:
+            yield from _convert(record)
+
+
+def _layout(value: dict[str, Any]) -> set[str] | None:
+    """The fields that decide what a record is; others may stand beside them."""
+    return next((fields for fields in LAYOUT_FIELDS if fields <= value.keys()), None)
+
+
+def _record_problems(value: Any) -> Iterator[str]:
+    """What keeps a record from being an example: nothing, if it is one."""
+    if not isinstance(value, dict):
+        yield f"expected an object with {LAYOUTS}; found {shown(value)}"
+        return
+    layout = _layout(value)
+    if layout is None:
+        yield f"expected the fields {LAYOUTS}; found {', '.join(map(str, value)) or 'none'}"
+    elif "instruction" not in layout and is_chat_record(value):
+        yield from chat_problems(value)
+    else:
+        yield from _text_problems(value, layout)
+
+
+def _text_problems(value: dict[str, Any], layout: set[str]) -> Iterator[str]:
+    names = ("prompt", "completion") if "prompt" in layout else ("instruction", "input", "output")
+    for name in names:
+        text = value.get(name, "") if name == "input" else value[name]
+        if not isinstance(text, str):
+            yield f"{name} is {shown(text)}; it must be text"
+        elif is_broken(text):
+            yield f"{name} is {shown(text)}; it holds half of a surrogate pair, which is no text"
+    yield from (
+        f"{name} is {shown(value[name])}, which a prompt of text has no place for; turn it into messages, or leave it out"
+        for name in _OF_CHAT
+        if value.get(name)
+    )
+
+
+def _convert(record: Record) -> Iterator[Example]:
+    value, layout = record.value, _layout(record.value)
+    assert layout is not None  # else it has a problem
+    if "instruction" in layout:
+        yield alpaca_example(value)
+    elif is_chat_record(value):
+        yield from ({**example, "place": record.place} for example in chat_examples(value))
+    else:
+        yield {"prompt": value["prompt"], "completion": value["completion"]}
+
+
+def _check_one_kind(examples: list[Example], sources: list[str]) -> None:
+    kinds = {type(example["prompt"]) for example in examples}
+    names = ", ".join(repr(source) for source in sources)
+    raise_together([f"data={names} holds no example"] if not kinds else [])
+    raise_together([f"data={names} mixes text and chat messages; train on one kind"] if len(kinds) > 1 else [])

@@ -1,0 +1,164 @@
+"""The model's chat template: a program that came with the model. It has a time limit, and what it leaves out is noticed."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from s2ft.common.errors import S2FTError
+from s2ft.data.chat import CALLS, OPTIONS, REASONING, Message
+
+SECONDS = 20.0  # for one conversation; milliseconds are usual
+_PROBE = "how are you"
+
+
+class EndlessTemplateError(S2FTError):
+    """The template does not come to an end: no other conversation need be tried."""
+
+
+class _Stop(BaseException):
+    """Ends a thread that is not waited for any more."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: dict[str, Any] | None = None,
+    ask: bool = False,
+) -> str:
+    """The conversation as the template lays it out; with `ask`, up to where the assistant's next turn begins.
+
+    Raises:
+        S2FTError: if the template refuses the conversation, or does not come to an end.
+    """
+
+    def lay_out(told: Sequence[Message]) -> str:
+        return str(
+            tokenizer.apply_chat_template(list(told), tokenize=False, add_generation_prompt=ask, **(options or {}))
+        )
+
+    try:
+        try:
+            return _limited(lambda: lay_out(messages))
+        except TypeError:  # some templates join the arguments of a call to text, so they want them as text
+            return _limited(lambda: lay_out([_with_arguments_as_text(message) for message in messages]))
+    except TimeoutError:
+        raise EndlessTemplateError(
+            f"the model's chat template did not come to an end within {SECONDS:g} seconds; take a model with a sound one"
+        ) from None
+    except Exception as error:  # a template is a program: it raises what it likes, such as "roles must alternate"
+        reason = str(error)
+    roles = ", ".join(message["role"] for message in messages)
+    raise S2FTError(f"the model's chat template refuses a conversation of {roles}: {reason}")
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: dict[str, Any] | None = None,
+    ask: bool = False,
+) -> list[int]:
+    """The token ids of what `render` gives: the template writes all special tokens itself."""
+    ids: list[int] = tokenizer(render(tokenizer, messages, options, ask), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def left_out(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: dict[str, Any], learned: int
+) -> Iterator[str]:
+    """What the template lays the conversation out without, although it is there; messages from `learned` on are to be learned.
+
+    Reasoning counts in those only: templates leave out that of earlier turns on purpose.
+    """
+    whole = render(tokenizer, messages, options)
+
+    def is_same(changed: Sequence[Message], options: dict[str, Any]) -> bool:
+        try:
+            return render(tokenizer, changed, options) == whole
+        except EndlessTemplateError:
+            raise
+        except S2FTError:
+            return False
+
+    for name in OPTIONS:
+        if options.get(name) and is_same(messages, {key: item for key, item in options.items() if key != name}):
+            yield name
+    text = tokenizer.get_chat_template(tools=options.get("tools"))
+    yield from (f"chat_template_kwargs.{name}" for name in options if name not in OPTIONS and name not in text)
+    for index, message in enumerate(messages):
+        for name, bare in _without_each(message, reasoning=index >= learned):
+            surely = name == "content" and len(message) == 2 and message["content"].strip() in whole
+            if not surely and is_same([*messages[:index], bare, *messages[index + 1 :]], options):
+                yield f"{name} of message {index + 1} ({message['role']})"
+
+
+def _without_each(message: Message, reasoning: bool) -> Iterator[tuple[str, Message]]:
+    """The message without each thing that it says."""
+    if message["content"].strip():
+        yield "content", {**message, "content": ""}
+    if message.get(CALLS):
+        yield CALLS, {key: item for key, item in message.items() if key != CALLS}
+    if reasoning and any(message.get(name) for name in REASONING):
+        yield "reasoning", {key: item for key, item in message.items() if key not in REASONING}
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token by which the template ends a turn of the assistant: the first added token after what was said.
+
+    None without a template, or if it ends turns by no such token.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = render(tokenizer, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}])
+    except EndlessTemplateError:
+        raise
+    except S2FTError:
+        return None
+    _, said, rest = text.rpartition(_PROBE)
+    added = tokenizer.added_tokens_decoder
+    ids: list[int] = tokenizer(rest, add_special_tokens=False)["input_ids"] if said else []
+    return next((token for token in ids if token in added and added[token].content.strip()), None)
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    if CALLS not in message:
+        return message
+    return {**message, CALLS: [_as_text(call) for call in message[CALLS]]}
+
+
+def _as_text(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _as_text(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
+
+
+def _limited(task: Callable[[], str]) -> str:
+    """What `task` returns or raises; `TimeoutError` if it takes too long. Its thread is stopped then, at its next step."""
+    found: list[str] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            found.append(task())
+        except _Stop:
+            pass
+        except Exception as error:  # goes to whoever asked
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="chat template")
+    thread.start()
+    thread.join(SECONDS)
+    if thread.is_alive():
+        stop = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(stop, ctypes.py_object(_Stop))
+        raise TimeoutError
+    for error in errors:
+        raise error
+    return found[0]

@@ -1,0 +1,203 @@
+"""Examples → token ids, with labels on the response only.
+
+    prompt  p p p p p │ completion  c c c c  end        the token ids of prompt + completion, in one go
+    labels  . . . . . │             c c c c  end        "." is -100: no loss
+
+The same rule as TRL's SFTTrainer (a test compares the two, token by token). It is applied here because the calibration
+data must be tokens before there is an adapter, hence before there is a trainer. Two things differ: a tokenizer that puts tokens
+of its own around every text does not double those that are there already, and what a chat template would leave out is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from s2ft.common.errors import S2FTError, raise_by_place
+from s2ft.data.chat import CALLS, REASONING, Message
+from s2ft.data.examples import conversation, is_chat
+from s2ft.data.template import EndlessTemplateError, chat_ids, left_out, turn_end
+
+IGNORED = -100  # the label that no loss falls on
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised examples, and how many were left out."""
+
+    dataset: Dataset  # columns input_ids, labels
+    max_length: int
+    empty: int  # had no response
+    too_long: int  # had no token of the response within max_length
+    shortened: int  # were cut to max_length, with some of the response left
+    endless: int = 0  # are whole, but have no token in the response that ends an answer
+    parted: int = 0  # of chat, whose prompt is laid out differently once the answer follows
+
+
+def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """Tokenises the examples and cuts them to `max_length`; drops those without a response to learn.
+
+    Raises:
+        S2FTError: if the tokenizer cannot end a text or lay out a chat, or no example is left.
+    """
+    _check_tokenizer(tokenizer, is_chat(examples))
+    ends = end_tokens(tokenizer)
+    rows = examples.map(
+        lambda example: _cut(example, tokenizer, max_length, ends),
+        remove_columns=examples.column_names,
+        keep_in_memory=True,
+        desc="Tokenizing",
+    )
+    _check_laid_out(examples, rows["problems"][:])
+    fates = rows["fate"][:]
+    count = Counter(fates)
+    kept = rows.select([row for row, fate in enumerate(fates) if fate in ("whole", "shortened", "endless")])
+    parted = sum(kept["parted"][:])
+    kept = kept.remove_columns(["fate", "problems", "parted"])
+    if not len(kept):
+        raise S2FTError(
+            f"none of the {len(rows)} examples is left: {count['empty']} have no response, and in {count['too long']} "
+            f"it begins after max_length={max_length} tokens; raise max_length"
+        )
+    return Tokens(kept, max_length, count["empty"], count["too long"], count["shortened"], count["endless"], parted)
+
+
+def hold_out(tokens: Tokens, count: int | None, seed: int) -> tuple[Tokens, Dataset | None]:
+    """Takes `count` examples out of the others: always the same for the same tokens and seed; None takes none.
+
+    Raises:
+        S2FTError: if no example would be left to train on.
+    """
+    if count is None:
+        return tokens, None
+    usable = len(tokens.dataset)
+    if count >= usable:
+        raise S2FTError(f"holdout={count} leaves nothing to train on: {usable} examples are usable; hold out fewer")
+    parts = tokens.dataset.train_test_split(test_size=count, seed=seed, keep_in_memory=True)
+    return replace(tokens, dataset=parts["train"]), parts["test"]
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and the chat template's end of a turn."""
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, turn_end(tokenizer)) if token is not None))
+
+
+def _cut(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, ends: list[int]
+) -> dict[str, Any]:
+    """The tokens of an example up to `max_length`, what became of it, and what keeps it from being learned as it stands."""
+    prompt: list[int] = []
+    whole: list[int] = []
+    try:
+        prompt, whole = _encode(example, tokenizer)
+        problems = _lost(example, tokenizer)
+    except EndlessTemplateError:
+        raise
+    except S2FTError as error:
+        problems = [str(error)]
+    row = _labelled(prompt, whole)
+    parted = not isinstance(example["prompt"], str) and whole[: len(prompt)] != prompt
+    cut = {name: ids[:max_length] for name, ids in row.items()}
+    if not _has_response(example):
+        fate = "empty"
+    elif all(label == IGNORED for label in cut["labels"]):
+        fate = "too long"
+    elif len(row["input_ids"]) > max_length:
+        fate = "shortened"
+    else:
+        fate = "whole" if set(ends) & set(row["labels"]) else "endless"
+    return {**cut, "fate": fate, "problems": problems, "parted": parted}
+
+
+def _lost(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the chat template would leave out of an example."""
+    if isinstance(example["prompt"], str):
+        return []
+    prompt, completion, options = conversation(example)
+    return [
+        f"the model's chat template leaves out {name}, so it would be lost; leave it out yourself, or take a model whose "
+        "template knows it"
+        for name in left_out(tokenizer, [*prompt, *completion], options, len(prompt))
+    ]
+
+
+def _check_laid_out(examples: Dataset, problems: list[list[str]]) -> None:
+    """Turns of one conversation share what is wrong with it."""
+    places = examples["place"][:] if "place" in examples.column_names else range(1, len(examples) + 1)
+    raise_by_place(
+        dict.fromkeys((str(place), problem) for place, found in zip(places, problems, strict=True) for problem in found)
+    )
+
+
+def token_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of one example, uncut.
+
+    The response begins where the tokens of the prompt and those of the whole part ways: a tokenizer may merge the prompt's last
+    character with the response's first.
+    """
+    return _labelled(*_encode(example, tokenizer))
+
+
+def _encode(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt, and those of the whole."""
+    if isinstance(example["prompt"], str):
+        prompt = text_ids(tokenizer, example["prompt"])
+        whole = text_ids(tokenizer, example["prompt"] + example["completion"].removesuffix(tokenizer.eos_token))
+        whole.append(tokenizer.eos_token_id)
+    else:
+        told, said, options = conversation(example)
+        prompt = chat_ids(tokenizer, told, options, ask=True)
+        whole = chat_ids(tokenizer, [*told, *said], options)
+    return prompt, whole
+
+
+def _labelled(prompt: list[int], whole: list[int]) -> dict[str, list[int]]:
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+    return {"input_ids": whole, "labels": [IGNORED] * start + whole[start:]}
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text that goes on: with what the tokenizer puts before every text, without what it puts after it.
+
+    A text that has the beginning already, as "<s>[INST] ...", does not get it twice.
+    """
+    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin = _begin(tokenizer)
+    if begin and plain[:1] == begin[-1:] == [tokenizer.bos_token_id]:
+        begin.pop()
+    return begin + plain
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text."""
+    marked, plain = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (True, False))
+    starts = (start for start in range(len(marked)) if marked[start : start + len(plain)] == plain)
+    return marked[: next(starts, int(marked[:1] == [tokenizer.bos_token_id]))]
+
+
+def _has_response(example: dict[str, Any]) -> bool:
+    if isinstance(example["completion"], str):
+        return bool(example["completion"].strip())
+    _, completion, _ = conversation(example)
+    return any(map(_says_something, completion))
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"].strip()) or any(message.get(name) for name in (CALLS, *REASONING))
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    if tokenizer.eos_token is None:
+        raise S2FTError(
+            "the model's tokenizer has no end-of-text token (eos_token), so responses could not end; set one"
+        )
+    if chat and not tokenizer.chat_template:
+        raise S2FTError(
+            "the data holds chat messages, but the model's tokenizer has no chat template; take an instruction-tuned model, "
+            "or data with instruction and output, or prompt and completion as text"
+        )

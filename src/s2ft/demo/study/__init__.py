@@ -1,1 +1,0 @@
-"""Small studies of the paper's claims on the embedded base model: selection, generalisation, fusion (docs/studies.md)."""

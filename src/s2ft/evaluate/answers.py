@@ -1,0 +1,123 @@
+"""The answers of a run, kept as they come: a JSONL file that an interrupted run goes on from.
+
+    {"run": {"task": "gsm8k", "model": "sha256:…", ...}}                    which run the file is of
+    {"id": "0", "output": "... 18.", "extracted": "18.", "error": null}     one line for each answer
+    {"id": "1", "output": null, "error": "out of memory"}                   no answer: tried again by the next run
+    {"id": "2", "outp                                                       torn by a crash: cut off
+
+Of several lines with one id, the last one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.locks import no_empty_folders
+
+Row = dict[str, Any]  # {"id", ..., "error"}
+
+
+class Answers:
+    """The answers in one file. Nothing is written, and a torn line stays, until `add` is called.
+
+    Args:
+        path: The file; need not exist.
+        run: What the answers depend on. A file of another run is refused.
+
+    Raises:
+        S2FTError: if the file is of another run, or is not such a file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "add.jsonl"
+        >>> Answers(path, {"model": "m"}).add([{"id": "0", "output": "4", "error": None}])
+        >>> list(Answers(path, {"model": "m"}).done)
+        ['0']
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        self.path, self.run = path, run
+        self.rows: dict[str, Row] = {}
+        self._whole = 0  # bytes of the file that are whole lines
+        if path.is_file():
+            self._read(path.read_bytes())
+
+    @property
+    def done(self) -> set[str]:
+        """The ids that have an answer."""
+        return {name for name, row in self.rows.items() if row["error"] is None}
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Appends rows, to the disk: a run that is killed loses none of them."""
+        added = list(rows)
+        header = [] if self._whole else [{"run": self.run}]
+        lines = b"".join(_line(value) for value in (*header, *added))
+        with no_empty_folders(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._append(lines)
+            except OSError:
+                self._cut()
+                raise
+        self._whole += len(lines)
+        self.rows |= {row["id"]: row for row in added}
+
+    def _append(self, lines: bytes) -> None:
+        with self.path.open("r+b" if self._whole else "wb") as file:
+            file.truncate(self._whole)
+            file.seek(self._whole)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _cut(self) -> None:
+        """Takes off what is torn."""
+        if self._whole:
+            os.truncate(self.path, self._whole)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, content: bytes) -> None:
+        lines = content.split(b"\n")[:-1]  # what comes after the last line break was torn off
+        for number, line in enumerate(lines, start=1):
+            value = self._parse(line, number, is_last=number == len(lines))
+            if value is None:
+                return
+            if number == 1:
+                self._check_same(value["run"])
+            else:
+                self.rows[value["id"]] = value
+            self._whole += len(line) + 1
+
+    def _parse(self, line: bytes, number: int, is_last: bool) -> Row | None:
+        """The line's value; None for a last line that a crash may have spoiled."""
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        needed = {"run"} if number == 1 else {"id", "error"}
+        if isinstance(value, dict) and needed <= value.keys():
+            return value
+        if is_last and value is None:
+            return None
+        raise S2FTError(
+            f"{self.path}:{number}: not a line of an evaluation's answers; name another output folder, or remove the file"
+        )
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        now = json.loads(json.dumps(self.run))
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        raise_together(
+            f"{name}={now.get(name)!r}, but {self.path} holds answers with {name}={before.get(name)!r}; "
+            "name another output folder, or remove the file"
+            for name in names
+        )
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

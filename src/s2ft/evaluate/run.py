@@ -1,0 +1,287 @@
+"""Evaluation in one call: options → checked data → answers, kept as they come → counts, accuracies, intervals.
+
+    output/base/gsm8k.jsonl           every answer, what was read from it, and the verdict
+    output/my-adapter/gsm8k.jsonl     the same of an adapter
+
+What has an answer is not asked again, so the same call goes on after an interruption, and only counts once all is done.
+An answer that could not be produced is an error: it is counted as such, not as wrong, and tried again by the next call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from s2ft.common.errors import S2FTError, gathered, raise_together
+from s2ft.common.locks import locked
+from s2ft.evaluate.answers import Answers
+from s2ft.evaluate.engines import ENGINES, check_vllm
+from s2ft.evaluate.judge import Judge
+from s2ft.evaluate.judging import judge_dialogues, tally_ratings
+from s2ft.evaluate.mt_bench import MT_BENCH, TURNS, Dialogue, load_dialogues, turn_id, write_dialogues
+from s2ft.evaluate.subjects import ADAPTER_FILE, MODEL_FILE, Models, Subject, find_subjects, fingerprint, trained_on
+from s2ft.evaluate.tally import macro, tally
+from s2ft.evaluate.tasks import (
+    AUTO,
+    DECODING,
+    PROMPTS,
+    Decoding,
+    Question,
+    Task,
+    digest,
+    find_tasks,
+    load_questions,
+    missing,
+)
+from s2ft.evaluate.writing import answer_questions
+from s2ft.runtime.environment import environment
+from s2ft.runtime.failures import clear_failures
+from s2ft.runtime.models import check_folder
+from s2ft.runtime.precision import choose_precision
+
+log = logging.getLogger("s2ft")
+
+Tell = Callable[[str, int, int], None]  # what is being done, how many are done now, of how many
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """All options of an evaluation; `evaluate` checks them."""
+
+    model: str  # the base: a folder or a name on the Hub
+    tasks: Sequence[str]  # names of tasks and suites
+    data: str  # a folder laid out like LLM-Adapters' (and MT-Bench's), or a data set on the Hub
+    output: Path  # folder of the answers
+    adapters: Sequence[str] = ()  # folders or Hub names, each evaluated by itself; none: the base is evaluated
+    limit: int | None = None  # the first so many questions of each task
+    batch_size: int = 8
+    beams: int | None = None  # the suite's unless given
+    max_new_tokens: int | None = None  # the suite's unless given
+    prompt: str = AUTO  # "alpaca", "chat", or the words that an adapter was trained on
+    precision: str = "auto"
+    engine: str = "transformers"
+    judge: Judge | None = None  # rates MT-Bench's answers; without one they are only written
+
+    def decoding(self, task: Task) -> Decoding:
+        """How the answers to a task are written."""
+        usual = DECODING[task.suite]
+        return Decoding(self.beams or usual.beams, self.max_new_tokens or usual.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What came out: `rows` (one for each model and task), `means` (for each suite), `ratings` (MT-Bench)."""
+
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    means: list[dict[str, Any]] = field(default_factory=list)
+    ratings: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        """How many answers or ratings are missing because of an error."""
+        return sum(row["errors"] for row in self.rows if "(strict)" not in row["task"]) + sum(
+            row["errors"] for row in self.ratings if row["part"].startswith("turn")
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form, with the environment that it was made in."""
+        parts = {"rows": self.rows, "means": self.means, "ratings": self.ratings}
+        return {"environment": environment(), "settings": self.settings, **parts}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One task of one model, what is asked in it, and the answers that are there already."""
+
+    subject: Subject
+    words: str
+    task: Task
+    asked: list[Question] | list[Dialogue]
+    answers: Answers
+
+    @property
+    def questions(self) -> list[Question]:
+        return [item for item in self.asked if isinstance(item, Question)]
+
+    @property
+    def dialogues(self) -> list[Dialogue]:
+        return [item for item in self.asked if isinstance(item, Dialogue)]
+
+    @property
+    def names(self) -> list[str]:
+        """The ids of the answers that are wanted."""
+        turns = [turn_id(dialogue, turn) for dialogue in self.dialogues for turn in TURNS]
+        return [question.id for question in self.questions] + turns
+
+    @property
+    def is_done(self) -> bool:
+        return set(self.names) <= self.answers.done
+
+
+def evaluate(options: EvalOptions, tell: Tell = lambda *_: None) -> EvalReport:
+    """Asks what is still unanswered, then counts.
+
+    Args:
+        options: See `EvalOptions`.
+        tell: Called with a title, how many questions are done, and of how many.
+
+    Raises:
+        S2FTError: for anything wrong with options, data, model, adapters or output, before anything is written; for a judge
+            that cannot be used, with all answers kept.
+    """
+    with clear_failures(f"lower batch_size={options.batch_size}, or take precision='bf16'", str(options.output)):
+        return _evaluate(options, tell)
+
+
+def _evaluate(options: EvalOptions, tell: Tell) -> EvalReport:
+    checks = (
+        partial(check_options, options),
+        partial(check_folder, options.model),
+        partial(find_subjects, options.adapters),
+    )
+    raise_together(gathered(*checks))
+    tasks = check_options(options)
+    subjects = find_subjects(options.adapters)
+    words = {subject: choose_words(options, subject) for subject in subjects}
+    asked = {(task, style): _load(task, options, style) for style in set(words.values()) for task in tasks}
+    dtype, _ = choose_precision(options.precision)
+    models = Models(options.model, dtype, options.engine, options.batch_size)
+    identity = {"model": fingerprint(options.model, MODEL_FILE), "precision": str(dtype).removeprefix("torch.")}
+    jobs: list[_Job] = []
+    with ExitStack() as writers:
+        for subject in subjects:
+            identity["adapter"] = fingerprint(subject.adapter, ADAPTER_FILE) if subject.adapter else "none"
+            for task in tasks:
+                style, questions = words[subject], asked[task, words[subject]]
+                run = {"task": task.name, **identity, **_conditions(options, task, style, questions)}
+                path = options.output / subject.label / f"{task.name}.jsonl"
+                writers.enter_context(locked(path))
+                jobs.append(_Job(subject, style, task, questions, Answers(path, run)))
+        for subject in subjects:
+            pending = [job for job in jobs if job.subject == subject and not job.is_done]
+            if pending:
+                _write(models, subject, pending, options, tell)
+        return _report(options, jobs, tell)
+
+
+def check_options(options: EvalOptions) -> list[Task]:
+    """The tasks that are named.
+
+    Raises:
+        S2FTError: with all that is wrong with the options.
+    """
+    problems = [] if options.tasks else ["task: name at least one task or suite"]
+    for name in ("limit", "batch_size", "beams", "max_new_tokens"):
+        value = getattr(options, name)
+        problems += [f"{name}={value} must be 1 or more"] if value is not None and value < 1 else []
+    for name, known in (("prompt", (AUTO, *PROMPTS)), ("engine", ENGINES), ("precision", ("auto", "bf16", "fp32"))):
+        value = getattr(options, name)
+        problems += [f"{name}={value!r} is unknown; choose from {', '.join(known)}"] if value not in known else []
+    problems += _output_problems(options.output)
+    problems += gathered(lambda: raise_together(missing(find_tasks(options.tasks), options.data)))
+    raise_together(problems)
+    tasks = find_tasks(options.tasks)
+    if options.engine == "vllm":
+        check_vllm()
+    return tasks
+
+
+def needs_judge(names: Sequence[str]) -> bool:
+    """Whether a task of these names is rated by a judge; `evaluate` has something to say about unknown ones."""
+    try:
+        return MT_BENCH in find_tasks(names)
+    except S2FTError:
+        return False
+
+
+def _output_problems(output: Path) -> list[str]:
+    there = next(path for path in (output, *output.resolve().parents) if path.exists())
+    if not there.is_dir():
+        return [f"output={str(output)!r}: {there} is a file; name a folder"]
+    return (
+        [] if os.access(there, os.W_OK) else [f"output={str(output)!r}: you may not write there; name another folder"]
+    )
+
+
+def choose_words(options: EvalOptions, subject: Subject) -> str:
+    """The words that a subject is asked in: those that were chosen, or those that it was trained on; else Alpaca's."""
+    prompt, trained = options.prompt, None
+    if subject.adapter is not None or Path(options.model).is_dir():  # training may have left a whole model there
+        trained = trained_on(subject.adapter or options.model)
+    if prompt == AUTO:
+        if trained in PROMPTS:
+            log.info("%s is asked in the words of %s, as it was trained", subject.label, trained)
+        return trained if trained in PROMPTS else PROMPTS[0]
+    if trained in PROMPTS and trained != prompt:
+        log.warning("%s was trained on %s, but is asked in the words of %s", subject.label, trained, prompt)
+    return prompt
+
+
+def _load(task: Task, options: EvalOptions, words: str) -> list[Question] | list[Dialogue]:
+    if task == MT_BENCH:
+        return load_dialogues(options.data, options.limit)
+    return load_questions(task, options.data, options.limit, words)
+
+
+def _conditions(options: EvalOptions, task: Task, words: str, asked: Sequence[Question | Dialogue]) -> dict[str, Any]:
+    """What answers depend on, beside the model. The batch size is left out: whoever runs out of memory may lower it."""
+    conditions = {"limit": options.limit, "prompt": words, "engine": options.engine} | vars(options.decoding(task))
+    return {**conditions, "questions": digest([vars(item) for item in asked])}
+
+
+def _write(models: Models, subject: Subject, jobs: list[_Job], options: EvalOptions, tell: Tell) -> None:
+    with models.engine(subject) as engine:
+        for job in jobs:
+            told = _counting(tell, f"{subject.label}: {job.task.name}", len(job.names))
+            rest = (models.tokenizer, job.answers, options.decoding(job.task), told)
+            if job.task == MT_BENCH:
+                write_dialogues(engine, job.dialogues, job.words, *rest)
+            else:
+                answer_questions(engine, job.task, job.questions, *rest)
+
+
+def _counting(tell: Tell, title: str, total: int) -> Callable[[int], None]:
+    """Takes how many more are done, and tells how many are done."""
+    done = 0
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        tell(title, done, total)
+
+    return told
+
+
+def _report(options: EvalOptions, jobs: list[_Job], tell: Tell) -> EvalReport:
+    report = EvalReport(_settings(options) | {"words": {job.subject.label: job.words for job in jobs}})
+    for job in jobs:
+        label = job.subject.label
+        if job.task == MT_BENCH:
+            told = _counting(tell, f"{label}: rated", len(job.names))
+            ratings = judge_dialogues(options.judge, job.dialogues, job.answers, told)
+            found = tally_ratings(job.dialogues, job.answers, ratings)
+            report.ratings.extend({"model": label, **row} for row in found)
+        else:
+            rows = [job.answers.rows[name] for name in job.names if name in job.answers.rows]
+            report.rows.extend({"model": label, **row} for row in tally(job.task, rows, len(job.names)))
+    report.means.extend(macro(report.rows))
+    return report
+
+
+def _settings(options: EvalOptions) -> dict[str, Any]:
+    names = ("model", "data", "limit", "batch_size", "prompt", "precision", "engine")
+    settings = {name: getattr(options, name) for name in names}
+    tasks = find_tasks(options.tasks)
+    return {
+        **settings,
+        "adapters": list(options.adapters),
+        "tasks": {task.name: vars(options.decoding(task)) for task in tasks},
+        "judge": None if options.judge is None else options.judge.model,
+    }

@@ -1,0 +1,110 @@
+"""Counts, shares and their 95% intervals.
+
+Wilson's interval for a share p = k / n:
+
+    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),    z = 1.96
+
+It stays within [0, 1] and is honest near its ends, where p ± z √(p(1-p)/n) is not.
+
+Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+from s2ft.evaluate.answers import Row
+from s2ft.evaluate.tasks import TASKS, Task
+
+Z = NormalDist().inv_cdf(0.975)
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share; (0, 1) where nothing was counted.
+
+    Example:
+        >>> [round(end, 4) for end in wilson(8, 10)]
+        [0.4902, 0.9433]
+    """
+    if not count:
+        return 0.0, 1.0
+    share, square = right / count, Z * Z / count
+    half = Z * math.sqrt(share * (1 - share) / count + square / count / 4)
+    return max(0.0, (share + square / 2 - half) / (1 + square)), min(1.0, (share + square / 2 + half) / (1 + square))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """The mean of independent values and the normal 95% interval around it; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean, half = fmean(values), Z * stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def score_row(task: Task, output: str, gold: str) -> Row:
+    """What is read out of an answer, and whether it is right.
+
+    Example:
+        >>> score_row(TASKS["aqua"], "A pen costs 2. The answer is (C).", "C")
+        {'extracted': 'A', 'correct': False, 'strict': 'C', 'strict_correct': True}
+    """
+    found: Row = {}
+    readings = (("extracted", "correct", task.rule), ("strict", "strict_correct", task.strict))
+    for name, verdict, rule in readings:
+        if rule is not None:
+            answer = rule.read(output)
+            found |= {name: answer, verdict: answer is not None and rule.agree(answer, gold)}
+    return found
+
+
+def tally(task: Task, rows: Iterable[Row], asked: int) -> list[dict[str, Any]]:
+    """The table's rows of a task: one, or two where it has a strict reading.
+
+    The accuracy is the share of right answers among those that were produced; errors are counted beside it.
+    """
+    rows = list(rows)
+    counts = [_counts(rows, "extracted", "correct")]
+    if task.strict is not None:
+        counts.append(_counts(rows, "strict", "strict_correct"))
+    names = {"suite": task.suite, "asked": asked, "test_set": task.size}
+    titles = (task.name, f"{task.name} (strict)")
+    return [{"task": title, **names, **count} for title, count in zip(titles, counts, strict=False)]
+
+
+def _counts(rows: list[Row], reading: str, verdict: str) -> dict[str, Any]:
+    answered = [row for row in rows if row["error"] is None]
+    right = sum(row[verdict] for row in answered)
+    low, high = wilson(right, len(answered))
+    return {
+        "answered": len(answered),
+        "errors": len(rows) - len(answered),
+        "correct": right,
+        "unread": sum(row[reading] is None for row in answered),  # no answer was found in the text: counts as wrong
+        "truncated": sum(row["truncated"] for row in answered),
+        "accuracy": right / len(answered) if answered else None,
+        "low": low,
+        "high": high,
+    }
+
+
+def macro(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each model and suite, the mean of its tasks' accuracies. Strict readings are left out, as in the paper.
+
+    Example:
+        >>> rows = [{"model": "base", "suite": "arithmetic", "task": name, "accuracy": share}
+        ...         for name, share in (("gsm8k", 0.25), ("aqua", 0.75), ("aqua (strict)", 0.0))]
+        >>> macro(rows)
+        [{'model': 'base', 'suite': 'arithmetic', 'tasks': 2, 'suite_tasks': 7, 'accuracy': 0.5}]
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["task"] in TASKS and row["accuracy"] is not None:
+            found.setdefault((row["model"], row["suite"]), []).append(row["accuracy"])
+    sizes = {suite: sum(task.suite == suite for task in TASKS.values()) for _, suite in found}
+    return [
+        {"model": model, "suite": suite, "tasks": len(shares), "suite_tasks": sizes[suite], "accuracy": fmean(shares)}
+        for (model, suite), shares in found.items()
+    ]

@@ -1,0 +1,58 @@
+"""An adapter as a sparse patch of the base checkpoint: which entries change, and what they become.
+
+    {tensor}.indices   [n], flat positions in the checkpoint's tensor, ascending; int32, or int64 where that is too small
+    {tensor}.values    [n], the new values, in the tensor's dtype
+
+Values are absolute, so applying a patch twice is applying it once, and the result is the merged model bit for bit:
+
+    state[tensor].view(-1)[indices.long()] = values
+
+vLLM takes such patches for weight updates in place (checkpoint names, flat int32 indices); there is then no adapter at all,
+and no cost per token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from s2ft.adapters.checkpoint import Checkpoint
+from s2ft.adapters.file import AdapterFile
+from s2ft.adapters.merge import merged_slice
+from s2ft.adapters.output import Progress
+from s2ft.common.errors import raise_together
+from s2ft.format.slices import Slice
+
+
+def check_patch(adapter: AdapterFile) -> None:
+    """Raises `S2FTError` if the adapter holds more than slices."""
+    raise_together(f"{name}: a patch holds slices alone; use `s2ft merge`" for name in adapter.kept)
+
+
+def write_patch(adapter: AdapterFile, base: Checkpoint, file: Path, progress: Progress) -> None:
+    """Writes the patch into one safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    for module in progress(list(adapter.slices)):
+        name, chosen = base.tensor_name(module), adapter.slices[module]
+        weight = base.tensor(name)
+        matrix = base.matrix(module, weight)
+        values = merged_slice(matrix, chosen, adapter.delta(module))
+        flat, order = _positions(matrix, chosen).flatten().sort()
+        small = weight.numel() <= torch.iinfo(torch.int32).max
+        tensors[f"{name}.indices"] = flat.to(torch.int32 if small else torch.int64)
+        tensors[f"{name}.values"] = values.flatten()[order]
+    save_file(tensors, file, metadata={"format": "s2ft-patch"})
+
+
+def _positions(matrix: Tensor, chosen: Slice) -> Tensor:  # int64, shaped like the slice's delta
+    """Where each entry of the slice lies in the stored tensor, of which `matrix` is a view."""
+    rows, columns = (torch.arange(size) for size in matrix.shape)
+    indices = torch.from_numpy(chosen.indices)
+    if chosen.side == "in":
+        columns = indices
+    else:
+        rows = indices
+    return rows[:, None] * matrix.stride(0) + columns * matrix.stride(1)

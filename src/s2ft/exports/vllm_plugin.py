@@ -1,0 +1,120 @@
+"""A vLLM plug-in: `vllm serve BASE --enable-lora` takes native S²FT folders by name.
+
+    request for model "math"  →  $S2FT_VLLM_ADAPTERS/math  →  export --to vllm  →  cache/{hash of its files}  →  LoRARequest
+
+vLLM finds `register` by the entry point `vllm.general_plugins`, in every process that it starts. It asks resolvers for
+names that it does not know only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. A changed adapter has another hash, and is
+converted anew; the cache is in $XDG_CACHE_HOME/s2ft/vllm (by default ~/.cache).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path, PurePath
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from s2ft.common.errors import S2FTError
+from s2ft.common.reading import is_clean
+from s2ft.exports.export import export
+from s2ft.format.whole import method_of
+
+ROOT = "S2FT_VLLM_ADAPTERS"
+"""The environment variable that names the folder of the adapters; without it the plug-in does nothing."""
+
+NAME = "S2FT"
+
+
+def register() -> None:
+    """Registers the resolver with vLLM, once in each process.
+
+    Raises:
+        S2FTError: if the environment names a folder that is not there.
+    """
+    root = os.environ.get(ROOT)
+    if not root:
+        return
+    if not Path(root).is_dir():
+        raise S2FTError(f"{ROOT}={root!r} is not a folder; it holds the adapters, each in a folder of its own")
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
+        LoRAResolverRegistry.register_resolver(NAME, _resolver(Path(root)))
+
+
+def adapter_folder(root: Path, name: str) -> Path | None:
+    """The folder of the S²FT adapter `name` in `root`; None where there is none, or the name leads out of `root`.
+
+    Example:
+        >>> adapter_folder(Path("adapters"), "../secrets") is None
+        True
+    """
+    if not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts or not is_clean(name):
+        return None
+    try:
+        folder = (root / name).resolve()
+        if not folder.is_relative_to(root.resolve()):  # by a link
+            return None
+        return folder if method_of(folder) == NAME else None
+    except (S2FTError, OSError, ValueError, RuntimeError):  # no adapter; a name too long, a loop of links
+        return None
+
+
+def converted(folder: Path, base: str) -> Path:
+    """The adapter as a LoRA for vLLM, in the cache.
+
+    Raises:
+        S2FTError: if it is damaged, for another base, or more than vLLM serves.
+    """
+    target = _cache() / _key(folder, base)
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent))
+        try:
+            export(folder, "vllm", aside, base)
+            os.rename(aside, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _resolver(root: Path) -> Any:
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolver
+
+    class S2FTResolver(LoRAResolver):
+        """Finds native adapters below `root`."""
+
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            """A LoRARequest; None where there is no such adapter. One that cannot be served raises: vLLM answers 400."""
+            folder = adapter_folder(root, lora_name)
+            if folder is None:
+                return None
+            lora = await asyncio.to_thread(converted, folder, base_model_name)
+            return LoRARequest(lora_name=lora_name, lora_int_id=int(lora.name[:7], 16) + 1, lora_path=str(lora))
+
+    return S2FTResolver()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s2ft" / "vllm"
+
+
+def _key(folder: Path, base: str) -> str:
+    """A hash of the adapter's files and the base's name."""
+    digest = hashlib.sha256(base.encode())
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        try:
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise S2FTError(f"{folder} holds no whole adapter: {error}") from error
+    return digest.hexdigest()

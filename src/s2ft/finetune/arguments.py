@@ -1,0 +1,110 @@
+"""`TrainOptions` → TRL's `SFTConfig`, and the two numbers that depend on data and model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl import SFTConfig
+
+from s2ft.common.errors import S2FTError
+from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, TrainOptions
+from s2ft.runtime.models import positions
+
+KEPT_CHECKPOINTS = 2  # the older one is whole while the newer one is written
+
+
+def sft_config(options: TrainOptions, max_length: int, autocast: bool = False, **of_method: Any) -> SFTConfig:
+    """The trainer's settings, with those of the method.
+
+    Batch and rate must be settled (`finetune/recipe.py`); a rate that is not yet is set before the trainer is made.
+    S²FT needs no autocast: the base is loaded in the dtype that it runs in and the deltas are fp32.
+    """
+    settings = _settings(options, max_length)
+    on_cpu = {"use_cpu": True} if autocast and not torch.accelerator.is_available() else {}  # transformers asks for it
+    return SFTConfig(**{**settings, "bf16": autocast, **on_cpu, **of_method})
+
+
+def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+    assert options.batch_size is not None
+    assert options.gradient_accumulation is not None
+    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+    return {
+        **rate,
+        "output_dir": options.output,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation,
+        "lr_scheduler_type": options.schedule,
+        "optim": options.optim,
+        "adam_beta1": ADAM_BETAS[0],
+        "adam_beta2": ADAM_BETAS[1],
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.clip,
+        "max_length": max_length if options.packing else None,  # unpacked rows are cut already
+        "packing": options.packing,
+        # Best-fit packing keeps examples whole. Its rows carry positions that start over with each example, from which
+        # transformers builds a mask that keeps examples apart, on a CPU too; `check_packing` proves it for the model at hand.
+        "packing_strategy": "bfd",
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "seed": options.train_seed,
+        "logging_steps": options.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_steps": options.save_every,
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "report_to": "none",
+        "disable_tqdm": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **(_holdout_settings(options) if options.holdout is not None else {}),
+    }
+
+
+def _holdout_settings(options: TrainOptions) -> dict[str, Any]:
+    """The held-out loss is measured one example at a time: a mean over examples, however they would fall into batches.
+
+    transformers keeps the best weights among its checkpoints, so there is one at each measurement; `Flow` leaves out those
+    before the first.
+    """
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": options.validate_every,
+        "save_steps": options.validate_every,
+        "load_best_model_at_end": True,  # by the lowest loss
+        "per_device_eval_batch_size": 1,
+        "eval_packing": False,
+    }
+
+
+def longest(options: TrainOptions, model: PreTrainedModel) -> int:
+    """`max_length`, or what the model can take.
+
+    Raises:
+        S2FTError: if more is asked for than the model has positions.
+    """
+    most = positions(model)
+    if options.max_length is None:
+        return min(LONGEST, most or LONGEST)
+    if most is not None and options.max_length > most:
+        raise S2FTError(f"max_length={options.max_length} is more than the {most} positions of the model; lower it")
+    return options.max_length
+
+
+def total_steps(options: TrainOptions, batches: int) -> int:
+    """Optimizer steps of a run with `batches` batches in an epoch."""
+    per_epoch = max(1, math.ceil(batches / (options.gradient_accumulation or 1)))
+    return options.max_steps or math.ceil(options.epochs * per_epoch)
+
+
+def warmup_steps(options: TrainOptions, steps: int) -> int:
+    """The paper's 100 steps, but at most a tenth of the run: a small data set must get out of its warm-up.
+
+    Example:
+        >>> options = TrainOptions(model="m", data="d.json", output="o")
+        >>> warmup_steps(options, 50), warmup_steps(options, 8000)
+        (5, 100)
+    """
+    return min(WARMUP, steps // 10) if options.warmup_steps is None else options.warmup_steps

@@ -1,0 +1,36 @@
+"""Are the files and folders there that a run's options name? Asked before the work, and told with all else that is wrong.
+
+A name on the Hub is not looked for: that takes a connection, and comes with loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from s2ft.common.errors import gathered, raise_together
+from s2ft.data.records import check_source
+from s2ft.evaluate.tasks import find_tasks, missing
+from s2ft.runtime.models import check_folder
+
+
+def input_problems(values: Mapping[str, Any]) -> list[str]:
+    """A problem for each input that is not there; values that cannot be read are somebody else's.
+
+    Example:
+        >>> input_problems({"model": "org/base", "data": ["some/set", "no.json"], "epochs": "many"})
+        ["data='no.json': there is no such file"]
+    """
+    model, tasks, questions = (values.get(name) for name in ("model", "evaluate", "eval_data"))
+    checks: list[Callable[[], object]] = [partial(check_source, name) for name in _texts(values.get("data"))]
+    checks += [partial(check_folder, name) for name in _texts(model)]
+    if isinstance(questions, str) and _texts(tasks):
+        names = [word for text in _texts(tasks) for word in text.split(",")]
+        checks.append(lambda: raise_together(missing(find_tasks(names), questions)))
+    return gathered(*checks)
+
+
+def _texts(value: Any) -> list[str]:
+    values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [text for text in values if isinstance(text, str) and text.strip()]

@@ -1,0 +1,35 @@
+"""What several processes can train together, and what they are refused."""
+
+from __future__ import annotations
+
+import os
+
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.finetune.options import TrainOptions
+from s2ft.format.terms import PURE
+from s2ft.runtime.processes import process_count
+
+SHARDING = {  # as launchers call it → what it does
+    "FSDP": "FSDP keeps a part of each weight in each process",
+    "DEEPSPEED": "DeepSpeed (ZeRO) keeps parts of the optimizer's state, gradients or weights in each process",
+    "MEGATRON_LM": "Megatron-LM keeps parts of layers, or some layers, in each process",
+    "PARALLELISM_CONFIG": "a parallelism config (tensor, context, sequence) splits layers or sequences over processes",
+}
+
+
+def check_processes(options: TrainOptions) -> None:
+    """Raises `S2FTError` for what is not possible here, or in one process alone."""
+    count = process_count()
+    raise_together(
+        f"{why}; s2ft train has each process hold and train the whole: launch with --multi_gpu instead"
+        for name, why in SHARDING.items()
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"  # as accelerate asks
+    )
+    if count > 1 and options.evaluate is not None:
+        raise S2FTError(
+            f"evaluate={options.evaluate!r} needs one process, here are {count}; use `s2ft eval` afterwards"
+        )
+    if count > 1 and options.precision == PURE:
+        raise S2FTError(
+            f"precision={PURE!r} rounds by chance, so the weights of {count} processes would part; take auto, bf16 or fp32"
+        )

@@ -1,0 +1,118 @@
+"""Batch and learning rate of a run that was told neither, each with its reason.
+
+    examples, epochs       →  examples a step      so many that there are a hundred steps, at most the paper's 64
+    channels, steps        →  learning rate        `MOVE` / √(channels of a slice × steps)
+
+Adam moves a trained weight by about the learning rate in a step, and an output by the sum over the trained channels. Channels
+and steps that do not all pull one way add up like the root of their number. So measured, the rates that are good on SmolLM2
+and those of the paper are one number (docs/training.md, "Batch and rate").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from peft import PeftConfig
+
+from s2ft.finetune.arguments import total_steps
+from s2ft.finetune.options import AT_ONCE, LEARNING_RATES, PAPER, PAPER_STEP, TrainOptions
+from s2ft.format.config import S2FTConfig
+from s2ft.format.slices import Slice
+from s2ft.runtime.processes import process_count
+
+ENOUGH_STEPS = 100
+MOVE = 0.3  # learning rate × √(channels of a slice × steps)
+RATES = (1e-5, 2e-2)  # the least and the most that is taken
+NOT_ADAM = "; measured with AdamW, so give learning_rate for another optimizer"
+LEAST_MOVE = MOVE / 10  # below which little was seen to be learned
+FEWEST_STEPS, FEW_STEPS = 10, 50  # of S²FT, and of the other methods, whose rates do not follow the run
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Options whose batch or rate is no longer open, and why it is what it is."""
+
+    options: TrainOptions
+    reason: str
+
+
+def settle_batch(options: TrainOptions, rows: int) -> Settled:
+    """Fills in what the options leave open of `batch_size` and `gradient_accumulation`.
+
+    Args:
+        rows: Of the training data: examples, or what packing makes of them.
+    """
+    wanted = _examples_per_step(options, rows)
+    size, accumulation = options.batch_size, options.gradient_accumulation
+    if size is None:
+        size = AT_ONCE if accumulation is not None else max(1, min(AT_ONCE, wanted // process_count()))
+    if accumulation is None:
+        accumulation = max(1, wanted // (size * process_count()))
+    settled = options.model_copy(update={"batch_size": size, "gradient_accumulation": accumulation})
+    return Settled(settled, _batch_reason(options, rows, size * accumulation * process_count()))
+
+
+def _examples_per_step(options: TrainOptions, rows: int) -> int:
+    """A power of two."""
+    if options.recipe == PAPER:
+        return PAPER_STEP
+    seen = max(1.0, options.epochs * rows / ENOUGH_STEPS)
+    return min(PAPER_STEP, 1 << int(math.log2(seen)))
+
+
+def _batch_reason(options: TrainOptions, rows: int, step: int) -> str:
+    kind = "rows" if options.packing else "examples"
+    text = f"{step} {kind if step > 1 else kind[:-1]} a step"
+    if options.batch_size is not None and options.gradient_accumulation is not None:
+        return f"{text}, as asked"
+    if options.recipe == PAPER:
+        return f"{text}, as in the paper"
+    if options.max_steps is not None:
+        return f"{text}: {options.max_steps:,} steps, as asked"
+    return f"{text}: {rows:,} {kind} in {options.epochs:g} epochs are {math.ceil(rows / step * options.epochs):,} steps"
+
+
+def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Settled:
+    """Fills in `learning_rate` where it is open.
+
+    Args:
+        options: With their batch settled.
+        rows: Of the training data.
+        channels: From `mean_channels`.
+    """
+    if options.learning_rate is not None:
+        return Settled(options, "as asked")
+    if options.recipe == PAPER or channels is None:
+        rate = LEARNING_RATES[options.method]
+        return Settled(options.model_copy(update={"learning_rate": rate}), "the paper's, for commonsense")
+    steps = _steps(options, rows)
+    rate = float(f"{min(max(MOVE / math.sqrt(channels * steps), RATES[0]), RATES[1]):.2g}")
+    reason = f"for {steps:,} steps and {channels:.0f} channels in a slice" + ("" if _is_adam(options) else NOT_ADAM)
+    return Settled(options.model_copy(update={"learning_rate": rate}), reason)
+
+
+def _steps(options: TrainOptions, rows: int) -> int:
+    return total_steps(options, math.ceil(rows / ((options.batch_size or 1) * process_count())))
+
+
+def mean_channels(config: PeftConfig | None) -> float | None:
+    """How many channels a slice of a resolved config has, on average; None where nothing is sliced."""
+    if not isinstance(config, S2FTConfig):
+        return None
+    return fmean(len(Slice.parse(text).indices) for text in (config.slices or {}).values())
+
+
+def _is_adam(options: TrainOptions) -> bool:
+    return "adam" in options.optim
+
+
+def too_short(options: TrainOptions, steps: int, channels: float | None) -> str | None:
+    """What to tell someone whose run is too short to move the model; None where it is long enough."""
+    assert options.learning_rate is not None
+    few = steps < (FEW_STEPS if channels is None else FEWEST_STEPS)
+    if channels is not None and _is_adam(options):
+        few |= options.learning_rate * math.sqrt(channels * steps) < LEAST_MOVE
+    advice = "give more epochs, fewer examples a step (batch_size, gradient_accumulation) or a higher learning_rate"
+    return f"{steps} steps at a rate of {options.learning_rate:g} will hardly move the model: {advice}" if few else None

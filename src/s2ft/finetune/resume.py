@@ -1,0 +1,226 @@
+"""Resuming: the newest checkpoint, and whether it belongs to the run that is asked for.
+
+Each checkpoint holds `run.json`, the options and the data digest of its run. A run that goes on must be the same run, or its
+weights would be those of neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import get_last_checkpoint
+
+from s2ft.adapters.file import open_adapter
+from s2ft.common.errors import S2FTError, first_line, raise_together
+from s2ft.common.files import entries
+from s2ft.common.reading import read_json
+from s2ft.finetune.baselines import METHODS
+from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
+from s2ft.finetune.options import LEARNING_RATES, TrainOptions
+from s2ft.format.registration import NAME
+from s2ft.format.whole import method_of
+from s2ft.runtime.processes import process_count
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+MODEL_FILES = ("model.safetensors", "config.json")  # or, for a large model, the parts that its index names
+INDEX = "model.safetensors.index.json"
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json")
+NOTE = "run.json"  # in a checkpoint: options and data; in the output folder: the whole run card
+SETTLED = ("batch_size", "gradient_accumulation", "learning_rate")  # by the run, where they were left open
+FREE = {
+    "output",
+    "resume",
+    "log_every",
+    "save_every",
+    "evaluate",
+    "eval_data",
+    "eval_limit",
+}  # options that do not change the weights
+
+
+def check_place(options: TrainOptions) -> None:
+    """Raises `S2FTError` if the output folder can neither be made nor written to."""
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise S2FTError(f"output={options.output!r} is a file; name a folder that does not exist or is empty")
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise S2FTError(
+            f"output={options.output!r} cannot be made: {str(nearest)!r} is not a folder that you may write to"
+        )
+
+
+def check_output(options: TrainOptions) -> Path | None:
+    """The checkpoint to go on from; None for a new run, whose output folder must be free.
+
+    Raises:
+        S2FTError: if there is something in the folder, or nothing to resume.
+    """
+    output = Path(options.output)
+    if options.resume:
+        return _newest(output, options)
+    if output.is_dir() and entries(output):
+        can_resume = get_last_checkpoint(str(output)) is not None
+        hint = "; add --resume to go on from its newest checkpoint" if can_resume else ""
+        raise S2FTError(f"output={options.output!r} exists and is not empty; name another folder{hint}")
+    return None
+
+
+def note_run(checkpoint: Path, options: TrainOptions, digest: str, words: str) -> None:
+    """Writes down which run a checkpoint is of; `words` is the format of its prompts."""
+    data = {"digest": digest, "format": words}
+    note = {"options": options.model_dump(mode="json"), "data": data, "processes": process_count()}
+    (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def noted_layout(checkpoint: Path) -> str | None:
+    """The layout that the checkpoint's run trains in: layouts round differently, so the run goes on in its own."""
+    layout = _read_note(checkpoint / NOTE)["options"].get("layout")
+    return layout if layout in (IN_PLACE, INDEXED) else None
+
+
+def as_before(checkpoint: Path, options: TrainOptions) -> TrainOptions:
+    """The options with what they leave open settled as in the checkpoint's run."""
+    before = settled_options(_read_note(checkpoint / NOTE)["options"])
+    return options.model_copy(update={name: before.get(name) for name in SETTLED if getattr(options, name) is None})
+
+
+def settled_options(noted: dict[str, Any]) -> dict[str, Any]:
+    """The options of a note or run card. Older ones left the rate open where it was the paper's."""
+    if noted.get("learning_rate") is not None:
+        return noted
+    return {**noted, "learning_rate": LEARNING_RATES.get(noted.get("method", "s2ft"))}
+
+
+def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
+    """Raises `S2FTError` with every option that differs from the checkpoint's run, and if the data does."""
+    note = _read_note(checkpoint / NOTE)
+    defaults = {name: field.default for name, field in TrainOptions.model_fields.items() if not field.is_required()}
+    before = {**defaults, **settled_options(note["options"])}  # a note may be older than an option
+    now = as_before(checkpoint, options).model_dump(mode="json")
+    if options.layout == AUTO:
+        now["layout"] = before.get("layout")
+    different = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    problems = [
+        f"{name}={now[name]!r}, but {checkpoint} was made with {name}={before.get(name)!r}" for name in different
+    ]
+    if not problems and note.get("processes", 1) != process_count():
+        problems = [f"processes: {process_count()} here, but {checkpoint} was made with {note.get('processes', 1)}"]
+    if not problems and note["data"]["digest"] != digest:
+        problems = [f"data={options.data!r} has changed since {checkpoint} was made"]
+    raise_together(problems)
+
+
+def _newest(output: Path, options: TrainOptions) -> Path:
+    checkpoint = get_last_checkpoint(options.output) if output.is_dir() else None
+    if (output / NOTE).is_file() and _read(output / NOTE).get("status") == "finished":
+        raise S2FTError(f"output={options.output!r} holds a finished run; there is nothing to resume")
+    if checkpoint is None:
+        raise S2FTError(f"output={options.output!r} has no checkpoint to resume from")
+    _check_same_method(Path(checkpoint), options)
+    method = METHODS[options.method]
+    with method.resuming():  # its optimizer may hold more than tensors
+        _check_whole(Path(checkpoint), method.leaves_model)
+    _check_best(Path(checkpoint))
+    return Path(checkpoint)
+
+
+def _check_best(checkpoint: Path) -> None:
+    """The result may be the weights of an earlier checkpoint, where examples are held out."""
+    step = _read(checkpoint / "trainer_state.json").get("best_global_step")
+    if step and not (checkpoint.parent / f"checkpoint-{step}").is_dir():
+        raise S2FTError(
+            f"{checkpoint.parent} has no checkpoint-{step} any more, whose held-out loss is the lowest so far"
+        )
+
+
+def _check_same_method(checkpoint: Path, options: TrainOptions) -> None:
+    """Asked first: other methods leave other files, which would be missed in vain."""
+    if not (checkpoint / NOTE).is_file():
+        return
+    before = _read_note(checkpoint / NOTE)["options"].get("method", "s2ft")
+    if before != options.method:
+        raise S2FTError(f"method={options.method!r}, but {checkpoint} was made with method={before!r}")
+
+
+def _check_whole(checkpoint: Path, is_model: bool) -> None:
+    """Checkpoints appear whole, but what is copied or edited by hand may not be."""
+    weights, config = MODEL_FILES if is_model else ADAPTER_FILES
+    parts = _parts(checkpoint) if is_model and (checkpoint / INDEX).is_file() else [weights]
+    states = [*STATE_FILES, *_random_states(checkpoint)]
+    missing = [name for name in (*parts, config, *states) if not (checkpoint / name).is_file()]
+    if missing:
+        raise S2FTError(
+            f"{checkpoint} is incomplete: it has no {', '.join(missing)}; remove it to resume from the one before"
+        )
+    for part in parts:
+        try:
+            with safe_open(checkpoint / part, framework="pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise _damaged(checkpoint, part, error) from None
+    for name in states:
+        if Path(name).suffix in (".pt", ".pth"):
+            _check_state(checkpoint, name)
+    if not is_model and method_of(checkpoint) == NAME:
+        open_adapter(checkpoint)  # what is neither a slice nor declared would be loaded into the base
+
+
+def _random_states(checkpoint: Path) -> list[str]:
+    """Without them a run would go on with other random numbers; one for each process that wrote the checkpoint."""
+    count = _read_note(checkpoint / NOTE).get("processes", 1) if (checkpoint / NOTE).is_file() else process_count()
+    return [f"rng_state_{rank}.pth" for rank in range(count)] if count in range(2, 1 << 16) else ["rng_state.pth"]
+
+
+def _check_state(checkpoint: Path, name: str) -> None:
+    """Looks at the checksums that torch writes, and that an optimizer's state is one; nothing is unpickled but tensors."""
+    try:
+        with zipfile.ZipFile(checkpoint / name) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise S2FTError(f"the checksum of its part {broken} differs")
+        if name == "optimizer.pt":
+            state = torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+                raise S2FTError("it holds no state of an optimizer")
+    except Exception as error:  # as many kinds as there are ways for an archive or a pickle to be broken
+        raise _damaged(checkpoint, name, error) from None
+
+
+def _damaged(checkpoint: Path, name: str, error: Exception) -> S2FTError:
+    return S2FTError(
+        f"{checkpoint / name} is damaged: {first_line(error)}; remove {checkpoint} to resume from the one before"
+    )
+
+
+def _parts(checkpoint: Path) -> list[str]:
+    places = _read(checkpoint / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise _unreadable(checkpoint / INDEX, "expected a weight_map of names of files")
+    return sorted({Path(name).name for name in places.values()})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except S2FTError as error:
+        raise _unreadable(path, str(error)) from None
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What `note_run` wrote."""
+    note = _read(path)
+    options, data = note.get("options"), note.get("data")
+    if not isinstance(options, dict) or not isinstance(data, dict) or not isinstance(data.get("digest"), str):
+        raise _unreadable(path, "expected an object with options and data, with its digest")
+    return note
+
+
+def _unreadable(path: Path, reason: str) -> S2FTError:
+    return S2FTError(f"{path} cannot be read, so this is no checkpoint of s2ft train: {reason}")

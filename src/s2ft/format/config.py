@@ -1,0 +1,313 @@
+"""`S2FTConfig`: what to train, as a PEFT configuration.
+
+    ratios | budget  →  how much        strategy, subset, seed  →  which        layers, avoid  →  where
+
+A config is *open* as the user writes it and *resolved* once `slices` names the chosen channels of every module.
+PEFT saves the resolved config beside the deltas, so that an adapter can be rebuilt from its config alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from s2ft.common.errors import S2FTError, first_line, raise_together
+from s2ft.format.checksum import taken
+from s2ft.format.registration import NAME, peft_type, register_config
+from s2ft.format.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
+from s2ft.format.unknown import explain_unknown
+from s2ft.format.whole import check_method, check_whole, kind_problems, method_of, name_problems
+
+HOW_TO_LOAD = (
+    "An adapter of the method S2FT: `pip install s2ft`, and `import s2ft` before PEFT or transformers load it."
+)
+_LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
+
+
+@explain_unknown
+@dataclass
+class S2FTConfig(PeftConfig):
+    """Configuration of structured sparse fine-tuning.
+
+    Args:
+        ratios: Fraction of the heads or channels to train, in (0, 1]: one number for all targets, or one per projection
+            (`{"o_proj": 0.05, "down_proj": 0.02}`). Heads are counted for q and o, key-value groups for k and v,
+            FFN channels for gate, up and down. Give `ratios` or `budget`, not both.
+        budget: Fraction of the model's parameters to train, split evenly over the targets; what no slice can be taken
+            from (stacked experts, mixers, a vision tower) does not count. The default is 0.01 on
+            `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it.
+        strategy: `random`, `weight` (norm of the weights), `activation` (norm of the activations), `product` of both,
+            `gradient` (norm of the gradient), `lift` (norm of the weights' low-rank part) or `saliency` (first-order effect on
+            the loss). All but random, weight and lift need data: see `s2ft.select`.
+        subset: Whether the `largest` or the `smallest` scores are trained.
+        seed: Of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
+        allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole
+            model.
+        layers: The blocks to train: an index, a list of them, a range `"8-15"`, `"last:50%"` or `"first:4"`.
+        avoid: Adapters whose channels are not to be chosen: names on the same model, folders, or Hub names.
+        target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels;
+            any other linear layer by its input channels. None targets the projections that `ratios` names, else o and
+            down.
+        exclude_modules: As in LoRA, like the next four.
+        layers_to_transform: Indices of the blocks that `target_modules` is looked for in.
+        layers_pattern: The name of the list of blocks, where it is an unusual one.
+        modules_to_save: Modules that are trained and saved whole.
+        trainable_token_indices: Rows of the embedding that are trained.
+        init_weights: False draws random deltas, so that a fresh adapter already changes the output.
+        slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see
+            `s2ft.selection.select`).
+        base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
+        how_to_load: Not for the user: an explanation that lies beside the method's name in the adapter's files.
+        checksums: Filled in on saving: name → checksum of each tensor in the weight file (see `s2ft.format.checksum`).
+
+    A rate that suits AdamW is 0.3 / √(channels of a slice × steps), some 1e-3 to 5e-3 for a short run: more than a LoRA wants,
+    and a hundred times what TRL takes by default (docs/training.md).
+
+    Raises:
+        S2FTError: with every problem of the given values at once.
+
+    Example:
+        >>> S2FTConfig(ratios={"o_proj": 0.05, "down_proj": 0.02}, seed=7).seed
+        7
+        >>> S2FTConfig(ratios=1.5)
+        Traceback (most recent call last):
+            ...
+        s2ft.common.errors.S2FTError: ratios=1.5 is outside (0, 1]
+    """
+
+    ratios: float | dict[str, float] | None = field(default=None, metadata={"help": "Fraction of heads or channels"})
+    budget: float | None = field(default=None, metadata={"help": "Fraction of the model's parameters"})
+    strategy: str = field(default="random", metadata={"help": " | ".join(STRATEGIES)})
+    subset: str = field(default="largest", metadata={"help": " | ".join(SUBSETS)})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the random strategy"})
+    allocation: str = field(default="uniform", metadata={"help": " | ".join(ALLOCATIONS)})
+    layers: int | str | list[int] | None = field(default=None, metadata={"help": "Blocks to train"})
+    avoid: list[str] | None = field(default=None, metadata={"help": "Adapters whose channels are not to be chosen"})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to train a slice of"}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone"}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to train"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows to train"}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "False draws random deltas"})
+    slices: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: the chosen channels"})
+    base_digest: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: digest of the base slices"})
+    checksums: dict[str, str] | None = field(
+        default=None, metadata={"help": "Filled in: checksums of the saved tensors"}
+    )
+
+    how_to_load: str = field(default=HOW_TO_LOAD, metadata={"help": "For those who find PEFT's KeyError: 'S2FT'"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self._filled_in: list[str] = []  # the fields that the user left open and a model has filled in since
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self.avoid = [self.avoid] if isinstance(self.avoid, str) else self.avoid
+        if isinstance(self.slices, dict) and self.slices and self.target_modules in (None, "", set()):
+            self.target_modules = set(self.slices)  # PEFT refuses empty ones
+        raise_together(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        yield from _ratio_problems(self.ratios)
+        if self.budget is not None and not _is_fraction(self.budget):
+            yield f"budget={self.budget!r} is outside (0, 1]"
+        if self.ratios is not None and self.budget is not None:
+            yield f"ratios={self.ratios!r} and budget={self.budget!r} are both given; give one"
+        for name, allowed in (("strategy", STRATEGIES), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
+            if getattr(self, name) not in allowed:
+                yield f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
+        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**63):
+            yield f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1"
+        if self.layers is not None and not _is_layers(self.layers):
+            yield f"layers={self.layers!r} is not an index, a list of them, 'A-B', 'first:N', 'last:N' or 'last:P%'"
+        yield from _layer_list_problems(self)
+        yield from _pattern_problems(self)
+        if not _is_list_of_text(self.avoid):
+            yield f"avoid={self.avoid!r} is not a list of adapters: names on the model, folders, or Hub names"
+        for name in ("slices", "base_digest", "checksums"):
+            if not _is_text_by_module(getattr(self, name)):
+                yield f"{name} is not a mapping from modules to text; it is filled in, not written by hand"
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> S2FTConfig:
+        """As in PEFT; an adapter in a local folder is checked as every reader checks it (`s2ft.format.whole`).
+
+        Raises:
+            S2FTError: if a file is damaged, the weights are not those of the config, or hold more than it declares.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        method = method_of(folder) if folder.is_dir() else None  # else a name on the Hub
+        if method is None or (isinstance(method, str) and method in PEFT_TYPE_TO_CONFIG_MAPPING and method != NAME):
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_method(folder)
+        try:
+            config: S2FTConfig = super().from_pretrained(str(folder), **kwargs)
+            problems = [*kind_problems(config), *name_problems(config)]
+        except S2FTError as error:
+            problems = error.problems
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            problems = [first_line(error)]
+        raise_together(f"{folder / CONFIG_NAME}: {problem}" for problem in problems)
+        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            check_whole(folder, config)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; with the checksums of the tensors that are saved beside."""
+        self.checksums, self.how_to_load = taken(self), HOW_TO_LOAD
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")  # PEFT's, written before; it says nothing of this method
+        if card.is_file() and "import s2ft" not in (text := card.read_text(encoding="utf-8", errors="replace")):
+            card.write_text(f"{text.rstrip()}\n\n## How to load\n\n{HOW_TO_LOAD}\n", encoding="utf-8")
+
+    def left_open(self, name: str) -> bool:
+        """Whether the user left a field open that a model has filled in since."""
+        return name in self._filled_in
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the channels are chosen."""
+        return self.slices is not None
+
+    def reopened(self) -> S2FTConfig:
+        """A copy as the user wrote it, but for the seed that was drawn."""
+        open_again: dict[str, Any] = dict.fromkeys(self._filled_in)
+        return replace(self, **open_again)
+
+    def filled_in(self, resolved: S2FTConfig) -> S2FTConfig:
+        """This very object with the choices of `resolved`: PEFT goes on changing the object that it was given.
+
+        If it already stands for other choices (it is in use on another base), `resolved` is returned instead.
+        """
+        if self._filled_in and (self.slices, self.base_digest) != (resolved.slices, resolved.base_digest):
+            return resolved
+        self.seed = resolved.seed
+        for name in ("slices", "base_digest", "target_modules"):
+            if getattr(self, name) is None:
+                self._filled_in.append(name)
+                setattr(self, name, getattr(resolved, name))
+        return self
+
+
+def chosen_layers(layers: int | str | list[int] | None, count: int) -> set[int]:
+    """The blocks that `S2FTConfig.layers` names in a model of `count` blocks.
+
+    Example:
+        >>> sorted(chosen_layers("last:50%", 6)), sorted(chosen_layers("1-2", 6)), sorted(chosen_layers([-1], 6))
+        ([3, 4, 5], [1, 2], [5])
+    """
+    if layers is None:
+        return set(range(count))
+    wanted = _layer_indices(layers, count)
+    outside = [index for index in wanted if not -count <= index < count]
+    if outside:
+        raise S2FTError(f"layers={layers!r} names layer {outside[0]}; the model has layers 0 to {count - 1}")
+    return {index % count for index in wanted}
+
+
+def _layer_indices(layers: int | str | list[int], count: int) -> Sequence[int]:
+    if isinstance(layers, int):
+        return [layers]
+    if isinstance(layers, list | tuple):
+        return layers
+    match = _LAYERS_PATTERN.fullmatch(layers)
+    assert match is not None  # checked when the config was made
+    if match["lo"]:
+        lowest, highest = int(match["lo"]), int(match["hi"])
+        return range(lowest, highest + 1) if highest < count else [highest]
+    number = float(match["count"])
+    size = max(1, round(count * number / 100)) if match["percent"] else int(number)
+    if size > count:
+        return [size - 1]
+    return range(count - size, count) if match["end"] == "last" else range(size)
+
+
+def _ratio_problems(ratios: Any) -> Iterator[str]:
+    if ratios is None:
+        return
+    if not isinstance(ratios, dict):
+        if not _is_fraction(ratios):
+            yield f"ratios={ratios!r} is outside (0, 1]"
+        return
+    if not ratios:
+        yield "ratios={} names no projection; choose from " + ", ".join(PROJECTIONS)
+    for name, ratio in ratios.items():
+        if name not in PROJECTIONS:
+            yield f"ratios names the projection {name!r}, which is unknown; choose from {', '.join(PROJECTIONS)}"
+        if not _is_fraction(ratio):
+            yield f"ratios[{name!r}]={ratio!r} is outside (0, 1]"
+
+
+def _layer_list_problems(config: S2FTConfig) -> Iterator[str]:
+    if config.layers is not None and config.layers_to_transform is not None:
+        given = f"layers={config.layers!r} and layers_to_transform={config.layers_to_transform!r}"
+        yield f"{given} are both given; give one"
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                yield f"{name} cannot be used when target_modules={config.target_modules!r} is a string (a pattern)"
+    if config.layers_pattern and not config.layers_to_transform and config.layers_to_transform != 0:
+        yield f"layers_pattern={config.layers_pattern!r} needs layers_to_transform"
+
+
+def _pattern_problems(config: S2FTConfig) -> Iterator[str]:
+    """A text that names modules is a regular expression, as in PEFT."""
+    for name in ("target_modules", "exclude_modules"):
+        given = getattr(config, name)
+        try:
+            re.compile(given if isinstance(given, str) else "")
+        except re.error as error:
+            yield f"{name}={given!r} is no regular expression: {first_line(error)}"
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _is_layers(value: Any) -> bool:
+    if isinstance(value, str):
+        match = _LAYERS_PATTERN.fullmatch(value)
+        if match is None:
+            return False
+        if match["lo"]:
+            return int(match["lo"]) <= int(match["hi"])
+        number = float(match["count"])
+        return 0 < number <= 100 if match["percent"] else number >= 1 and number.is_integer()
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_integer(index) for index in value)
+    return _is_integer(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple | set) and all(isinstance(item, str) for item in value))
+
+
+def _is_text_by_module(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(item, str) for item in [*value, *value.values()])
+    )
+
+
+register_config(S2FTConfig)

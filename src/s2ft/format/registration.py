@@ -1,0 +1,42 @@
+"""S²FT as a PEFT type, from outside PEFT.
+
+PEFT has no plug-in mechanism: `peft.utils.register_peft_method` fills its tables, but only for a member of the enum
+`PeftType`. So the enum gets one member more, once, and everything that looks a method up by its type finds S²FT
+(`get_peft_model`, `PeftModel.from_pretrained`, transformers' `load_adapter`, the key `peft_type` in an adapter's
+config).
+"""
+
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+NAME = "S2FT"
+PREFIX = "s2ft_"  # transformers spots and deletes an adapter's keys by it
+
+
+def peft_type() -> PeftType:
+    """The member `PeftType.S2FT`; adds it to the enum on the first call."""
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_ = NAME
+        member._value_ = NAME
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = member
+        PeftType._value2member_map_[NAME] = member
+        type.__setattr__(PeftType, NAME, member)
+    return PeftType(NAME)
+
+
+def register_config(config_cls: type[Any]) -> None:
+    """Tells PEFT which class configures S²FT: enough to read an adapter's files."""
+    if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=None, prefix=PREFIX)
+
+
+def register_tuner(model_cls: type[Any]) -> None:
+    """Tells PEFT which class tunes a model by S²FT; the config is registered before."""
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type()] = model_cls

@@ -1,0 +1,117 @@
+"""A slice: the trained channels of one linear layer, and how an adapter's config writes them down."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from s2ft.common.errors import S2FTError
+from s2ft.common.reading import shown
+
+Indices = NDArray[np.int64]
+_WRITTEN = re.compile(r"(in|out) [0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*")
+MOST_CHANNELS = 1 << 24  # more than any layer has: a damaged file must not fill the memory
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The trained channels of one linear layer, on its input side (columns of the weight) or its output side (rows).
+
+    Example:
+        >>> str(Slice("in", np.array([3, 17, 18, 19])))
+        'in 3,17-19'
+        >>> Slice.parse("in 3,17-19").indices.tolist()
+        [3, 17, 18, 19]
+    """
+
+    side: str  # "in" | "out"
+    indices: Indices  # [channels], ascending
+
+    def __str__(self) -> str:
+        breaks = np.flatnonzero(np.diff(self.indices) != 1) + 1
+        runs = np.split(self.indices, breaks)
+        return f"{self.side} " + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+    @staticmethod
+    def parse(text: str) -> Slice:
+        """Raises `S2FTError` unless `text` is a side and ascending channels."""
+        runs = Runs.parse(text)
+        return Slice(runs.side, np.concatenate([np.arange(low, high + 1, dtype=np.int64) for low, high in runs.bounds]))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A slice as it is written: what can be known of it before its channels take any memory.
+
+    Example:
+        >>> runs = Runs.parse("in 3,17-19")
+        >>> runs.bounds, runs.count, runs.last, runs.holds(Runs.parse("in 18-19")), runs.holds(Runs.parse("in 3-17"))
+        ([(3, 3), (17, 19)], 4, 19, True, False)
+    """
+
+    side: str
+    bounds: list[tuple[int, int]]  # first and last channel of each run, ascending
+
+    @property
+    def count(self) -> int:
+        """How many channels there are."""
+        return sum(high - low + 1 for low, high in self.bounds)
+
+    @property
+    def last(self) -> int:
+        """The highest channel."""
+        return self.bounds[-1][1]
+
+    def holds(self, part: Runs) -> bool:
+        """Whether every channel of `part` is one of these."""
+        starts = [low for low, _ in self.bounds]
+        places = [bisect_right(starts, low) - 1 for low, _ in part.bounds]
+        inside = (
+            place >= 0 and high <= self.bounds[place][1] for place, (_, high) in zip(places, part.bounds, strict=True)
+        )
+        return self.side == part.side and all(inside)
+
+    @staticmethod
+    def parse(text: str) -> Runs:
+        """Raises `S2FTError` unless `text` is a side and ascending channels."""
+        if not isinstance(text, str) or not _WRITTEN.fullmatch(text):
+            raise S2FTError(f"{shown(text)} is no slice; expected a side and channels, such as 'in 3,17,40-41'")
+        side, _, runs = text.partition(" ")
+        bounds = [
+            (int(first), int(last or first)) for first, _, last in (run.partition("-") for run in runs.split(","))
+        ]
+        if any(low > high for low, high in bounds) or any(a[1] >= b[0] for a, b in pairwise(bounds)):
+            raise S2FTError(f"the channels of slice {shown(text)} do not ascend; each may occur once")
+        if bounds[-1][1] >= MOST_CHANNELS:
+            raise S2FTError(f"the slice {shown(text)} names channel {bounds[-1][1]}; no layer has so many")
+        return Runs(side, [*_joined(bounds)])
+
+
+def _joined(bounds: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs that touch, made one."""
+    low, high = bounds[0]
+    for first, last in bounds[1:]:
+        if first == high + 1:
+            high = last
+        else:
+            yield low, high
+            low, high = first, last
+    yield low, high
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether there is neither an infinity nor a NaN: one pass without a mask, ten times as fast as `isfinite().all()`.
+
+    Example:
+        >>> all_finite(torch.tensor([1.0, torch.nan, 2.0])), all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.ones(0))
+        (False, True, True)
+    """
+    return not values.numel() or bool(torch.stack(values.detach().aminmax()).isfinite().all())

@@ -1,0 +1,258 @@
+"""A recipe, run: train, evaluate, and put the result beside the paper's figure.
+
+    OUTPUT/training              what `s2ft train` leaves: adapter or model, run card, checkpoints
+    OUTPUT/answers               what `s2ft eval` leaves: every answer
+    OUTPUT/reproduction.json     {"environment", "settings", "rows", "result": {"paper", "score", "low", "high", ...}}
+
+The same call goes on where it was interrupted. Whatever makes a run smaller than the recipe's is listed with its result.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.files import staged
+from s2ft.data.examples import data_digest, load_examples
+from s2ft.data.folder import find_file, places
+from s2ft.evaluate.judge import Judge
+from s2ft.evaluate.run import EvalOptions, EvalReport, check_options, evaluate
+from s2ft.finetune.baselines import METHODS
+from s2ft.finetune.card import read_card
+from s2ft.finetune.options import LEARNING_RATES, TrainOptions, parse_options
+from s2ft.finetune.resume import FREE, settled_options
+from s2ft.finetune.train import train
+from s2ft.lab.reproduce.recipes import GLOBAL_BATCH, MODELS, Recipe, find_recipe
+from s2ft.runtime.environment import environment
+from s2ft.runtime.processes import leads, process_count
+
+RESULT = "reproduction.json"
+# How a step is done, not which; and where the data lie, whose digest is compared
+SAME_RUN = {"layout", "batch_size", "gradient_accumulation", "gradient_checkpointing", "data"}
+HELD_OUT = 5  # of a smaller data set, one example in so many is held out at most
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """What a recipe leaves open, and what makes it smaller."""
+
+    recipe: str
+    data: str  # a folder laid out like LLM-Adapters (training and test files) or MT-Bench; or a data set on the Hub
+    output: Path
+    training_data: str | None = None  # a file or Hub name, instead of the recipe's
+    model: str | None = None  # instead of the recipe's base model
+    batch_size: int = 4  # examples that a GPU takes at once; the global batch is the recipe's
+    gradient_checkpointing: bool = False
+    limit: int | None = None  # train on the first so many examples
+    max_steps: int | None = None
+    eval_limit: int | None = None  # ask the first so many questions of each task
+    eval_batch_size: int = 8
+    max_new_tokens: int | None = None
+    engine: str = "transformers"
+    judge: Judge | None = None  # for MT-Bench; without one its answers are only written
+
+    def deviations(self, recipe: Recipe) -> dict[str, Any]:
+        """The options that differ from the recipe."""
+        of_training = ("training_data", "limit", "max_steps") if recipe.is_trained else ()
+        names = ("model", *of_training, "eval_limit", "max_new_tokens")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came out."""
+
+    result: dict[str, Any]
+    report: EvalReport
+
+
+def reproduce(options: ReproduceOptions, tell: Tell = lambda *_: None) -> Reproduction | None:
+    """Trains, evaluates and compares; what is there already is not done again.
+
+    Returns:
+        None if training was interrupted (the same call goes on), and in all processes but the leading one.
+
+    Raises:
+        S2FTError: for anything wrong with the options, data or folders, before anything is trained.
+    """
+    recipe = find_recipe(options.recipe)
+    _check_numbers(options)
+    training = train_options(recipe, options) if recipe.is_trained else None
+    check_options(eval_options(recipe, options))
+    if training is not None and not is_trained(training):
+        goes_on = Path(training.output).is_dir() and get_last_checkpoint(training.output) is not None
+        if train(training.model_copy(update={"resume": goes_on})).interrupted:
+            return None
+    if not _alone():
+        return None
+    report = evaluate(eval_options(recipe, options), tell)
+    result = compare(recipe, report, options)
+    _write(options, training, report, result)
+    return Reproduction(result, report)
+
+
+def _check_numbers(options: ReproduceOptions) -> None:
+    """Those that `s2ft eval` knows by other names."""
+    numbers = {name: getattr(options, name) for name in ("eval_limit", "eval_batch_size", "max_new_tokens")}
+    raise_together(
+        f"{name}={value} must be 1 or more" for name, value in numbers.items() if value is not None and value < 1
+    )
+
+
+def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
+    """The recipe as options of `s2ft train`.
+
+    Raises:
+        S2FTError: if the global batch cannot be had, or an option is wrong.
+    """
+    at_once = options.batch_size * process_count()
+    if options.batch_size < 1 or GLOBAL_BATCH % at_once:
+        raise S2FTError(
+            f"batch_size={options.batch_size} times {process_count()} processes does not divide the {GLOBAL_BATCH} examples "
+            "of a step; take a power of two"
+        )
+    values = {
+        "learning_rate": LEARNING_RATES[recipe.method],
+        **recipe.options,
+        **_smaller(recipe, options),
+        "model": options.model or MODELS[recipe.model].hub,
+        "data": _training_data(recipe, options),
+        "output": str(options.output / "training"),
+        "batch_size": options.batch_size,
+        "gradient_accumulation": GLOBAL_BATCH // at_once,
+        "gradient_checkpointing": options.gradient_checkpointing,
+    }
+    return parse_options(values)
+
+
+def _smaller(recipe: Recipe, options: ReproduceOptions) -> dict[str, Any]:
+    """The options of a smaller run; of fewer examples, fewer are held out."""
+    found = {name: value for name in ("limit", "max_steps") if (value := getattr(options, name)) is not None}
+    if options.limit is not None and "holdout" in recipe.options:
+        found["holdout"] = max(1, min(recipe.options["holdout"], options.limit // HELD_OUT))
+    return found
+
+
+def _training_data(recipe: Recipe, options: ReproduceOptions) -> str:
+    """The recipe's file in the data folder, or its data set on the Hub.
+
+    Raises:
+        S2FTError: if the folder has no such file.
+    """
+    if options.training_data is not None:
+        return options.training_data
+    if not recipe.training_data.endswith(".json"):
+        return recipe.training_data
+    path = find_file(options.data, places(recipe.training_data))
+    if path is None:
+        raise S2FTError(
+            f"data={options.data!r} has no {recipe.training_data}, which {recipe.name} trains on; name a folder laid out "
+            "like LLM-Adapters, or the file itself by training_data"
+        )
+    return str(path)
+
+
+def is_trained(options: TrainOptions) -> bool:
+    """Whether the folder holds a finished run of these options and data.
+
+    Raises:
+        S2FTError: if it holds one of others.
+    """
+    output = Path(options.output)
+    if not (output / "run.json").is_file() or read_card(output).get("status") != "finished":
+        return False
+    card, now = read_card(output), options.model_dump(mode="json")
+    before = settled_options(card["options"])
+    different = [name for name in now if name not in FREE | SAME_RUN and before.get(name) != now[name]]
+    problems = [
+        f"{name}={now[name]!r}, but {options.output} was trained with {name}={before.get(name)!r}" for name in different
+    ]
+    if not problems and data_digest(load_examples(options.data, options.limit)) != card["data"]["digest"]:
+        problems = [f"data={options.data!r} is not what {options.output} was trained on; name another output"]
+    raise_together(problems)
+    return True
+
+
+def eval_options(recipe: Recipe, options: ReproduceOptions) -> EvalOptions:
+    """The recipe's suite as options of `s2ft eval`, for what was trained."""
+    trained, base = str(options.output / "training"), options.model or MODELS[recipe.model].hub
+    is_model = recipe.is_trained and METHODS[recipe.method].leaves_model
+    return EvalOptions(
+        model=trained if is_model else base,
+        adapters=[trained] if recipe.is_trained and not is_model else [],
+        tasks=[recipe.suite],
+        data=options.data,
+        output=options.output / "answers",
+        limit=options.eval_limit,
+        batch_size=options.eval_batch_size,
+        max_new_tokens=options.max_new_tokens,
+        engine=options.engine,
+        judge=options.judge,
+    )
+
+
+def compare(recipe: Recipe, report: EvalReport, options: ReproduceOptions) -> dict[str, Any]:
+    """The recipe's figure and ours, with its 95% interval: percent, or a rating."""
+    score, low, high = _rating(report) if report.ratings else _accuracy(report)
+    difference = None if score is None else score - recipe.paper
+    found = {"recipe": recipe.name, "paper": recipe.paper, "score": score, "low": low, "high": high}
+    deviations = {**options.deviations(recipe), **_other_sizes(recipe, report, options)}
+    return {**found, "difference": difference, "errors": report.errors, "deviations": deviations}
+
+
+def _other_sizes(recipe: Recipe, report: EvalReport, options: ReproduceOptions) -> dict[str, Any]:
+    """Training and test sets of another size than the recipe's."""
+    found: dict[str, Any] = {}
+    if recipe.is_trained:
+        data, training = (read_card(options.output / "training")[section] for section in ("data", "training"))
+        dropped = data["without_response"] + data["response_beyond_max_length"]
+        count = data["examples"] + dropped + training.get("held_out", 0)
+        found = {"examples": count} if count != recipe.examples else {}
+    asked = {row["task"]: row["asked"] for row in report.rows if row["asked"] != row["test_set"]}
+    return {**found, "questions": asked} if asked else found
+
+
+def _accuracy(report: EvalReport) -> tuple[float | None, float | None, float | None]:
+    """The mean of the tasks' accuracies; the squares of its distances to either end are those of the tasks, added up."""
+    rows = [row for row in report.rows if "(strict)" not in row["task"]]
+    if any(row["accuracy"] is None for row in rows):
+        return None, None, None
+    mean = sum(row["accuracy"] for row in rows) / len(rows)
+    below, above = (math.hypot(*(row[end] - row["accuracy"] for row in rows)) / len(rows) for end in ("low", "high"))
+    return 100 * mean, 100 * (mean - below), 100 * (mean + above)
+
+
+def _rating(report: EvalReport) -> tuple[float | None, float | None, float | None]:
+    row = next(row for row in report.ratings if row["part"] == "all")
+    return row["rating"], row["low"], row["high"]
+
+
+def _write(
+    options: ReproduceOptions, training: TrainOptions | None, report: EvalReport, result: dict[str, Any]
+) -> None:
+    trained = None if training is None else read_card(training.output)["options"]
+    settings = {"train": trained, "eval": report.settings}
+    rows = [*report.rows, *report.ratings]
+    facts = {"environment": environment(), "settings": settings, "rows": rows, "result": result}
+    with staged(options.output) as aside:
+        (aside / RESULT).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _alone() -> bool:
+    """Ends the processes' group and frees their memory after training; the leading one goes on by itself."""
+    gc.collect()  # the trainer and its model hold each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return leads()

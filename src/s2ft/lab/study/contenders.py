@@ -1,0 +1,128 @@
+"""Who is compared: each contender says what it trains; its learning rate is chosen on the validation split.
+
+    vanilla     nothing                             the floor of every study
+    full        every weight
+    lora, dora  low-rank factors on all linear layers   ┐
+    shira       scattered entries of all linear layers  ├ about `budget` of the parameters
+    s2ft        slices of o and down                    ┘
+
+A budget is a share of the model's parameters. SHiRA (arXiv 2406.13175) is PEFT's; its mask is drawn anew for each seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig, ShiraConfig
+from transformers import PreTrainedModel
+
+from s2ft.demo.skills import OLD_SKILLS, SKILLS, STUDY_SKILLS, Example, Skill
+from s2ft.finetune.baselines import LORA_DROPOUT, equal_rank, lora_config
+from s2ft.format.config import S2FTConfig
+from s2ft.lab.study.runs import Runs
+from s2ft.lab.study.training import Recipe, Tuned, accuracy, calibration, fine_tune, fresh_base, tokens_of
+from s2ft.lab.study.tuning import best_rate
+from s2ft.selection.select import select
+
+TUNING_SEED = 1000  # no seed of a reported run
+ALPHA = 2  # LoRA's alpha for each rank, as in the paper's recipes
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its settings."""
+
+    name: str
+    method: str  # vanilla, full, lora, dora, shira or s2ft
+    budget: float = 0.0
+    strategy: str = "random"
+    subset: str = "largest"
+
+    def config(
+        self, model: PreTrainedModel, tokens: Dataset, recipe: Recipe, seed: int, avoid: Sequence[str] = ()
+    ) -> PeftConfig | None:
+        """The PEFT config; None where the model's own weights are trained.
+
+        Args:
+            avoid: For s2ft: folders of adapters whose channels are not to be chosen.
+        """
+        if self.method == "full":
+            return None
+        if self.method == "s2ft":
+            return self._channels(model, tokens, recipe, seed, avoid)
+        parameters = round(self.budget * model.num_parameters())
+        rank = equal_rank(model, parameters, dora=self.method == "dora")
+        if self.method == "shira":
+            return ShiraConfig(r=rank, target_modules="all-linear", random_seed=seed, task_type="CAUSAL_LM")
+        return lora_config(rank, ALPHA * rank, LORA_DROPOUT, dora=self.method == "dora")
+
+    def _channels(
+        self, model: PreTrainedModel, tokens: Dataset, recipe: Recipe, seed: int, avoid: Sequence[str]
+    ) -> S2FTConfig:
+        config = S2FTConfig(
+            budget=self.budget,
+            strategy=self.strategy,
+            subset=self.subset,
+            seed=seed if self.strategy == "random" else None,
+            avoid=list(avoid) or None,
+            task_type="CAUSAL_LM",
+        )
+        return select(model, config, [calibration(tokens, recipe.batch_size)]).config
+
+
+def fit(contender: Contender, task: str, recipe: Recipe, rate: float, seed: int, avoid: Sequence[str] = ()) -> Tuned:
+    """A fresh base, tuned by `contender` on the `fit` split of a study's skill."""
+    examples = STUDY_SKILLS[task].examples(recipe.train_examples, seed, split="fit")
+    return fit_examples(contender, examples, recipe, rate, seed, avoid)
+
+
+def fit_examples(
+    contender: Contender,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    rate: float,
+    seed: int,
+    avoid: Sequence[str] = (),
+) -> Tuned:
+    """A fresh base, tuned by `contender` on `examples`."""
+    tokens, model = tokens_of(examples), fresh_base()
+    return fine_tune(model, tokens, contender.config(model, tokens, recipe, seed, avoid), recipe, rate, seed)
+
+
+def train_and_score(
+    contender: Contender, task: str, recipe: Recipe, rate: float, seed: int, tests: Mapping[str, list[Example]]
+) -> dict[str, Any]:
+    """What a run leaves: parameters, training loss, and the accuracy on each test."""
+    if contender.method == "vanilla":
+        return {"trainable": 0, "loss": None, "scores": scores_on(fresh_base(), tests)}
+    tuned = fit(contender, task, recipe, rate, seed)
+    return {"trainable": tuned.trainable, "loss": tuned.final_loss, "scores": scores_on(tuned.model, tests)}
+
+
+def scores_on(model: Any, tests: Mapping[str, list[Example]]) -> dict[str, float]:
+    """The accuracy on each test."""
+    return {name: accuracy(model, examples) for name, examples in tests.items()}
+
+
+def tests_of(skills: Mapping[str, Skill], recipe: Recipe, seed: int) -> dict[str, list[Example]]:
+    """Test examples of each skill; another seed draws others."""
+    return {name: skill.examples(recipe.test_examples, seed, split="test") for name, skill in skills.items()}
+
+
+def old_skills() -> dict[str, Skill]:
+    """The skills that the base model masters."""
+    return {name: SKILLS[name] for name in OLD_SKILLS}
+
+
+def tuned_rate(runs: Runs, contender: Contender, task: str, rates: Sequence[float], recipe: Recipe) -> float:
+    """The rate whose run is best on the validation split, looked for from `rates` on."""
+    validation = STUDY_SKILLS[task].examples(recipe.test_examples, TUNING_SEED, split="validation")
+    settings = {"tuning": asdict(contender), "task": task, "recipe": asdict(recipe)}
+
+    def run(rate: float) -> dict[str, Any]:
+        return train_and_score(contender, task, recipe, rate, TUNING_SEED, {task: validation})
+
+    return best_rate(runs, rates, settings, run, lambda result: float(result["scores"][task]))

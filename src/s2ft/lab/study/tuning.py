@@ -1,0 +1,70 @@
+"""The learning rate of a method: the best of a grid that grows until the best is not at its edge.
+
+    score   ·  ·  ●  ·            the grid at first: neighbours differ by a factor of 2
+    rate    1  2  4  8            best at 4: inside, done; best at 8: 16 is tried, and so on
+
+Of equally good rates the lowest is taken, which forgets the least; a rate whose training diverges is the worst. A grid grows
+by `STEPS` rates at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from s2ft.finetune.trainer import DivergedError
+from s2ft.lab.study.runs import Result, Runs, Settings
+
+FACTOR = 2
+DIVERGED = "diverged"  # in the result of a run that did
+STEPS = 4  # the most that a grid grows by
+
+
+def best_rate(
+    runs: Runs,
+    rates: Sequence[float],
+    settings: Settings,
+    run: Callable[[float], Result],
+    score: Callable[[Result], float],
+) -> float:
+    """The rate whose run has the highest score.
+
+    Args:
+        rates: Tried in any case, neighbours a factor of 2 apart.
+        settings: Of a run, but for its rate.
+        run: Trains at a rate.
+        score: What is best of a run at its highest.
+    """
+    scores: dict[float, float] = {}
+    wanted = list(rates)
+    while wanted:
+        for rate in wanted:
+            result = runs.result({**settings, "rate": rate}, partial(_attempt, run, rate))
+            scores[rate] = -math.inf if DIVERGED in result else _finite(score(result))
+        best = max(sorted(scores), key=scores.__getitem__)
+        wanted = _beyond(best, scores) if len(scores) < len(rates) + STEPS else []
+        runs.total += len(wanted)
+    return best
+
+
+def _attempt(run: Callable[[float], Result], rate: float) -> Result:
+    try:
+        return run(rate)
+    except DivergedError as error:
+        return {DIVERGED: str(error)}
+
+
+def _finite(score: float) -> float:
+    return score if math.isfinite(score) else -math.inf
+
+
+def _beyond(best: float, tried: dict[float, float]) -> list[float]:
+    """The next rate outside of the grid, where the best one is at its edge.
+
+    Example:
+        >>> [_beyond(best, dict.fromkeys([1.0, 2.0, 4.0], 0.5)) for best in (1.0, 2.0, 4.0)]
+        [[0.5], [], [8.0]]
+    """
+    outside = {max(tried): best * FACTOR, min(tried): best / FACTOR}
+    return [outside[best]] if best in outside else []

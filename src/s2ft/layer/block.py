@@ -1,0 +1,87 @@
+"""One adapter's slice of one linear layer: the delta V of its s chosen channels, and what it adds to the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2ft.common.errors import S2FTError
+from s2ft.format.slices import Slice
+from s2ft.layer.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad
+
+
+class S2FTBlock(nn.Module):
+    """One adapter's slice of one layer: `weight`, the delta V, and `indices`, its channels.
+
+    A module rather than a parameter, so that names end in `.weight` below the adapter's name: TRL copies a reference
+    adapter by them.
+    """
+
+    weight: nn.Parameter
+    indices: Tensor  # [s], int64
+    is_parked = False  # in the host's memory, see `tuner/switching.py`
+    finite_at: tuple[int, int] | None = None  # address and version of the delta that was last found finite
+
+    def __init__(
+        self,
+        chosen: Slice,
+        across: int,  # features on the side that is not sliced
+        dtype: torch.dtype = torch.float32,
+        zero: bool = True,
+    ) -> None:
+        super().__init__()
+        self.side = chosen.side
+        self.chosen = str(chosen)
+        count = len(chosen.indices)
+        shape = (across, count) if chosen.side == "in" else (count, across)
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype) if zero else 0.02 * torch.randn(shape, dtype=dtype))
+        self.register_buffer("indices", torch.from_numpy(chosen.indices.copy()))
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the weight matrix [out_features, in_features] that `indices` select along."""
+        return 1 if self.side == "in" else 0
+
+    def tap(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # x: [*, in_features]
+        """What goes into the base layer, and what goes around it: x[..., idx] or x Vᵀ."""
+        if self.side == "in":
+            if eager_grad(x):
+                x, selected = SelectTap.apply(x, self.indices)
+            else:
+                selected = x.index_select(-1, self.indices)
+            return x, selected.to(dtype)
+        delta, source = self.weight.to(dtype), x.to(dtype)
+        if source is x and eager_grad(x):
+            taped: tuple[Tensor, Tensor] = ProjectTap.apply(x, delta)
+            return taped
+        return x, F.linear(source, delta)
+
+    def add_to(self, y: Tensor, around: Tensor, in_place: bool) -> Tensor:  # y: [*, out_features]
+        """Adds the slice's contribution to the base layer's output."""
+        added: Tensor
+        if self.side == "in":
+            delta = self.weight.to(y.dtype)
+            added = AddProduct.apply(y, around, delta) if in_place else y + F.linear(around, delta)
+        else:
+            added = AddAt.apply(y, around, self.indices) if in_place else y.index_add(-1, self.indices, around)
+        return added
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Indices follow from the config: a file that holds others is refused."""
+        found = state_dict.get(prefix + "indices")
+        if found is not None and not found.is_meta:
+            expected = Slice.parse(self.chosen).indices
+            if found.numel() != len(expected) or not bool((found.cpu() == torch.from_numpy(expected)).all()):
+                raise S2FTError(f"{prefix}indices differ from the slice {self.chosen!r} in the adapter's config")
+            delta = state_dict.get(prefix + "weight")
+            if delta is None or (not delta.is_meta and not delta.isfinite().all()):
+                raise S2FTError(
+                    f"{prefix}weight {'is missing' if delta is None else 'holds values that are not finite'}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}, channels={self.indices.numel()}"

@@ -1,0 +1,91 @@
+"""The base model and its tokenizer, from a folder or the Hub, with errors that say what is missing.
+
+Code that comes with a model is not run: unless it is told so, transformers asks at the terminal, and runs it on a "y".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from s2ft.common.errors import S2FTError, first_line
+from s2ft.runtime.failures import is_out_of_memory
+from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model `name`.
+
+    Raises:
+        S2FTError: if there is no such model, or it has no tokenizer.
+    """
+    check_folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise S2FTError(_unloadable(name, "tokenizer", error)) from error
+
+
+def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model `name`, its weights in `dtype`.
+
+    Raises:
+        S2FTError: if there is no such model, or its files are incomplete or of another kind.
+    """
+    check_folder(name)
+    try:
+        # Safetensors only: the older .bin files are pickles, which we do not open
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # OSError, ValueError, SafetensorError, ...: what a broken or foreign file leads to
+        if is_out_of_memory(error):
+            raise
+        raise S2FTError(_unloadable(name, "model", error)) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise S2FTError(
+            f"model={name!r} is incomplete: it lacks {len(missing)} of its weights, the first is {missing[0]}"
+        )
+    return model
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """The causal language model `name` without values (device meta): its configuration alone is read.
+
+    Raises:
+        S2FTError: if there is no such model.
+    """
+    check_folder(name)
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise S2FTError(_unloadable(name, "configuration", error)) from error
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many positions the model was made for; None where it does not say."""
+    value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def check_folder(name: str) -> None:
+    """Raises `S2FTError` for a folder that holds no model, and for a path where there is none."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise S2FTError(f"model={name!r} is a folder without config.json, so it holds no model")
+    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~"))):
+        raise S2FTError(f"model={name!r} is not a folder; name the folder of a model, or a model on the Hub")
+
+
+def _unloadable(name: str, part: str, error: Exception) -> str:
+    where = "the folder" if Path(name).is_dir() else "no folder here; the Hub"
+    if "trust_remote_code" in str(error):
+        return (
+            f"model={name!r}: its {part} needs code that comes with it, and s2ft runs no such code; take another model"
+        )
+    return f"model={name!r}: its {part} cannot be loaded ({where}): {first_line(error)}"

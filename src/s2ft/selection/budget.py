@@ -1,0 +1,126 @@
+"""How many units each layer trains.
+
+    ratio r of a projection   →  round(r · all its units), shared by its layers
+    budget b of the model     →  r = b · parameters reached / number of targets / parameters of the projection
+
+Parameters that no slice can be taken from do not count (`selection/coverage.py`). A target that only some blocks have (one
+attention in eight blocks of a hybrid) counts by as many as have it.
+
+The paper gives every layer the same share. A share of 1.66 heads a layer is kept by rounding its running total (2, 1,
+2, 2, 1, ...), which spends the budget exactly and leaves no layer out as one draw over the model would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
+
+import numpy as np
+from torch import nn
+
+from s2ft.common.errors import raise_together
+from s2ft.format.config import S2FTConfig
+from s2ft.format.terms import DEFAULT_BUDGET
+from s2ft.layer.linears import features, layer_stack, linear_layer
+from s2ft.selection.structure import Projection, Target
+from s2ft.selection.targets import by_projection
+
+
+def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module, reached: int) -> dict[str, list[int]]:
+    """Projection → how many units each of its layers trains, in the order of `targets`.
+
+    Args:
+        reached: The parameters that a budget is a share of.
+    """
+    by_name = by_projection(targets)
+    ratios = _ratios(by_name, config, model, reached)
+    counts = {name: spread([ratios[name] * p.units for _, p in group]) for name, group in by_name.items()}
+    empty = [name for name, layers in counts.items() if not sum(layers)]
+    raise_together(_rounds_to_zero(name, ratios[name], by_name[name], config) for name in empty)
+    return counts
+
+
+def spread(shares: Sequence[float]) -> list[int]:
+    """Whole numbers next to `shares` whose running total never strays from that of `shares` by more than a half.
+
+    Example:
+        >>> spread([1.6, 1.6, 1.6, 1.6, 1.6])
+        [2, 1, 2, 1, 2]
+    """
+    totals = np.floor(np.cumsum(shares) + 0.5 + 1e-9).astype(int)  # the small term: 0.1 + 0.2 must not lose to 0.3
+    return [int(count) for count in np.diff(totals, prepend=0)]
+
+
+def trained_in_words(targets: Sequence[Target], counts: Mapping[str, Sequence[int]]) -> str:
+    """Which share of which projections is trained.
+
+    Example:
+        >>> from s2ft.selection.structure import Projection, Structure
+        >>> down = Projection("down_proj", "layers.0.mlp.down_proj", "in", 200, 1)
+        >>> trained_in_words([(Structure("mlp", "layers.0.mlp", 0, 200, (down,)), down)], {"down_proj": [5]})
+        'down_proj: 5 of 200 channels (2.5%) of 1 layer'
+    """
+    parts = []
+    for name, group in by_projection(targets).items():
+        chosen, units = sum(counts[name]), sum(p.units for _, p in group)
+        structure, projection = group[0]
+        unit = (
+            "channels"
+            if structure.kind != "attention"
+            else "heads"
+            if projection.units == structure.units
+            else "groups"
+        )
+        layers = f"{len(group)} layer{'s' if len(group) > 1 else ''}"
+        parts.append(f"{name}: {chosen:,} of {units:,} {unit} ({100 * chosen / units:.3g}%) of {layers}")
+    return "; ".join(parts)
+
+
+def _ratios(
+    by_name: Mapping[str, list[Target]], config: S2FTConfig, model: nn.Module, reached: int
+) -> dict[str, float]:
+    if isinstance(config.ratios, dict):
+        return {name: config.ratios[name] for name in by_name}
+    if config.ratios is not None:
+        return dict.fromkeys(by_name, config.ratios)
+    budget = DEFAULT_BUDGET if config.budget is None else config.budget
+    blocks = {name: len({layer_stack(p.module) or p.module for _, p in group}) for name, group in by_name.items()}
+    shares = {name: budget * reached * count / sum(blocks.values()) for name, count in blocks.items()}
+    sizes = {name: sum(_parameters(p, model) for _, p in group) for name, group in by_name.items()}
+    over = [name for name, size in sizes.items() if shares[name] > size]
+    raise_together(
+        f"budget={budget!r} gives {name} {shares[name]:.0f} parameters to train, but it has {sizes[name]}; "
+        f"lower the budget or target more projections"
+        for name in over
+    )
+    return {name: shares[name] / size for name, size in sizes.items()}
+
+
+def _parameters(projection: Projection, model: nn.Module) -> int:
+    layer = linear_layer(model.get_submodule(projection.module))
+    assert layer is not None
+    across = features(layer)[1] if projection.side == "in" else features(layer)[0]
+    return projection.units * projection.width * across
+
+
+def _rounds_to_zero(name: str, ratio: float, group: list[Target], config: S2FTConfig) -> str:
+    """Names what was given, and the least of it that trains one unit: a number that works when it is given."""
+    units = sum(p.units for _, p in group)
+    least = 0.5 / units  # the ratio at which the running total rounds to one
+    if config.ratios is not None:
+        given, kind = f"ratio {ratio!r}", "ratio"
+    else:
+        budget = DEFAULT_BUDGET if config.budget is None else config.budget
+        given, kind, least = f"budget={budget!r}", "budget", budget * least / ratio
+    return f"{given} of the {units} units of {name} rounds to zero; the smallest {kind} that trains one is {round_up(least)!r}"
+
+
+def round_up(value: float) -> float:
+    """`value` or slightly more, in three digits.
+
+    Example:
+        >>> round_up(0.010460), round_up(1 / 24)
+        (0.0105, 0.0417)
+    """
+    exact = Decimal(value)
+    return float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING))

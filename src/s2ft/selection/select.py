@@ -1,0 +1,222 @@
+"""Which heads and channels are trained.
+
+    structures ─ scores ─→ one ranking per structure ─ counts ─→ its first units, on each targeted projection ─→ slices
+
+Every projection of a structure takes a prefix of the same ranking, so that its choices nest: the fewer heads of o_proj
+lie among those of v_proj. Where key-value groups are shared and k or v is targeted, groups are ranked by the mean score
+of their heads and query heads within them, so that the query heads chosen belong to the groups chosen. What `avoid`
+holds on one projection comes last on all, and is never chosen where it is held itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from s2ft.common.errors import S2FTError
+from s2ft.format.config import S2FTConfig
+from s2ft.format.slices import Indices, Slice
+from s2ft.layer.switchable import refuse_inside, suspended, turns_of
+from s2ft.selection.budget import count_units, trained_in_words
+from s2ft.selection.coverage import coverage
+from s2ft.selection.scores import Batch, Scores, key, score_units
+from s2ft.selection.structure import Projection, Structure, Target
+from s2ft.selection.targets import by_projection, find_targets
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` chose."""
+
+    slices: dict[str, Slice]  # path of the linear layer → its trained slice
+    config: S2FTConfig  # the config with the slices filled in: give it to `get_peft_model`
+    trained: str = ""  # how many heads and channels of which projections, in words
+    left_out: str = ""  # what of the model no slice can be taken from, and why
+
+
+def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None = None) -> Selection:
+    """Chooses the heads and channels that `config` asks for.
+
+    Args:
+        model: Any model with linear layers, adapted or not; nothing in it is changed.
+        batches: Calibration data for the strategies activation, product, gradient and saliency (the paper takes 1% of
+            the training data): an iterable of what the model is called with, such as a DataLoader. Read once, only running
+            sums are kept.
+
+    Raises:
+        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, data is missing, or inside
+            `in_place`, where the base weights are permuted.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+        >>> selection = select(LlamaForCausalLM(config), S2FTConfig(ratios=0.25, strategy="weight"))
+        >>> {path: len(chosen.indices) for path, chosen in selection.slices.items()}
+        {'model.layers.0.self_attn.o_proj': 4, 'model.layers.0.mlp.down_proj': 6}
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if config.is_resolved:
+        slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
+        return Selection(slices, config)
+    with turns_of(model).alone():
+        refuse_inside(model, "choosing channels")
+        with suspended(model):  # scores are those of the base weights, whatever is merged into them or switched to
+            return _select(model, config, batches)
+
+
+def _select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None) -> Selection:
+    targets = find_targets(model, config)
+    covered = coverage(model, targets, by_name=config.target_modules is not None)
+    counts = count_units(targets, config, model, covered.reached)
+    seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
+    structures = list({key(structure): structure for structure, _ in targets}.values())
+    scores = score_units(config.strategy, structures, model, batches, seed or 0)
+    avoided = held_channels(model, config.avoid or [])
+    slices = _to_slices(_choose(targets, counts, scores, config, avoided))
+    texts = {path: str(chosen) for path, chosen in slices.items()}
+    modules = set(slices) if config.target_modules is None else config.target_modules
+    selection = Selection(
+        slices,
+        replace(config, slices=texts, seed=seed, target_modules=modules),
+        trained_in_words(targets, counts),
+        str(covered),
+    )
+    if selection.left_out:
+        warnings.warn(f"S²FT trains {selection.trained}; {selection.left_out}", stacklevel=3)
+    return selection
+
+
+def _choose(
+    targets: Sequence[Target],
+    counts: Mapping[str, list[int]],
+    scores: Scores,
+    config: S2FTConfig,
+    avoided: Mapping[str, Slice],
+) -> list[tuple[Projection, Indices]]:
+    """Each targeted projection with its chosen units, ascending."""
+    grouped = {key(s) for s, p in targets if p.name in ("k_proj", "v_proj")}
+    chosen: list[tuple[Projection, Indices]] = []
+    for name, group in by_projection(targets).items():
+        signed = {key(s): -scores[key(s)] if config.subset == "largest" else scores[key(s)] for s, _ in group}
+        ranks = [_rank_keys(signed[key(s)], _held_units(s, avoided), s, p, key(s) in grouped) for s, p in group]
+        free = [_free_units(p, avoided.get(p.module)) for _, p in group]
+        picks = _pick_global if config.allocation == "global" else _pick_uniform
+        units = picks(name, ranks, free, counts[name])
+        chosen += [(p, picked) for (_, p), picked in zip(group, units, strict=True)]
+    return chosen
+
+
+def _rank_keys(
+    signed: NDArray[np.float32],  # [units of the structure], the lower the better
+    held: NDArray[np.bool_],  # [units of the structure]: held by an adapter that is to be avoided
+    structure: Structure,
+    projection: Projection,
+    by_group: bool,
+) -> NDArray[np.float32]:  # [keys, units of the projection]
+    """Sort keys of a projection's units, the first key first; what is held on any projection comes last on all."""
+    size = structure.units // structure.groups
+    by_head = np.stack([held.astype(np.float32), signed])
+    groups = by_head.reshape(2, structure.groups, size)
+    per_group = np.stack([groups[0].max(1), groups[1].mean(1, dtype=np.float64).astype(np.float32)])
+    if projection.units < structure.units:
+        return per_group
+    return np.concatenate([per_group.repeat(size, axis=1), by_head]) if by_group and size > 1 else by_head
+
+
+def _held_units(structure: Structure, avoided: Mapping[str, Slice]) -> NDArray[np.bool_]:  # [units of the structure]
+    """The units that another adapter holds on any projection; a held group holds all its heads."""
+    held = np.zeros(structure.units, dtype=bool)
+    for projection in structure.projections:
+        own = np.ones(projection.units, dtype=bool)
+        own[_free_units(projection, avoided.get(projection.module))] = False
+        held |= own.repeat(structure.units // projection.units)
+    return held
+
+
+def _pick_uniform(name: str, ranks: list[NDArray[np.float32]], free: list[Indices], counts: list[int]) -> list[Indices]:
+    for units, wanted in zip(free, counts, strict=True):
+        if len(units) < wanted:
+            raise S2FTError(f"avoid leaves {len(units)} units of {name} in a layer that is to train {wanted}")
+    return [_first(rank, units, wanted) for rank, units, wanted in zip(ranks, free, counts, strict=True)]
+
+
+def _pick_global(name: str, ranks: list[NDArray[np.float32]], free: list[Indices], counts: list[int]) -> list[Indices]:
+    total, left = sum(counts), sum(map(len, free))
+    if left < total:
+        raise S2FTError(f"avoid leaves {left} units of {name} in the whole model, which is to train {total}")
+    layer = np.repeat(np.arange(len(free)), [len(units) for units in free])
+    unit = np.concatenate(free)
+    rank = np.concatenate([keys[:, units] for keys, units in zip(ranks, free, strict=True)], axis=1)
+    first = _first(rank, np.arange(left), total)
+    return [np.sort(unit[first[layer[first] == index]]) for index in range(len(free))]
+
+
+def _first(rank: NDArray[np.float32], units: Indices, count: int) -> Indices:
+    """The `count` best of `units`, ascending; ties go to the lower index."""
+    order = np.lexsort((units, *rank[::-1, units]))
+    return np.sort(units[order[:count]])
+
+
+def _free_units(projection: Projection, avoided: Slice | None) -> Indices:
+    """The units none of whose channels another adapter holds on the same side."""
+    units = np.arange(projection.units)
+    if avoided is None or avoided.side != projection.side:
+        return units
+    held = np.unique((avoided.indices - projection.offset) // projection.width)
+    return np.setdiff1d(units, held)
+
+
+def held_channels(model: nn.Module, adapters: Sequence[str]) -> dict[str, Slice]:
+    """Module → the channels that any of `adapters` holds: names of adapters on the model, folders, or Hub names."""
+    loaded = getattr(model, "peft_config", {})
+    held: dict[str, Slice] = {}
+    for adapter in adapters:
+        config = loaded.get(adapter) or _load_config(adapter)
+        if not isinstance(config, S2FTConfig) or not config.is_resolved:
+            raise S2FTError(f"avoid names {adapter!r}, which is not a trained S2FT adapter")
+        for path, text in (config.slices or {}).items():
+            new = Slice.parse(text)
+            old = held.get(path)
+            held[path] = new if old is None else Slice(new.side, np.union1d(old.indices, new.indices))
+    return held
+
+
+def _load_config(adapter: str) -> PeftConfig:
+    try:
+        config = S2FTConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise S2FTError(
+            f"avoid names {adapter!r}, which is no folder or Hub name of an S2FT adapter: {error}"
+        ) from error
+    return config
+
+
+def _to_slices(chosen: Iterable[tuple[Projection, Indices]]) -> dict[str, Slice]:
+    """Units → channels; the projections of a fused layer share one slice. Layers without a unit are left out."""
+    slices: dict[str, Slice] = {}
+    for projection, units in chosen:
+        if not len(units):
+            continue
+        channels = (units[:, None] * projection.width + np.arange(projection.width)).ravel() + projection.offset
+        old = slices.get(projection.module)
+        slices[projection.module] = Slice(
+            projection.side, channels if old is None else np.union1d(old.indices, channels)
+        )
+    return slices
+
+
+def _draw_seed() -> int:
+    """From torch's global generator; rank 0's where several processes train together, so that they agree."""
+    seed = torch.randint(2**31, (1,))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        drawn = [int(seed)]
+        torch.distributed.broadcast_object_list(drawn)
+        return drawn[0]
+    return int(seed)

@@ -1,0 +1,127 @@
+"""Which projections are trained: those that the config names, in the layers that it names.
+
+    ratios | target_modules | default (o, down)   →   (structure, projection) pairs, in the model's order
+
+Unless `target_modules` names them, these are the language model's: a tower beside it (vision, audio) is left as it is. A
+named module outside every known structure is a target by itself, sliced by its input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.format.config import S2FTConfig, chosen_layers
+from s2ft.layer.linears import layer_stack, linear_layer
+from s2ft.selection.coverage import coverage
+from s2ft.selection.structure import Reading, Structure, Target, read_structures, single_linear
+from s2ft.selection.towers import towers
+
+DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
+
+
+def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
+    """The projections to train, in the model's order."""
+    reading = read_structures(model)
+    structures = reading.structures
+    if config.target_modules is None:
+        candidates = _default_candidates(reading, config, model)
+        names = {projection.module.rpartition(".")[2] for _, projection in candidates}
+        config = replace(config, target_modules=names)
+    else:
+        config = _maybe_include_all_linear_layers(replace(config), model)
+        candidates = [(s, p) for s in structures + _uncoupled(model, config, structures) for p in s.projections]
+    matched = [(s, p) for s, p in candidates if check_target_module_exists(config, p.module)]
+    if isinstance(config.ratios, dict):
+        matched = [(s, p) for s, p in matched if p.name in config.ratios]
+        idle = [name for name in config.ratios if name not in {p.name for _, p in matched}]
+        raise_together(f"ratios names {name}, but target_modules={config.target_modules!r} has none" for name in idle)
+    if not matched:
+        raise S2FTError(_nothing_found(config, model))
+    return _in_layers(matched, config, model)
+
+
+def by_projection(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """The targets by projection, each group in the model's order."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target[1].name, []).append(target)
+    return groups
+
+
+def _default_candidates(reading: Reading, config: S2FTConfig, model: nn.Module) -> list[Target]:
+    """The projections that `ratios` names, all of which must be there; else those of the default that are."""
+    wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
+    structures = _outside(towers(model), reading.structures) or reading.structures
+    present = {p.name for s in structures for p in s.projections}
+    missing = [name for name in wanted if name not in present]
+    if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
+        raise S2FTError(
+            f"{type(model).__name__} has no projection {', '.join(missing)} that s2ft can read; it found "
+            f"{', '.join(sorted(present)) or 'no attention or MLP block'}. {_why_missing(model, structures)} "
+            "Please specify `target_modules`."
+        )
+    return [(s, p) for s in structures for p in s.projections if p.name in wanted]
+
+
+def _outside(places: Sequence[str], structures: Sequence[Structure]) -> list[Structure]:
+    return [s for s in structures if not any(f"{s.path}.".startswith(f"{place}.") for place in places)]
+
+
+def _why_missing(model: nn.Module, structures: Sequence[Structure]) -> str:
+    """What of the model is not read, and why; where nothing is, the names that are looked for."""
+    partial = next((s.partial for s in structures if s.partial), None)
+    reasons = [*([partial] if partial else []), *map(str, coverage(model, [], by_name=False).left_out)]
+    if reasons:
+        return f"Not read: {'; '.join(reasons)}."
+    return (
+        "It looks for modules that hold q_proj, k_proj, v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or "
+        "gate_up_proj, c_fc, fc1) and down_proj, under their usual names."
+    )
+
+
+def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]) -> list[Structure]:
+    """The other modules that `target_modules` names, each by itself."""
+    coupled = {projection.module for structure in structures for projection in structure.projections}
+    found = []
+    for path, module in model.named_modules():
+        inside = path.endswith("base_layer") or ".base_layer." in path or ".s2ft_block" in path
+        if path in coupled or inside or not check_target_module_exists(config, path):
+            continue
+        if linear_layer(module) is None:
+            raise S2FTError(f"target_modules matches {path}, a {type(module).__name__}; s2ft slices linear layers")
+        found.append(single_linear(path, module))
+    return found
+
+
+def _in_layers(targets: list[Target], config: S2FTConfig, model: nn.Module) -> list[Target]:
+    """The targets in the layers that `config.layers` names, counted in each stack of the model (encoder, decoder)."""
+    if config.layers is None:
+        return targets
+    depth: dict[str, int] = {}
+    for stack, index in filter(None, (layer_stack(path) for path, _ in model.named_modules())):
+        depth[stack] = max(depth.get(stack, 0), index + 1)
+    placed = [(target, place) for target in targets if (place := layer_stack(target[1].module)) is not None]
+    if not placed:
+        raise S2FTError(f"layers={config.layers!r} is given, but none of the targets lies in a numbered layer")
+    wanted = {
+        stack: chosen_layers(config.layers, depth[stack]) for stack in dict.fromkeys(stack for _, (stack, _) in placed)
+    }
+    return [target for target, (stack, index) in placed if index in wanted[stack]]
+
+
+def _nothing_found(config: S2FTConfig, model: nn.Module) -> str:
+    wanted = {
+        name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers", "layers_to_transform")
+    }
+    given = ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value is not None)
+    names = sorted(
+        {path.rpartition(".")[2] for path, module in model.named_modules() if linear_layer(module) is not None}
+    )
+    return (
+        f"Target modules not found in the base model: {given} match none of its linear layers ({', '.join(names[:20])})"
+    )

@@ -1,0 +1,249 @@
+"""Activations that save the least: recompute the cheap, keep the small.
+
+    gated activation   h = act(g) · u               autograd keeps g, act(g), u;     here g and u
+    RMSNorm            y = w · x / sqrt(mean x² + ε)   autograd keeps x in fp32;        here x as it came, and one number a row
+
+`lean(model)` gives these to every module of a model that computes them: recognised by what it computes on random input, not
+by its class. On a GPU, Liger's kernels do the same where they are installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from s2ft.layer.linears import features, linear_layer
+from s2ft.selection.structure import read_structures
+
+Activation = str  # "silu" | "gelu_tanh" | "gelu"
+NormKind = str
+NORM_KINDS = ("llama", "olmo", "gemma")
+
+_FORWARD: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
+_BACKWARD: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "gelu": torch.ops.aten.gelu_backward,
+}
+
+
+class GatedActivation(Function):
+    """(g, u) → act(g) · u; keeps g and u."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # both [*, channels]
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _FORWARD[activation](gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gate, up = ctx.saved_tensors
+        grad_gate = _BACKWARD[ctx.activation](grad * up, gate) if ctx.needs_input_grad[0] else None
+        grad_up = _FORWARD[ctx.activation](gate).mul_(grad) if ctx.needs_input_grad[1] else None
+        return grad_gate, grad_up, None
+
+
+class RMSNorm(Function):
+    """x → w · x / sqrt(mean x² + ε), computed in fp32; keeps x as it came. How it is rounded depends on the family:
+
+    "llama"   w · round(x̂)        "olmo"   round(w · x̂)        "gemma"   round((1 + w) · x̂)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: NormKind) -> Tensor:  # x: [*, channels]
+        exact = x.to(_wide(x))
+        scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.kind = kind
+        normed = exact * scale
+        if kind == "llama":
+            return weight * normed.to(x.dtype)
+        return ((1.0 + weight.to(normed.dtype) if kind == "gemma" else weight) * normed).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.to(_wide(x)) * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).reshape(-1, len(weight)).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None, None
+        if ctx.kind == "llama":
+            scaled = (grad * weight).to(normed.dtype)
+        else:
+            scaled = grad.to(normed.dtype) * (1.0 + weight.to(normed.dtype) if ctx.kind == "gemma" else weight)
+        along = (scaled * normed).mean(-1, keepdim=True)
+        return scaled.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(eq=False)
+class Patches:
+    """Modules whose `forward` is replaced, on the instance."""
+
+    forwards: dict[nn.Module, Callable[..., Tensor]] = field(default_factory=dict)
+
+    def add(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        """Replaces the module's forward."""
+        module.forward = forward
+        self.forwards[module] = forward
+
+    def undo(self) -> None:
+        """Gives every module its own forward back, unless somebody else has replaced ours since."""
+        for module, forward in self.forwards.items():
+            if vars(module).get("forward") is forward:
+                del module.forward
+        self.forwards.clear()
+
+
+def lean(model: nn.Module) -> Patches:
+    """Replaces what saves too much; `undo()` puts everything back. Modules that somebody else has patched are left alone.
+
+    Each module is asked by itself, in training mode: what has dropout, or scales of its own, is left alone too.
+    """
+    patches = Patches()
+    for module, recognise in _candidates(model):
+        forward = _ask(module, recognise)
+        if forward is not None:
+            patches.add(module, partial(forward, module))
+    return patches
+
+
+def _ask(module: nn.Module, recognise: Callable[[nn.Module], Any]) -> Any:
+    """What `recognise` finds; None if the module cannot be run like that."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        for part in modes:
+            part.training = True
+        with torch.no_grad(), torch.random.fork_rng():
+            return recognise(module)
+    except Exception:
+        return None
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Module], Any]]]:
+    mlps = {s.path: s for s in read_structures(model).structures if s.kind == "mlp"}
+    for path, module in model.named_modules():
+        if "forward" in vars(module):
+            continue
+        if path in mlps:
+            names = {p.name: p.module.removeprefix(f"{path}.") for p in mlps[path].projections}
+            yield module, partial(_recognise_mlp, names=names)
+        elif type(module).__name__.endswith("RMSNorm"):
+            yield module, _recognise_norm
+
+
+def _recognise_norm(norm: nn.Module) -> Callable[..., Tensor] | None:
+    """The lean forward that computes what `norm` does, for input in its own dtype and in others."""
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or weight.is_meta or not isinstance(eps, float):
+        return None
+    samples = [
+        _sample(2, len(weight), like=weight).to(dtype) for dtype in (weight.dtype, torch.bfloat16, torch.float32)
+    ]
+    for kind in NORM_KINDS:
+        if all(_same(norm(x), RMSNorm.apply(x, weight, eps, kind), exactly=True) for x in samples):
+            return partial(_norm_forward, eps=eps, kind=kind)
+    return None
+
+
+def _norm_forward(norm: nn.Module, *args: Any, eps: float, kind: NormKind, **kwargs: Any) -> Tensor:
+    if len(args) != 1 or kwargs:
+        return type(norm).forward(norm, *args, **kwargs)
+    (x,), weight = args, norm.weight
+    if kind != "olmo" and _liger(x):
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        return LigerRMSNormFunction.apply(x, weight, eps, float(kind == "gemma"), kind, False)
+    return RMSNorm.apply(x, weight, eps, kind)
+
+
+def _recognise_mlp(mlp: nn.Module, names: dict[str, str]) -> Callable[..., Tensor] | None:
+    """The lean forward that computes what a gated MLP does: down(act(gate(x)) · up(x))."""
+    if "gate_proj" not in names:
+        return None
+    activations = (_name(getattr(mlp, child, None)) for child in ("act_fn", "activation_fn", "act"))
+    activation = next(filter(None, activations), None)
+    up = linear_layer(mlp.get_submodule(names["up_proj"]))
+    if activation is None or up is None or up.weight.is_meta:
+        return None
+    forward = partial(_mlp_forward, names=names, activation=activation)
+    small = _sample(2, features(up)[0], like=up.weight)  # type: ignore[arg-type]
+    return forward if all(_same(mlp(x), forward(mlp, x)) for x in (small, 8 * small)) else None
+
+
+def _mlp_forward(mlp: nn.Module, *args: Any, names: dict[str, str], activation: Activation, **kwargs: Any) -> Tensor:
+    if len(args) != 1 or kwargs:
+        return type(mlp).forward(mlp, *args, **kwargs)
+    (x,) = args
+    down, up = mlp.get_submodule(names["down_proj"]), mlp.get_submodule(names["up_proj"])
+    if names["gate_proj"] == names["up_proj"]:
+        first, second = up(x).chunk(2, dim=-1)
+    else:
+        first, second = mlp.get_submodule(names["gate_proj"])(x), up(x)
+    if activation == "silu" and _liger(x):
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        return down(LigerSiLUMulFunction.apply(first, second))
+    return down(GatedActivation.apply(first, second, activation))
+
+
+def _name(act: Any) -> Activation | None:
+    """Which of the known activations `act` computes."""
+    if not callable(act):
+        return None
+    x = torch.linspace(-4, 4, 65, device="cpu")
+    return next((name for name, known in _FORWARD.items() if torch.equal(act(x), known(x))), None)
+
+
+def _sample(*shape: int, like: Tensor) -> Tensor:
+    """Random input from a generator of its own."""
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like.device, dtype)
+
+
+def _same(theirs: Any, ours: Tensor, exactly: bool = False) -> bool:
+    """Equal but for rounding, and not by being zero.
+
+    Args:
+        exactly: In rounding too, which tells families of norms apart; but for float64, where theirs go through float32.
+    """
+    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+        return False
+    if exactly and ours.dtype != torch.float64:
+        return torch.equal(theirs, ours) and bool(ours.any())
+    error, size = (theirs.double() - ours.double()).abs().max(), theirs.double().abs().max()
+    return bool(0 < size < torch.inf and error <= (4e-3 if ours.dtype.itemsize == 2 else 1e-5) * size)
+
+
+@cache
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _liger(x: Tensor) -> bool:
+    return x.is_cuda and _has_liger()

@@ -1,0 +1,113 @@
+"""What keeps a structure from being permuted, or a weight from being written to; each with its reason in words.
+
+Read off modules and shapes; what they do not tell (heads that are paired, keys that a later layer reuses) shows when the
+permuted structure is run, see `training/probe.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from s2ft.layer.linears import linear_layer, why_not_plain
+from s2ft.selection.structure import Projection, Structure
+
+HEAD_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}  # norms over all heads' channels, which move along
+
+_SHARED_NORM = re.compile(r"^\w*(norm|ln)\w*\.(weight|bias)$")  # that every head goes through: one, not a list of them
+_MASK = re.compile(r"(^|\.)(masked_)?(bias|mask)$")  # buffers over positions, which may be as many as channels
+
+Norms = dict[str, list[nn.Module]]  # module → the norms over its output that take its order
+
+
+def find_obstacles(
+    model: nn.Module,
+    structures: list[Structure],
+    live: bool = True,  # False: a model that stands for another, as yet without values and not frozen
+) -> tuple[dict[str, str], dict[str, str], Norms]:
+    """`(unmovable, unwritable, norms)`: module → reason, module → reason, and the norms that are permuted along."""
+    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    unwritable = {
+        path: reason
+        for path, module in model.named_modules()
+        if (linear := linear_layer(module)) is not None and (reason := _why_unwritable(linear, counts, live))
+    }
+    unmovable = dict(unwritable)
+    norms: Norms = {}
+    for structure in structures:
+        reason = next((unwritable[p.module] for p in structure.projections if p.module in unwritable), None)
+        reason = reason or structure.partial
+        reason = (
+            reason or (_trained_bias(model, structure) if live else None) or _own_order(model, structure, norms, live)
+        )
+        if reason is not None:
+            unmovable.update({p.module: unmovable.get(p.module, reason) for p in structure.projections})
+    return unmovable, unwritable, norms
+
+
+def _why_unwritable(linear: nn.Module, counts: Mapping[int, int], live: bool) -> str | None:
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    if reason := why_not_plain(linear):
+        return f"its weight {reason}"
+    if counts[id(weight)] > 1:
+        return "its weight is shared with another layer"
+    if live and weight.is_meta:
+        return "its weight has no values here (device meta)"
+    return "its base weight is trained itself" if live and weight.requires_grad else None
+
+
+def _trained_bias(model: nn.Module, structure: Structure) -> str | None:
+    for p in structure.projections:
+        bias = getattr(linear_layer(model.get_submodule(p.module)), "bias", None)
+        if p.side == "out" and isinstance(bias, Tensor) and bias.requires_grad:
+            return f"the bias of {p.module} is trained itself"
+    return None
+
+
+def _own_order(model: nn.Module, structure: Structure, norms: Norms, live: bool) -> str | None:
+    """Why the structure's units have an order of their own: something besides its projections knows them one by one."""
+    sizes = {size for p in structure.projections for size in (p.units, p.units * p.width)}
+    for name, tensor in _others(model, structure):
+        shared = tuple(tensor.shape) == (structure.projections[0].width,) and _SHARED_NORM.search(name)
+        if shared or not sizes & set(tensor.shape) or _moves_along(model, structure, name, norms, live):
+            continue
+        return (
+            f"{structure.path}.{name} has the size of its heads or channels, and s2ft does not know their order in it"
+        )
+    return None
+
+
+def _moves_along(model: nn.Module, structure: Structure, name: str, norms: Norms, live: bool) -> bool:
+    child = name.partition(".")[0]
+    projections: dict[str, Projection] = {p.name: p for p in structure.projections}
+    if structure.kind != "attention" or HEAD_NORMS.get(child) not in projections:
+        return False
+    projection = projections[HEAD_NORMS[child]]
+    norm = model.get_submodule(f"{structure.path}.{child}")
+    weight = getattr(norm, "weight", None)
+    if isinstance(norm, AuxiliaryTrainingWrapper) or not isinstance(weight, Tensor) or (live and weight.requires_grad):
+        return False
+    if tuple(weight.shape) != (projection.units * projection.width,) or projection.offset:
+        return False
+    if norm not in norms.setdefault(projection.module, []):
+        norms[projection.module].append(norm)
+    return True
+
+
+def _others(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of the structure's module that belong to none of its projections, nor to what comes after o
+    (BERT keeps a norm there); nor, around an MLP, to a module below that has linear layers of its own.
+    """
+    root = model.get_submodule(structure.path)
+    paths = {p.module: p.module.removeprefix(f"{structure.path}.") for p in structure.projections}
+    inner = set(paths.values()) | {paths[p.module].rpartition(".")[0] for p in structure.projections if p.side == "in"}
+    if structure.kind == "mlp":
+        inner |= {n for n, m in root.named_children() if any(linear_layer(part) is not None for part in m.modules())}
+    masks = {name for name, _ in root.named_buffers() if _MASK.search(name)}
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        if name not in masks and not any(name.startswith(f"{path}.") for path in inner if path):
+            yield name, tensor

@@ -1,0 +1,144 @@
+"""PEFT's and transformers' loaders, guarded: an adapter that they refuse or fail at leaves the model as it was.
+
+PEFT puts an adapter in, then looks for its weights; transformers writes tensors without asking the tuner. Both are wrapped:
+the folder is looked at first, what is to be loaded is known when the adapter is put in (`INCOMING`), and what was done until
+something failed is taken back. Another method's adapters go the way they always went.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.reading import shown
+from s2ft.format.config import S2FTConfig
+from s2ft.format.registration import NAME
+from s2ft.format.whole import Header, WeightFile, check_method, header_problems, method_of, value_problems
+from s2ft.layer.linear import S2FTLinear
+from s2ft.tuner.rollback import rolled_back
+
+INCOMING: ContextVar[Mapping[str, Tensor] | None] = ContextVar("s2ft_incoming", default=None)
+"""What a loader is about to load; without values, where the tuner is asked once more before they are written."""
+
+
+def guard() -> None:
+    """Wraps the loaders, once: what they refuse or fail at leaves the model as it was."""
+    peft_model: Any = PeftModel
+    native: Any = PeftAdapterMixin
+    if not hasattr(peft_model.load_adapter, "__wrapped__"):
+        own = peft_model.from_pretrained.__func__
+        peft_model.from_pretrained = classmethod(_guarded(own, _before_from_pretrained))
+        peft_model.load_adapter = _guarded(peft_model.load_adapter, _before_load_adapter)
+        native.load_adapter = _guarded(native.load_adapter, _before_native)
+
+
+def _guarded(own: Callable[..., Any], before: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    signature = inspect.signature(own)
+
+    @wraps(own)
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        arguments = {**given.arguments, **given.arguments.get("kwargs", {})}
+        model = arguments.get("model", arguments.get("self"))
+        with _guard_of(model), before(arguments):
+            return own(*args, **kwargs)
+
+    return loader
+
+
+def _guard_of(model: Any) -> AbstractContextManager[None]:
+    """`rolled_back`, where it is our method that failed."""
+    if not isinstance(model, nn.Module):
+        return nullcontext()
+    shared = {module.shared for module in model.modules() if isinstance(module, S2FTLinear)}
+    return rolled_back(model, *shared, when=lambda: any(isinstance(module, S2FTLinear) for module in model.modules()))
+
+
+def _before_from_pretrained(arguments: dict[str, Any]) -> Any:
+    return _announced(_look(arguments, "model_id", whole=arguments.get("config") is not None))
+
+
+def _before_load_adapter(arguments: dict[str, Any]) -> Any:
+    model = arguments["self"]
+    if model.peft_type != NAME:
+        return nullcontext()
+    return _announced(_look(arguments, "model_id", whole=arguments["adapter_name"] in model.peft_config, only=True))
+
+
+def _announced(folder: Path | None) -> Any:
+    """Names and shapes of what PEFT is about to load, where they are known: it looks some up without asking."""
+    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        return nullcontext()
+    headers = WeightFile(folder).headers()
+    return _incoming({name: _without_values(header) for name, header in headers.items()})
+
+
+def _without_values(header: Header) -> Tensor:
+    return torch.empty(header.shape, dtype=getattr(torch, header.dtype, torch.uint8), device="meta")
+
+
+def _before_native(arguments: dict[str, Any]) -> Any:
+    config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
+    if tensors is not None:
+        return _incoming(tensors) if isinstance(config, S2FTConfig) else nullcontext()
+    folder = _look({**arguments, **(arguments.get("adapter_kwargs") or {})}, "peft_model_id", whole=True)
+    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        return nullcontext()
+    return _incoming(WeightFile(folder))
+
+
+@contextmanager
+def _incoming(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    token = INCOMING.set(tensors)
+    try:
+        yield
+    finally:
+        INCOMING.reset(token)
+
+
+def _look(arguments: dict[str, Any], where: str, whole: bool, only: bool = False) -> Path | None:
+    """The local folder of an S²FT adapter; None for another method's, and for a name on the Hub.
+
+    Args:
+        whole: Check the adapter, which else happens when its config is read.
+        only: Refuse another method's.
+    """
+    given = arguments.get(where)
+    folder = Path(str(given), arguments.get("subfolder") or "")
+    if given is None or not folder.is_dir():
+        return None
+    kind = method_of(folder)
+    if kind != NAME and not only and isinstance(kind, str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return None
+    check_method(folder)
+    pickled = not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
+    if pickled and not (folder / WEIGHTS_NAME).exists():
+        raise S2FTError(f"{folder} holds no adapter weights: there is no {SAFETENSORS_WEIGHTS_NAME}")
+    config = S2FTConfig.from_pretrained(str(folder)) if whole or pickled else None
+    if config is not None and pickled:
+        _check_pickled(folder, config)
+    return folder
+
+
+def _check_pickled(folder: Path, config: S2FTConfig) -> None:
+    """As `check_whole`, of what PEFT reads where there is no safetensors file: tensors alone, no other objects."""
+    try:
+        tensors = load_peft_weights(str(folder), device="cpu")
+        headers = {name: Header.of(tensor) for name, tensor in tensors.items()}
+    except Exception as error:  # as many kinds as there are ways for a pickle to be broken
+        raise S2FTError(f"{folder / WEIGHTS_NAME} cannot be read: {shown(str(error))}") from error
+    raise_together(header_problems(config, headers))
+    raise_together(value_problems(config, tensors))

@@ -1,0 +1,368 @@
+"""`S2FTModel`: S²FT as a PEFT tuner. Everything a PEFT user knows works from here on.
+
+get_peft_model(model, S2FTConfig(...))  →  select  →  S2FTLinear in place of each chosen layer  →  train, save, load,
+merge
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftMixedModel, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from s2ft.adapters.combination import DENSITY
+from s2ft.adapters.fitting import check_and_adopt, check_and_adopt_state, foreign_base, resolved
+from s2ft.adapters.loading import kept_whole
+from s2ft.common.errors import S2FTError, raise_by_place, raise_together
+from s2ft.format.checksum import PREFIX as FILE_PREFIX
+from s2ft.format.checksum import bare, note
+from s2ft.format.config import S2FTConfig
+from s2ft.format.registration import PREFIX, register_tuner
+from s2ft.format.slices import Slice
+from s2ft.format.whole import is_carried
+from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.pack import MixedBatch
+from s2ft.layer.switchable import (
+    Shared,
+    Switchable,
+    all_or_nothing,
+    leave,
+    mark_shared,
+    not_loaded,
+    refuse_inside,
+    suspended,
+    switchable_layers,
+)
+from s2ft.training.depth import stop_below
+from s2ft.tuner.loaders import INCOMING, guard
+from s2ft.tuner.rollback import rolled_back
+from s2ft.tuner.weighted import add_weighted, name_problem
+
+BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
+
+
+class S2FTModel(BaseTuner):
+    """Puts the trained slices of `config` into `model` and freezes the rest.
+
+    Usually made by `peft.get_peft_model`.
+
+    Raises:
+        S2FTError: before anything is changed, if the config cannot be met or an adapter was made for another base.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = S2FTLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; targets are read off the model instead
+    pool: Any = None  # an AdapterPool, where one is attached: further names for `adapter_names`
+    shared: Shared  # of all S²FT layers of the model
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise_together(
+            filter(None, [_wrapped_already(model)])
+        )  # before PEFT enters the config with those of its adapters
+        super().__init__(model, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Resolves the config (which channels?), checks the base, and puts the layers in."""
+        self.shared = next((layer.shared for layer in switchable_layers(model)), Shared())
+        with self.shared.turns.alone():
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        refuse_inside(model, f"adding the adapter {adapter_name!r}")
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise S2FTError(
+                f"the model is split over {model._tp_size} devices by tensor parallelism; s2ft chooses channels of whole "
+                "layers. Load it without tp_plan"
+            )
+        raise_together(filter(None, [name_problem(adapter_name)]))
+        if self.pool is not None and adapter_name in self.pool:
+            raise S2FTError(f"adapter_name={adapter_name!r} is a name of the model's AdapterPool; take another")
+        config = self.peft_config[adapter_name]
+        with suspended(model), rolled_back(self, config, self.shared):
+            self.peft_config[adapter_name] = config.filled_in(resolved(model, config.reopened()))
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if (incoming := INCOMING.get()) is not None:
+                check_and_adopt(model, self.peft_config[adapter_name], adapter_name, incoming)
+                raise_together(foreign_base(model, self.peft_config[adapter_name], incoming))
+        stop_below(model)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, for the blocks that need it (`training/depth.py`)."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+        stop_below(self.model)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+        stop_below(self.model)
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, unless backward stops above the input."""
+        self.model.enable_input_require_grads()
+        stop_below(self.model)
+
+    def train(self, mode: bool = True) -> S2FTModel:
+        """As in every module; what trains may have changed since, and with it how far backward must go."""
+        super().train(mode)
+        if mode:
+            stop_below(self.model)
+        return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; not inside `in_place`."""
+        with self.shared.turns.alone():
+            refuse_inside(self.model, f"deleting the adapter {adapter_name!r}")
+            with suspended(self.model):
+                super().delete_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; it ends the switched state (`layer/switchable.py`).
+
+        Raises:
+            S2FTError: before anything is changed, if a name is not loaded, or is not the one that `in_place` trains.
+        """
+        names = list(dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name))
+        with self.shared.turns.alone():
+            layers = switchable_layers(self.model)
+            raise_together(not_loaded(names, self.peft_config))
+            for layer in layers[:1]:
+                layer.refuse_beside_layout(names)
+            leave(layers)
+            super().set_adapter(names, inference_mode=inference_mode)
+            self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None,
+        adapter_name: str,
+        combination_type: str = "sum",
+        density: float = DENSITY,
+        seed: int = 0,
+    ) -> None:
+        """Adds the adapter `adapter_name`, made of the loaded `adapters`; it is frozen, and active when it is set so.
+
+        Args:
+            weights: One number for each adapter; None is 1 for all.
+            combination_type: On channels that several adapters hold: `sum`, `ties` or `dare`; others are added exactly.
+            density: The share of those entries that `ties` and `dare` keep.
+            seed: Of the entries that `dare` drops.
+
+        Raises:
+            S2FTError: before anything is changed, if a name is not loaded or the adapters cannot be combined.
+        """
+        with self.shared.turns.alone():
+            add_weighted(self, adapters, weights, adapter_name, combination_type, density, seed)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT, in every layer or in none; while adapters are disabled, it shows when they are enabled again.
+
+        A weight that another module reads too, as a tied `lm_head`'s, is a copy of the layer's own until it is unmerged.
+
+        Raises:
+            S2FTError: and nothing has changed, if a name is not loaded, a weight is not plain, the model is switched to an
+                adapter or inside `in_place`, or (with `safe_merge`) the result is not finite.
+        """
+        with self.shared.turns.alone():
+            layers = switchable_layers(self.model)
+            self._refuse_merging(layers, adapter_names)
+            mark_shared(self.model)
+            with all_or_nothing(layers):
+                super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT: the base weights are what they were, bit for bit."""
+        with self.shared.turns.alone():
+            super().unmerge_adapter()
+
+    def _refuse_merging(self, layers: list[Switchable], adapter_names: list[str] | None) -> None:
+        refuse_inside(self.model, "merging")
+        names = self.active_adapters if adapter_names is None else adapter_names
+        raise_together(not_loaded(names, self.peft_config))
+        raise_together(dict.fromkeys(filter(None, (layer.why_not_own("merging", merged=False) for layer in layers))))
+        raise_together(self._kept_whole(names))
+        paths = {layer: path for path, layer in self.model.named_modules()}
+        problems = ((paths[layer], layer.why_unwritable(names)) for layer in layers)
+        raise_by_place((path, problem) for path, problem in problems if problem)
+
+    def _kept_whole(self, names: Sequence[str]) -> Iterator[str]:
+        """Modules that adapters keep whole are not merged: the active adapter's runs, which must be one of `names`."""
+        for path, wrapper in self.model.named_modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                kept = [
+                    name for name in wrapper.modules_to_save if (name in names) != (name in wrapper.active_adapters)
+                ]
+                if kept:
+                    yield (
+                        f"{path} is kept whole by the adapter {kept[0]!r}, and the active adapter's is what runs: "
+                        "make the adapters active that are to be merged (`set_adapter`)"
+                    )
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns of tied weights here; a layer whose weight is shared gets one of its own."""
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with self.shared.turns.alone():
+            super()._enable_adapter_layers(enabled)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT, which loads all that it finds here: what does not belong to the adapter is refused."""
+        check_and_adopt(model, config, adapter_name, state_dict)
+        state_dict = {  # from a model that adapters were injected into directly, names come without the prefix
+            FILE_PREFIX + bare(name): tensor for name, tensor in state_dict.items() if not is_carried(config, name)
+        }
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As in PEFT; what is about to be saved is noted for the config's checksums."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        slices = {cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in found.items()}
+        note(config, {**slices, **kept_whole(model, adapter_name, state_dict)})
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Before any module below takes what is its own: all slices are looked at, and base weights that hold something else
+        must not be loaded into.
+        """
+        check_and_adopt_state(self, self.peft_config, state_dict, prefix)
+        if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
+            for layer in switchable_layers(self.model):
+                layer.require_own("loading base weights")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        with self.shared.turns.alone():
+            refuse_inside(self.model, "unloading")
+            layers = switchable_layers(self.model)
+            if not merge:
+                leave(layers)
+                return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            self._refuse_merging(layers, kwargs.get("adapter_names"))
+            with all_or_nothing(layers):
+                for layer in layers:  # what is merged is to stay, also while adapters are disabled
+                    layer.enable_adapters(True)
+                self.merge_adapter(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All adapters are already merged")
+                return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    @staticmethod
+    def _check_target_module_exists(config: S2FTConfig, key: str) -> Any:  # bool, or PEFT's mark of an excluded one
+        if key in (config.slices or {}):
+            return True
+        found = check_target_module_exists(config, key)
+        return found if isinstance(found, _ExcludedModule) else False
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: S2FTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        chosen = Slice.parse((config.slices or {})[current_key])
+        options = {"init_weights": config.init_weights, "inference_mode": config.inference_mode}
+        if isinstance(target, S2FTLinear):
+            target.update_layer(adapter_name, chosen, **options)
+            return
+        layer = S2FTLinear(target, adapter_name, chosen, self.shared, **options)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained by itself
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Deltas are fp32; `autocast_adapter_dtype=False` asks for the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, S2FTLinear) and not autocast_adapter_dtype:
+                layer.take_base_dtype(adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Puts a layer in, or the base layer back, as it is: its tensors stay where they are."""
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names` (one per row of the batch) to every adapted layer for the time of one call."""
+        names = kwargs.pop("adapter_names", None)
+        with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                stack.enter_context(self.shared.turns.together() if names is None else self.shared.turns.alone())
+            if names is not None:
+                self._check_adapter_names(names)
+                beams = kwargs.get("num_beams") or 1
+                encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
+                once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
+                if self.pool is not None:
+                    for layer in switchable_layers(self.model):
+                        layer.require_own("`adapter_names`", merged=False)
+                    self.pool.bring(names)
+                alone, beamed = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))
+                for module in self.modules():
+                    if isinstance(module, S2FTLinear | AuxiliaryTrainingWrapper):
+                        rows = alone if module in once else beamed
+                        if isinstance(module, AuxiliaryTrainingWrapper):  # a pool's adapters have nothing of it
+                            rows = MixedBatch(BASE if self.pool and name in self.pool else name for name in rows)
+                        stack.callback(module.register_forward_pre_hook(_give(rows), with_kwargs=True).remove)
+            yield
+
+    def _check_adapter_names(self, names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(names, list | tuple):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        unknown = sorted(set(names) - {BASE} - set(self.peft_config) - set(self.pool or ()))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+
+def _give(names: list[str]) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
+    return hook
+
+
+def _wrapped_already(model: nn.Module) -> str | None:
+    if not isinstance(model, PeftModel | PeftMixedModel):
+        return None
+    held = ", ".join(f"{name} ({PeftType(config.peft_type).value})" for name, config in model.peft_config.items())
+    return (
+        f"the model is a {type(model).__name__} with adapters already: {held}. S²FT goes onto the model inside: give it after "
+        "`model = model.merge_and_unload()` or `model.unload()`; a further S²FT adapter is added by `model.add_adapter`"
+    )
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+register_tuner(S2FTModel)
+guard()

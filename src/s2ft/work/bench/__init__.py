@@ -1,1 +1,0 @@
-"""Benchmarks: one module per question, each with its floor, its settings and the machine it ran on."""

@@ -1,1 +1,0 @@
-"""Evaluation: tasks, answers, scores (docs/evaluation.md)."""

@@ -1,0 +1,254 @@
+"""A merged checkpoint is the loaded model's merge, bit for bit; a patch leads to the same values."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import s2ft
+from commands import contents
+from exported import SIDES, load, load_base, save_adapter, save_base
+from families import FAMILIES
+from live import same
+from s2ft import S2FTError
+from s2ft.adapters.checkpoint import Checkpoint
+from s2ft.adapters.file import read_adapter
+from s2ft.adapters.merge import merge
+from s2ft.cli.app import app
+from tiny_base import CHAT_TEMPLATE, byte_tokenizer
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's files."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_and_patched_files_are_the_merged_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", family, dtype)
+    adapter = save_adapter(tmp_path / "adapter", base, SIDES["both"])
+    load(base, adapter).merge_and_unload().save_pretrained(tmp_path / "loaded")
+    wanted = stored(tmp_path / "loaded")
+    assert not same(wanted, stored(base))
+
+    merge(adapter, tmp_path / "merged")
+    assert same(stored(tmp_path / "merged"), wanted)
+    reloaded = load_base(tmp_path / "merged")
+    assert same(dict(reloaded.state_dict()), dict(load_base(tmp_path / "loaded").state_dict()))
+
+    s2ft.export(adapter, "patch", tmp_path / "patch.safetensors")
+    state, patch = stored(base), load_file(tmp_path / "patch.safetensors")
+    names = sorted({name.rpartition(".")[0] for name in patch})
+    for _ in range(2):  # values are absolute: twice is once
+        for name in names:
+            state[name].view(-1)[patch[f"{name}.indices"].long()] = patch[f"{name}.values"]
+    assert same(state, wanted)
+    assert sum(patch[f"{name}.values"].numel() for name in names) == read_adapter(adapter).parameters
+    assert all(patch[f"{name}.indices"].dtype == torch.int32 for name in names)
+    assert all((patch[f"{name}.indices"].diff() > 0).all() for name in names)
+
+
+def test_fused_adapters_are_checked_part_by_part_and_merged(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.bfloat16)
+    a = save_adapter(tmp_path / "a", base, 0.3)
+    b = save_adapter(tmp_path / "b", base, 0.3)
+    s2ft.fuse([a, b], output=tmp_path / "both")
+    load(base, tmp_path / "both").merge_and_unload().save_pretrained(tmp_path / "loaded")
+    merge(tmp_path / "both", tmp_path / "merged")
+    assert same(stored(tmp_path / "merged"), stored(tmp_path / "loaded"))
+    other = save_base(tmp_path / "other", "llama", torch.bfloat16)
+    with pytest.raises(S2FTError, match="made for another base"):
+        merge(tmp_path / "both", tmp_path / "no", str(other))
+
+
+def test_shards_tokenizer_and_templates_come_along(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.bfloat16, max_shard_size="8KB")
+    byte_tokenizer(CHAT_TEMPLATE).save_pretrained(base)
+    (base / "README.md").write_text("the base's own card")
+    (base / "pytorch_model.bin").write_bytes(b"a pickle")
+    (base / "pytorch_model.bin.index.json").write_text("{}")
+    adapter = save_adapter(tmp_path / "adapter", base, SIDES["both"])
+    (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    merge(adapter, tmp_path / "merged")
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == shards
+    changed = {module + ".weight" for module in read_adapter(adapter).slices}
+    for shard in shards:
+        before, after = load_file(base / shard), load_file(tmp_path / "merged" / shard)
+        differing = {name for name in before if not torch.equal(before[name], after[name])}
+        assert differing == changed & before.keys()
+        assert list(before) == list(after)
+    left_out = {"README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json"}
+    assert {p.name for p in base.iterdir()} - left_out == {p.name for p in (tmp_path / "merged").iterdir()}
+    (base / "adapter_config.json").unlink()  # else transformers would take the base for an adapter
+    assert same(
+        dict(load(base, adapter).merge_and_unload().state_dict()), dict(load_base(tmp_path / "merged").state_dict())
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    chat = [{"role": "user", "content": "x"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<user>x"
+
+
+def test_whole_modules_are_merged(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base, 0.3, modules_to_save=["lm_head"])
+    model = load(base, adapter).merge_and_unload()
+    model.save_pretrained(tmp_path / "loaded")
+    merge(adapter, tmp_path / "merged")
+    assert same(stored(tmp_path / "merged"), stored(tmp_path / "loaded"))
+    assert not torch.equal(stored(tmp_path / "merged")["lm_head.weight"], stored(base)["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("llama-mqa", {"modules_to_save": ["embed_tokens"]}, "ties its embedding to its output layer"),
+        ("llama", {"trainable_token_indices": [3]}, "token_adapter.* cannot be merged on files"),
+    ],
+)
+def test_what_files_cannot_hold_is_refused(family: str, config: dict, message: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", family)
+    adapter = save_adapter(tmp_path / "adapter", base, 0.3, **config)
+    with pytest.raises(S2FTError, match=message):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_on_a_tied_output_layer_is_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama-mqa")
+    adapter = save_adapter(tmp_path / "adapter", base, 0.3, target_modules=["lm_head"])
+    with pytest.raises(S2FTError, match=r"no tensor lm_head\.weight: it is tied"):
+        merge(adapter, tmp_path / "merged")
+
+
+def truncated(base: Path) -> None:
+    file = next(iter(sorted(base.glob("*.safetensors"))))
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def pickled(base: Path) -> None:
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    (base / "pytorch_model.bin").write_bytes(b"")
+
+
+def outside(base: Path) -> None:
+    index = base / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    for file in base.glob("*.safetensors"):
+        shutil.copy(file, base.parent)
+    fields["weight_map"] = {name: f"../{file}" for name, file in fields["weight_map"].items()}
+    index.write_text(json.dumps(fields))
+
+
+def lost(base: Path) -> None:
+    next(iter(sorted(base.glob("*.safetensors")))).unlink()
+
+
+def configured(**fields: object) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return change
+
+
+def overflowing(base: Path) -> None:
+    for file in base.glob("*.safetensors"):
+        save_file({name: torch.full_like(t, 65504) for name, t in load_file(file).items()}, file, {"format": "pt"})
+    config = base.parent / "adapter" / "adapter_config.json"  # without its digest: this is not the base it was made for
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_digest": None}))
+
+
+DAMAGE = {
+    "truncated or no safetensors": truncated,
+    "never unpickles": pickled,
+    r"names the file '\.\./model": outside,
+    "has no model-00001": lost,
+    "quantised": configured(quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]}),
+    "expected plain values of shape": configured(intermediate_size=60),
+    "configuration cannot be loaded": configured(model_type="unheard-of"),
+    "without config.json": lambda base: (base / "config.json").unlink(),
+    "do not fit torch.float16": overflowing,
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_bad_bases_are_refused_and_nothing_is_written(message: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.float16, max_shard_size="8KB")
+    adapter = save_adapter(tmp_path / "adapter", base, {"down_proj": 0.5}, size=300)
+    DAMAGE[message](base)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(S2FTError, match=message):
+        merge(adapter, tmp_path / "merged")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "merged").exists()
+
+
+def test_memory_is_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})
+    read = []
+    real = Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name) or real(self, name))
+    merge(adapter, tmp_path / "merged")
+    assert set(read) == {f"{module}.weight" for module in read_adapter(adapter).slices}
+
+
+def test_the_command_line_merges_with_a_base_of_its_own(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen3", torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base, 0.5)
+    moved = base.rename(tmp_path / "moved")
+    merged, facts = tmp_path / "merged", tmp_path / "facts.json"
+    arguments = ["merge", str(adapter), "--base", str(moved), "--output", str(merged), "--json", str(facts)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.exception
+    assert json.loads(facts.read_text())["bytes"] == sum(path.stat().st_size for path in merged.iterdir())
+    model = PeftModel.from_pretrained(load_base(moved), adapter).merge_and_unload()
+    assert same(dict(load_base(merged).state_dict()), dict(model.state_dict()))
+
+
+def test_links_out_of_the_base_are_not_followed(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", max_shard_size="8KB")
+    adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not for others")
+    (base / "notes.txt").symlink_to(secret)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").symlink_to(secret)
+    with pytest.raises(
+        S2FTError, match=r"2 problems[^$]*notes.txt is a link out of its folder[^$]*tool.jinja is a link"
+    ):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_links_of_the_hubs_cache_and_within_the_base_are(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", max_shard_size="8KB")
+    adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})
+    merge(adapter, tmp_path / "expected")
+    snapshot, blobs = (
+        tmp_path / "hub" / "models--o--m" / "snapshots" / "0a1b",
+        tmp_path / "hub" / "models--o--m" / "blobs",
+    )
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(base.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    (tmp_path / "link").symlink_to(snapshot)
+    for name in (snapshot, tmp_path / "link"):
+        merged = merge(adapter, tmp_path / f"merged-{name.name}", str(name))
+        assert contents(merged) == contents(tmp_path / "expected")
+        assert not any(path.is_symlink() for path in merged.iterdir())

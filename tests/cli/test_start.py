@@ -1,0 +1,82 @@
+"""How `s2ft` starts: the command line answers before torch and PEFT are there, and nobody meets PEFT without the method."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s2ft
+from source import MODULES, SOURCE, imported
+
+HEAVY = {"torch", "peft", "transformers", "trl", "datasets", "matplotlib", "accelerate"}
+HANDS_OVER = {"PeftModel.from_pretrained", "get_peft_model", "HFLM", "SFTTrainer"}
+
+
+def called(path: Path) -> set[str]:
+    """What a module calls, as it is written there."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["eval", "--help"], ["train", "--lerning-rate", "1"]]
+)
+def test_help_and_a_misspelt_option_need_no_heavy_library(words: list[str]) -> None:
+    program = (
+        f"import sys; sys.argv = ['s2ft', *{words}]\n"
+        "import s2ft_command\n"
+        "try: s2ft_command.main()\n"
+        "except SystemExit: print('loaded:', *sys.modules)"
+    )
+    loaded = set(run(program).rpartition("loaded:")[2].split())
+    assert "s2ft.finetune.options" in loaded
+    assert loaded & HEAVY == set()
+
+
+def test_the_package_by_itself_makes_peft_know_the_method() -> None:
+    program = "import s2ft\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known\nprint(sorted(known)[-20:])"
+    assert "S2FT" in run(program)
+
+
+def test_every_public_name_is_where_the_package_says() -> None:
+    for name in s2ft.__all__:
+        assert getattr(s2ft, name).__name__ == name
+    assert set(s2ft.__all__) < set(dir(s2ft))
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", s2ft.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'fusion_reactor'"):
+        _ = s2ft.fusion_reactor
+
+
+def relies_on_registration(path: Path) -> bool:
+    return bool(called(path) & HANDS_OVER)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if relies_on_registration(path)], ids=lambda path: path.stem)
+def test_who_hands_models_to_peft_has_registered_the_method(path: Path) -> None:
+    """On the command line `import s2ft` does not: a module that relies on it says so by an import."""
+    assert SOURCE / "tuner" / "model.py" in closure(path, {path})
+
+
+def closure(path: Path, seen: set[Path]) -> set[Path]:
+    """Every module of ours that a module's imports lead to."""
+    for name in imported(path):
+        found = file_of(name)
+        if found is not None and found not in seen:
+            seen.add(found)
+            closure(found, seen)
+    return seen
+
+
+def file_of(name: str) -> Path | None:
+    """Of `s2ft.tuner.model`, or of something in it."""
+    parts = name.split(".")[1:]
+    files = (SOURCE.joinpath(*parts[:count]).with_suffix(".py") for count in range(len(parts), 0, -1))
+    return next((file for file in files if file.is_file()), None)

@@ -1,0 +1,39 @@
+"""The quickstart: a short one in the suite, the whole of it among the slow tests."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from s2ft.adapters.file import read_adapter
+from s2ft.cli.app import app
+from s2ft.demo.quickstart import NEW_SKILL, OLD_SKILLS, fresh_folder, quickstart
+from s2ft.finetune.card import read_card
+
+
+def test_a_short_quickstart_leaves_adapter_card_and_scores(tmp_path: Path) -> None:
+    result = quickstart(tmp_path / "run", train_examples=64, test_examples=8)
+    assert read_adapter(result.folder).parameters == result.card["adapter"]["trainable_parameters"]
+    assert read_card(result.folder)["scores"] == result.accuracies
+    assert list(result.accuracies) == [NEW_SKILL, *OLD_SKILLS]
+    assert result.accuracies[NEW_SKILL]["base"] == 0
+    curve = result.card["loss_curve"]
+    assert curve[-1][1] < curve[0][1]
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    assert fresh_folder(tmp_path) == tmp_path / "quickstart"
+    (tmp_path / "quickstart").mkdir()
+    assert fresh_folder(tmp_path) == tmp_path / "quickstart-2"
+
+
+@pytest.mark.slow
+def test_the_quickstart_teaches_the_new_skill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["quickstart", "--json", "scores.json"])
+    assert result.exit_code == 0, result.output
+    scores = read_card("runs/quickstart/adapter")["scores"]
+    assert scores[NEW_SKILL]["base"] <= 0.05
+    assert scores[NEW_SKILL]["tuned"] >= 0.9
+    for text in (NEW_SKILL, " inspect runs", " train --model", "kB"):
+        assert text in result.output

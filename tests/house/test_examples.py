@@ -1,0 +1,52 @@
+"""The programs in examples/ run as they stand, on less data."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from s2ft.adapters.file import read_adapter
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("one_thread")
+class TestExamples:
+    @pytest.mark.parametrize("name", ["sft", "dpo"])
+    def test_training_moves_and_leaves_an_adapter(
+        self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        example = load(name)
+        example.DATA = example.DATA[:40]
+        example.main(str(tmp_path / name))
+        first, last = map(float, re.findall(r"[+-]?\d+\.\d+", capsys.readouterr().out.splitlines()[-1])[:2])
+        assert last < first if name == "sft" else last > first
+        assert any(bool(delta.any()) for delta in read_adapter(tmp_path / name).deltas.values())
+
+    def test_rows_of_a_batch_differ_by_their_adapter(self, capsys: pytest.CaptureFixture[str]) -> None:
+        load("several_adapters").main()
+        away = [float(number) for number in re.findall(r"is (\d+\.\d+) away", capsys.readouterr().out)]
+        assert away[-1] == 0
+        assert min(away[:-1]) > 0
+
+    def test_the_base_comes_back_after_a_switch(self, capsys: pytest.CaptureFixture[str]) -> None:
+        load("switch").main()
+        moved, restored = capsys.readouterr().out.splitlines()[-2:]
+        assert float(moved.rpartition(" ")[2]) > 0
+        assert restored == "base weights as before: True"
+
+
+def test_every_example_is_listed() -> None:
+    listed = re.findall(r"\]\((\w+\.py)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))

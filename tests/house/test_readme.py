@@ -1,0 +1,67 @@
+"""The README's commands run as they stand, on the embedded model in the place of the one from the Hub."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s2ft.demo import base_path
+from s2ft.demo.skills import SKILLS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_MODEL = "Qwen/Qwen3-0.6B"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the user's data, and the embedded model under the Hub model's name."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    shutil.copytree(base_path(), folder / HUB_MODEL)
+    examples = SKILLS["reverse"].examples(24, seed=0)
+    (folder / "your-data.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return folder
+
+
+def run(command: list[str], desk: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_run(desk: Path) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert [line for line in lines if line.startswith("make")] == ["make quickstart"]
+    for line in lines:
+        if line.startswith("s2ft"):
+            run(["bash", "-c", line], desk)
+    assert (desk / "your-adapter" / "adapter_model.safetensors").is_file()
+    assert (desk / "channels.png").read_bytes().startswith(b"\x89PNG")
+    for program in blocks("python"):
+        run([sys.executable, "-W", "ignore", "-c", program], desk)
+
+
+def test_the_map_names_every_folder_and_no_other() -> None:
+    folders = {path.parent.name for path in (ROOT / "src" / "s2ft").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| \[`(\w+)`\]", README, flags=re.MULTILINE)) == folders
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

@@ -1,0 +1,291 @@
+"""Scores against plain loops over heads and channels, in float64."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from families import FAMILIES, build, tokens
+from s2ft import S2FTConfig, S2FTError, select
+from s2ft.layer.linears import linear_layer, weight_matrix
+from s2ft.selection import scores as scores_module
+from s2ft.selection.scores import key, random_scores, score_units
+from s2ft.selection.structure import Projection, Structure, find_structures
+
+
+def unit_of(structure: Structure, projection: Projection, unit: int) -> slice:
+    """The channels in `projection` of the structure's unit: a query head's are those of its group on k and v."""
+    own = unit * projection.units // structure.units
+    start = projection.offset + own * projection.width
+    return slice(start, start + projection.width)
+
+
+def squares_by_loop(structure: Structure, matrices: dict[str, Tensor]) -> np.ndarray:
+    """Module → a matrix [out, in] shaped like its weight; the squared norm of each unit's part of all of them."""
+    total = np.zeros(structure.units)
+    for projection in structure.projections:
+        matrix = matrices[projection.module].double()
+        for unit in range(structure.units):
+            part = unit_of(structure, projection, unit)
+            total[unit] += float((matrix[part] if projection.side == "out" else matrix[:, part]).square().sum())
+    return total
+
+
+def base(model: nn.Module, path: str) -> nn.Module:
+    return linear_layer(model.get_submodule(path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_is_the_norm_of_everything_that_belongs_to_the_unit(family: str) -> None:
+    model = build(family)
+    structures = find_structures(model)
+    scores = score_units("weight", structures, model)
+    for structure in structures:
+        weights = {p.module: weight_matrix(base(model, p.module)).detach() for p in structure.projections}
+        np.testing.assert_allclose(scores[key(structure)], np.sqrt(squares_by_loop(structure, weights)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_is_the_root_mean_square_over_tokens_that_are_no_padding(family: str) -> None:
+    model = build(family)
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(3, 7), "attention_mask": torch.ones(3, 7)} for _ in range(2)]
+    batches[1]["attention_mask"][:, 5:] = 0
+    seen: dict[str, list[Tensor]] = {
+        s["o_proj" if s.kind == "attention" else "down_proj"].module: [] for s in structures
+    }
+    hooks = [base(model, path).register_forward_pre_hook(lambda _, x, p=path: seen[p].append(x[0])) for path in seen]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    scores = score_units("activation", structures, model, batches)
+    for structure in structures:
+        projection = structure.projections[-1]
+        kept = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(seen[projection.module], batches, strict=True)])
+        mean = kept.double().square().mean(0).view(structure.units, -1).sum(1)
+        np.testing.assert_allclose(scores[key(structure)], mean.sqrt().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_is_the_norm_over_batches_and_touches_nothing(family: str) -> None:
+    model = build(family).train()
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(2, 6)} for _ in range(3)]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    flags = [p.requires_grad for p in model.parameters()]
+    scores = score_units("gradient", structures, model, batches)
+    assert model.training
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters()
+    )
+    expected = {key(s): np.zeros(s.units) for s in structures}
+    for batch in batches:
+        model.zero_grad()
+        model.eval()(**batch, labels=batch["input_ids"]).loss.backward()
+        for s in structures:
+            gradients = {}
+            for p in s.projections:
+                layer = base(model, p.module)
+                gradients[p.module] = (
+                    layer.weight.grad
+                    if weight_matrix(layer).shape == layer.weight.shape and not _conv(layer)
+                    else layer.weight.grad.T
+                )
+            expected[key(s)] += squares_by_loop(s, gradients)
+    for name, squares in expected.items():
+        np.testing.assert_allclose(scores[name], np.sqrt(squares), rtol=1e-4)
+
+
+def _conv(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Linear)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lift_is_the_norm_of_the_units_part_of_the_low_rank_weights(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores_module, "LIFT_RANK", 1 / 5)  # of these small weights, more than rank 1
+    model = build(family)
+    structures = find_structures(model)
+    scores = score_units("lift", structures, model)
+    for structure in structures:
+        total = np.zeros(structure.units)
+        for p in structure.projections:
+            weight = weight_matrix(base(model, p.module)).detach()
+            part = slice(p.offset, p.offset + p.units * p.width)  # of a fused layer, this projection's part alone
+            weight = weight[part] if p.side == "out" else weight[:, part]
+            low = low_rank(weight, round(min(weight.shape) / 5))
+            for unit in range(structure.units):
+                channels = unit_of(structure, p, unit)
+                own = slice(channels.start - p.offset, channels.stop - p.offset)
+                total[unit] += float((low[own] if p.side == "out" else low[:, own]).square().sum())
+        np.testing.assert_allclose(scores[key(structure)], np.sqrt(total), rtol=1e-6)
+
+
+def low_rank(weight: Tensor, rank: int) -> Tensor:
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+def test_lift_has_rank_1_at_least_and_128_at_a_width_of_4096() -> None:
+    weight = torch.randn(9, 14, dtype=torch.float64)
+    got = scores_module._low_rank_squares(weight, over="out")
+    torch.testing.assert_close(got, low_rank(weight, 1).square().sum(0))
+    assert round(scores_module.LIFT_RANK * 4096) == 128
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saliency_is_the_first_order_effect_of_the_unit_on_the_loss(family: str) -> None:
+    model = build(family)
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(2, 6)} for _ in range(3)]
+    flags = [p.requires_grad for p in model.parameters()]
+    scores = score_units("saliency", structures, model, batches)
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for structure in structures:
+        squares = np.zeros(structure.units)
+        for unit in range(structure.units):
+            squares[unit] = sum(slope(model, structure, unit, batch) ** 2 for batch in batches)
+        np.testing.assert_allclose(scores[key(structure)], np.sqrt(squares), rtol=1e-4, atol=1e-9)
+
+
+def slope(model: nn.Module, structure: Structure, unit: int, batch: dict[str, Tensor]) -> float:
+    """d loss / d s where the unit's activations are scaled by s, at s = 1."""
+    projection = structure.projections[-1]
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def scaled(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        factors = torch.ones(args[0].shape[-1], dtype=torch.float64)
+        factors[unit_of(structure, projection, unit)] = 0
+        return (args[0] * (factors + (1 - factors) * scale),)
+
+    hook = base(model, projection.module).register_forward_pre_hook(scaled)
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    hook.remove()
+    return float(torch.autograd.grad(loss, scale)[0])
+
+
+def test_saliency_does_not_depend_on_padding() -> None:
+    model = build("llama")
+    structures, x = find_structures(model), tokens(1, 6)
+    padded = {"input_ids": torch.nn.functional.pad(x, (0, 9)), "attention_mask": torch.arange(15)[None] < 6}
+    plain = score_units("saliency", structures, model, [{"input_ids": x}])
+    for name, scores in score_units("saliency", structures, model, [padded]).items():
+        np.testing.assert_allclose(scores, plain[name], rtol=1e-4)
+
+
+def test_gradients_are_never_held_together() -> None:
+    model = build("llama")
+    structures = find_structures(model)
+    weights = [base(model, p.module).weight for s in structures for p in s.projections]
+    held: list[int] = []
+    hooks = [w.register_hook(lambda _: held.append(sum(w.grad is not None for w in weights))) for w in weights]
+    score_units("gradient", structures, model, [{"input_ids": tokens(2, 6)}])
+    for hook in hooks:
+        hook.remove()
+    assert len(held) == len(weights)
+    assert max(held) == 0  # each is gone before the next one comes
+
+
+def test_product_is_weight_times_activation() -> None:
+    model = build("qwen2")
+    structures = find_structures(model)
+    batches = [{"input_ids": tokens(2, 6)}]
+    weight, activation, product = (
+        score_units(s, structures, model, batches) for s in ("weight", "activation", "product")
+    )
+    for name, scores in product.items():
+        np.testing.assert_allclose(scores, weight[name] * activation[name], rtol=1e-6)
+
+
+def test_activation_sums_do_not_depend_on_how_the_data_is_batched() -> None:
+    model = build("mistral")
+    structures, x = find_structures(model), tokens(6, 8)
+    whole = score_units("activation", structures, model, [{"input_ids": x}])
+    parts = score_units("activation", structures, model, ({"input_ids": part} for part in x.split(2)))
+    for name in whole:
+        np.testing.assert_allclose(whole[name], parts[name], rtol=1e-5)
+
+
+def test_padding_does_not_count_where_a_model_flattens_its_tokens() -> None:
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=61, hidden_size=24, ffn_dim=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    structures, x = find_structures(model.eval()), tokens(1, 6)
+    padded = {"input_ids": torch.nn.functional.pad(x, (0, 20), value=1), "attention_mask": torch.arange(26)[None] < 6}
+    plain = score_units("activation", structures, model, [{"input_ids": x, "attention_mask": torch.ones(1, 6)}])
+    for name, scores in score_units("activation", structures, model, [padded]).items():
+        np.testing.assert_allclose(scores, plain[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["weight", "activation", "product", "gradient", "lift", "saliency"])
+def test_scoring_leaves_the_weights_alone(strategy: str, dtype: torch.dtype) -> None:
+    model = build("gpt2", dtype)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    score_units(strategy, find_structures(model), model, [{"input_ids": tokens(1, 5)}])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_batch_that_is_no_mapping_is_refused() -> None:
+    model = build("gpt2")
+    with pytest.raises(S2FTError, match="a batch is a str"):
+        score_units("gradient", find_structures(model), model, {"input_ids": tokens(1, 5)})
+
+
+def test_random_scores_are_the_same_on_every_machine() -> None:
+    assert random_scores(0, "model.layers.0.mlp:mlp", 4).tolist() == pytest.approx(RANDOM_AT_SEED_0, abs=0)
+    assert not np.array_equal(random_scores(0, "a", 9), random_scores(1, "a", 9))
+    assert not np.array_equal(random_scores(0, "a", 9), random_scores(0, "b", 9))
+
+
+RANDOM_AT_SEED_0 = [0.6667022705078125, 0.4143293499946594, 0.02960294485092163, 0.6239460706710815]
+
+
+def test_random_scores_are_uniform() -> None:
+    scores = random_scores(3, "mlp", 20_000)
+    assert 0 <= scores.min() < 0.001
+    assert 0.999 < scores.max() < 1
+    assert abs(scores.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(scores[1:], scores[:-1])[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("strategy", ["activation", "product", "gradient", "saliency"])
+def test_without_data_the_error_says_what_to_call(strategy: str) -> None:
+    model = build("gpt2")
+    with pytest.raises(S2FTError, match=rf"strategy='{strategy}' needs data: call s2ft.select"):
+        score_units(strategy, find_structures(model), model)
+    with pytest.raises(S2FTError, match="holds no batch"):
+        score_units(strategy, find_structures(model), model, [])
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = build("gpt2")
+    model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(S2FTError, match="not finite"):
+        score_units("weight", find_structures(model), model)
+
+
+def test_weights_on_meta_are_refused() -> None:
+    model = build("gpt2").to("meta")
+    with pytest.raises(S2FTError, match=r"has no values \(device meta\)"):
+        score_units("weight", find_structures(model), model)
+
+
+@pytest.mark.parametrize("strategy", ["activation", "product", "gradient", "saliency"])
+def test_what_the_data_never_reaches_is_named_and_not_scored_alike(strategy: str) -> None:
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 61}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, add_cross_attention=True)).eval()
+    batches = [{"input_ids": tokens(2, 6)}]
+    config = S2FTConfig(ratios=0.5, strategy=strategy)
+    with pytest.raises(S2FTError, match=r"2 problems:\n.*h\.0\.crossattention never runs on the calibration data"):
+        select(model, config, batches)
+    without = replace(config, target_modules=r".*\.(attn|mlp)\.c_proj")
+    assert len(select(model, without, batches).slices) == 4
