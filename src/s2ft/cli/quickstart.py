@@ -24,8 +24,9 @@ def quickstart(
     from rich.console import Console
 
     from s2ft.cli.quiet import quiet
-    from s2ft.demo.quickstart import NEW_SKILL, SKILLS, fresh_folder
+    from s2ft.demo.quickstart import NEW_SKILL, fresh_folder
     from s2ft.demo.quickstart import quickstart as run
+    from s2ft.demo.skills import SKILLS
 
     console = Console(highlight=False)
     sample = SKILLS[NEW_SKILL].examples(1, seed=2)[0]
