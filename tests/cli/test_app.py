@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from families import build
 from s2ft import S2FTConfig, S2FTError
 from s2ft.cli.app import app, main
-from s2ft.cli.outputs import check_writable
+from s2ft.common.outputs import check_writable
 
 COMMANDS = (
     "quickstart",

@@ -329,7 +329,7 @@ def test_an_output_folder_in_use_is_left_alone(run, tmp_path):
 
 def test_an_output_folder_that_cannot_be_made_is_named(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(S2FTError, match="is not a folder that you may write to"):
+    with pytest.raises(S2FTError, match="is a file, not a folder"):
         run("file/out")
     with pytest.raises(S2FTError, match="is a file"):
         run("file")

@@ -18,7 +18,8 @@ from families import VOCABULARY, build, tokens
 from live import layers, logits
 from quantised import QUANTISED, stand_in
 from s2ft import S2FTConfig, S2FTError
-from s2ft.common.files import check_free, new_file, staged
+from s2ft.common.files import new_file, staged
+from s2ft.common.outputs import check_free
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import why_not_plain

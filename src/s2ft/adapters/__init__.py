@@ -7,7 +7,6 @@ overlap      where adapters meet, and the interference to expect
 inspection   what an adapter changes: rows and picture
 checkpoint   a base model on disk, one tensor at a time
 merge        a merged checkpoint, shard by shard
-output       the progress and the size of an export
 fitting      does an adapter fit a model, and its base?
 loading      what is loaded into a live model is the adapter, and nothing else
 """

@@ -22,7 +22,8 @@ from s2ft.adapters.combination import DENSITY, Combination, combine
 from s2ft.adapters.file import delta_name, indices_name, open_adapter
 from s2ft.adapters.overlap import Overlap, overlaps
 from s2ft.common.errors import S2FTError
-from s2ft.common.files import check_free, new_folder
+from s2ft.common.files import new_folder
+from s2ft.common.outputs import check_free
 from s2ft.format.checksum import note
 
 

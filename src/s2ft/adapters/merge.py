@@ -20,9 +20,9 @@ from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint, open_base, settings_files
 from s2ft.adapters.file import AdapterFile, open_adapter
-from s2ft.adapters.output import Progress
 from s2ft.common.errors import S2FTError, raise_together
-from s2ft.common.files import check_free, new_folder
+from s2ft.common.files import new_folder
+from s2ft.common.outputs import Progress, check_free
 from s2ft.format.checksum import bare
 from s2ft.format.slices import Slice, all_finite
 from s2ft.layer.base_weight import add_delta

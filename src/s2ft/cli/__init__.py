@@ -12,7 +12,6 @@ merge       `s2ft merge`
 export      `s2ft export`
 bench       `s2ft bench`
 study       `s2ft study`
-outputs     can the result be written? asked before the work
 tables      tables that are shown whole
 quiet       less noise from the libraries
 """

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
 from s2ft.common.files import replaced_file, write_json
+from s2ft.common.outputs import check_writable
 
 app = typer.Typer(help="Measure, beside the floor of what is measured.", no_args_is_help=True)
 

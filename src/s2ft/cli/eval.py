@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.codes import INTERRUPTED
-from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
 from s2ft.common.errors import S2FTError
 from s2ft.common.files import write_json
+from s2ft.common.outputs import check_writable
 
 HARNESS = "lm-eval"
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from s2ft.cli.outputs import check_writable
 from s2ft.common.files import write_json
+from s2ft.common.outputs import check_writable
 
 
 def export(

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from s2ft.cli.outputs import check_writable
 from s2ft.cli.tables import print_table
 from s2ft.common.files import replaced_file, write_json
+from s2ft.common.outputs import check_writable
 
 
 def inspect(

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from s2ft.cli.outputs import check_writable
 from s2ft.common.files import write_json
+from s2ft.common.outputs import check_writable
 
 
 def merge(
@@ -27,7 +27,7 @@ def merge(
     from rich.progress import track
 
     from s2ft.adapters.merge import merge as write
-    from s2ft.adapters.output import bytes_of
+    from s2ft.common.outputs import bytes_of
 
     console = Console()
     merged = write(adapter, output, base, lambda steps: track(steps, "merging", transient=True, console=console))

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from s2ft.cli.outputs import check_writable
 from s2ft.common.files import write_json
+from s2ft.common.outputs import check_writable
 
 SHOWN = 2  # generations of each skill, side by side
 

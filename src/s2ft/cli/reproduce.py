@@ -10,9 +10,9 @@ import typer
 from s2ft.cli.bench import show
 from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.eval import progress
-from s2ft.cli.outputs import check_writable
 from s2ft.common.errors import raise_together
 from s2ft.common.files import write_json
+from s2ft.common.outputs import check_writable
 
 WANTED = {
     "RECIPE": "`s2ft reproduce --list` shows them all",

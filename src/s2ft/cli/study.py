@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.bench import show
-from s2ft.cli.outputs import check_writable
-from s2ft.common.errors import S2FTError
 from s2ft.common.files import replaced_file, sole_writer, write_json
+from s2ft.common.outputs import check_place, check_writable
 
 app = typer.Typer(help="Ask the paper's claims of the embedded model, with several seeds.", no_args_is_help=True)
 
@@ -91,8 +90,7 @@ def _run(name: str, study: Callable[..., Any], folder: Path | None, json_file: P
     folder = folder or Path("runs", f"study-{name}")
     check_writable(json_file)
     check_writable(png, "png", ".png")
-    if folder.exists() and not folder.is_dir():
-        raise S2FTError(f"runs={str(folder)!r} is a file; name a folder")
+    check_place(folder, "runs")
     import transformers
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -14,8 +14,8 @@ import typer
 from pydantic.fields import FieldInfo
 
 from s2ft.cli.codes import INTERRUPTED
-from s2ft.cli.outputs import check_writable
 from s2ft.common.files import write_json
+from s2ft.common.outputs import check_writable
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
 
 HELP = """Fine-tune a model and write a small adapter, with a run card beside it; or compare, by --method, with other methods.

@@ -2,6 +2,7 @@
 
 errors   clear errors
 reading  files that others wrote, read within bounds
+outputs  can a result be written where it is wanted?
 files    files that are whole or not there
 locks    one writer at a time
 """

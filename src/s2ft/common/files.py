@@ -24,9 +24,9 @@ from uuid import uuid4
 from safetensors import SafetensorError, safe_open
 
 from s2ft.common.errors import S2FTError, no_space
-from s2ft.common.locks import is_lock, locked, no_empty_folders
+from s2ft.common.locks import locked, no_empty_folders
+from s2ft.common.outputs import FINISHED, UNFINISHED, check_free
 
-_UNFINISHED, _FINISHED = ".unfinished", ".finished"
 _CONFIGS = "config.json"  # what makes a folder an adapter or a model comes after the weights
 _DEVICES = ("/dev", "/proc")
 
@@ -56,7 +56,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             with staged(target) as aside:
                 yield aside
             return
-        with _aside(target.parent / f".{target.name}{_UNFINISHED}") as aside:
+        with _aside(target.parent / f".{target.name}{UNFINISHED}") as aside:
             yield aside
             _flush(aside)
             aside.rename(target)
@@ -121,10 +121,10 @@ def staged(folder: Path) -> Iterator[Path]:
     target = folder.resolve()
     with _writing(folder), locked(folder), no_empty_folders(target):
         _settle(target)
-        with _aside(target / _UNFINISHED) as aside:
+        with _aside(target / UNFINISHED) as aside:
             yield aside
             _flush(aside)
-            _move_up(aside.rename(target / aside.name.replace(_UNFINISHED, _FINISHED)))
+            _move_up(aside.rename(target / aside.name.replace(UNFINISHED, FINISHED)))
 
 
 @contextmanager
@@ -137,40 +137,6 @@ def sole_writer(folder: Path) -> Iterator[None]:
     with locked(folder):
         _settle(folder.resolve())
         yield
-
-
-def check_free(output: Path, suffix: str | None = None) -> None:
-    """Raises `S2FTError` if something lies at `output` already (an empty folder aside), or it cannot be made.
-
-    Args:
-        output: What is to be written.
-        suffix: Of a file; None for a folder.
-    """
-    given = f"output={str(output)!r}"
-    if suffix is not None and output.suffix != suffix:
-        raise S2FTError(f"{given} must be a file that ends in {suffix}")
-    if suffix is not None and (output.exists() or output.is_symlink()):
-        raise S2FTError(f"{given} exists already; name another file")
-    if suffix is None and (output.is_file() or (output.is_symlink() and not output.exists())):
-        raise S2FTError(f"{given} is a file; name a folder")
-    if suffix is None and output.is_dir() and _holds_files(output):
-        raise S2FTError(f"{given} is a folder that holds files already; name another")
-    above = next(parent for parent in output.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise S2FTError(f"{given}: {str(above)!r} is a file, not a folder")
-    if not os.access(output if output.is_dir() else above, os.W_OK | os.X_OK):
-        raise S2FTError(f"{given}: {str(above)!r} is not a folder that you may write to")
-
-
-def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, but for what writers leave there while they write, or when they are killed."""
-    ours = (_UNFINISHED, _FINISHED)
-    return [path for path in folder.iterdir() if not path.name.startswith(ours) and not is_lock(path)]
-
-
-def _holds_files(folder: Path) -> bool:
-    """Not if a writer was killed while it moved its files: the next one finishes that, and sees."""
-    return bool(entries(folder)) and not any(path.name.startswith(_FINISHED) for path in folder.iterdir())
 
 
 @contextmanager
@@ -200,7 +166,7 @@ def _aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _one_file(target: Path) -> Iterator[Path]:
-    aside = target.with_name(f".{target.name}{_UNFINISHED}-{_unique()}{target.suffix}")
+    aside = target.with_name(f".{target.name}{UNFINISHED}-{_unique()}{target.suffix}")
     try:
         yield aside
         _flush_file(aside)
@@ -213,12 +179,12 @@ def _one_file(target: Path) -> Iterator[Path]:
 def _settle(target: Path) -> None:
     """Ends what a killed writer began: what was whole is moved to its place, the rest goes. The caller holds the lock."""
     for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        if path.name.startswith(f".{target.name}{_UNFINISHED}-"):
+        if path.name.startswith(f".{target.name}{UNFINISHED}-"):
             _remove(path)
     for path in list(target.iterdir()) if target.is_dir() else ():
-        if path.name.startswith(_UNFINISHED):
+        if path.name.startswith(UNFINISHED):
             _remove(path)
-        elif path.name.startswith(_FINISHED):
+        elif path.name.startswith(FINISHED):
             _move_up(path)
 
 

@@ -10,7 +10,6 @@ An answer that could not be produced is an error: it is counted as such, not as 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.locks import locked
+from s2ft.common.outputs import check_place
 from s2ft.evaluate.answers import Answers
 from s2ft.evaluate.engines import ENGINES, check_vllm
 from s2ft.evaluate.judge import Judge
@@ -184,8 +184,10 @@ def check_options(options: EvalOptions) -> list[Task]:
     for name, known in (("prompt", (AUTO, *PROMPTS)), ("engine", ENGINES), ("precision", ("auto", "bf16", "fp32"))):
         value = getattr(options, name)
         problems += [f"{name}={value!r} is unknown; choose from {', '.join(known)}"] if value not in known else []
-    problems += _output_problems(options.output)
-    problems += gathered(lambda: raise_together(missing(find_tasks(options.tasks), options.data)))
+    problems += gathered(
+        lambda: check_place(options.output),
+        lambda: raise_together(missing(find_tasks(options.tasks), options.data)),
+    )
     raise_together(problems)
     tasks = find_tasks(options.tasks)
     if options.engine == "vllm":
@@ -199,15 +201,6 @@ def needs_judge(names: Sequence[str]) -> bool:
         return MT_BENCH in find_tasks(names)
     except S2FTError:
         return False
-
-
-def _output_problems(output: Path) -> list[str]:
-    there = next(path for path in (output, *output.resolve().parents) if path.exists())
-    if not there.is_dir():
-        return [f"output={str(output)!r}: {there} is a file; name a folder"]
-    return (
-        [] if os.access(there, os.W_OK) else [f"output={str(output)!r}: you may not write there; name another folder"]
-    )
 
 
 def choose_words(options: EvalOptions, subject: Subject) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 
 from s2ft.adapters.checkpoint import Checkpoint, open_base
 from s2ft.adapters.file import AdapterFile, open_adapter
-from s2ft.adapters.output import Progress, bytes_of
 from s2ft.common.errors import S2FTError
-from s2ft.common.files import check_free, new_file, new_folder
+from s2ft.common.files import new_file, new_folder
+from s2ft.common.outputs import Progress, bytes_of, check_free
 from s2ft.exports.gguf import check_gguf, write_gguf
 from s2ft.exports.lora import check_carried, max_lora_rank, write_lora
 from s2ft.exports.patch import check_patch, write_patch

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
-from s2ft.adapters.output import Progress
 from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.outputs import Progress
 from s2ft.exports.lora import factors
 
 ARCHITECTURES = {

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
-from s2ft.adapters.output import Progress
 from s2ft.common.errors import raise_together
+from s2ft.common.outputs import Progress
 from s2ft.format.checksum import PREFIX
 from s2ft.format.slices import Slice
 from s2ft.layer.linears import features, linear_layer

@@ -22,8 +22,8 @@ from torch import Tensor
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
 from s2ft.adapters.merge import merged_slice
-from s2ft.adapters.output import Progress
 from s2ft.common.errors import raise_together
+from s2ft.common.outputs import Progress
 from s2ft.format.slices import Slice
 
 

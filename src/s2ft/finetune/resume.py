@@ -7,7 +7,6 @@ weights would be those of neither.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from s2ft.adapters.file import open_adapter
 from s2ft.common.errors import S2FTError, first_line, raise_together
-from s2ft.common.files import entries
+from s2ft.common.outputs import entries
 from s2ft.common.reading import read_json
 from s2ft.finetune.baselines import METHODS
 from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
@@ -42,18 +41,6 @@ FREE = {
     "eval_data",
     "eval_limit",
 }  # options that do not change the weights
-
-
-def check_place(options: TrainOptions) -> None:
-    """Raises `S2FTError` if the output folder can neither be made nor written to."""
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise S2FTError(f"output={options.output!r} is a file; name a folder that does not exist or is empty")
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise S2FTError(
-            f"output={options.output!r} cannot be made: {str(nearest)!r} is not a folder that you may write to"
-        )
 
 
 def check_output(options: TrainOptions) -> Path | None:

@@ -29,6 +29,7 @@ from trl import SFTConfig
 from s2ft.common.errors import gathered, raise_together
 from s2ft.common.files import sole_writer
 from s2ft.common.locks import no_empty_folders
+from s2ft.common.outputs import check_place
 from s2ft.data.examples import data_digest, load_examples, prompt_format
 from s2ft.data.packing import check_packing
 from s2ft.data.template import turn_end
@@ -43,7 +44,7 @@ from s2ft.finetune.layout import INDEXED, choose_layout, layout
 from s2ft.finetune.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.finetune.results import parameters, save_result, section
-from s2ft.finetune.resume import as_before, check_output, check_place, check_same_run, note_run, noted_layout
+from s2ft.finetune.resume import as_before, check_output, check_same_run, note_run, noted_layout
 from s2ft.finetune.trainer import Flow, Progress, Trainer
 from s2ft.format.config import S2FTConfig
 from s2ft.format.terms import PURE
@@ -115,7 +116,9 @@ def _advice(options: TrainOptions) -> str:
 
 def _check(options: TrainOptions) -> None:
     """What can be said without loading anything, all at once."""
-    problems = gathered(METHODS[options.method].check, partial(check_processes, options), partial(check_place, options))
+    problems = gathered(
+        METHODS[options.method].check, partial(check_processes, options), partial(check_place, options.output)
+    )
     problems += input_problems(options.model_dump())
     if problems:
         problems += gathered(partial(check_output, options))  # asked in any case, once no other run writes there

@@ -16,6 +16,7 @@ from typing import Any
 
 from s2ft.common.errors import S2FTError
 from s2ft.common.files import staged
+from s2ft.common.outputs import check_place
 from s2ft.demo import base_path
 
 Settings = dict[str, Any]
@@ -38,8 +39,7 @@ class Runs:
     """
 
     def __init__(self, folder: Path, total: int, tell: Tell | None = None) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise S2FTError(f"runs={str(folder)!r} is a file; name a folder")
+        check_place(folder, "runs")
         self.folder, self.total, self.tell = folder, total, tell
         self.seconds = 0.0  # of all runs of the study, whenever they were done
         self._asked = 0
