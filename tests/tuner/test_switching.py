@@ -15,9 +15,9 @@ from families import FAMILIES, build, tokens
 from live import layers, same
 from s2ft import S2FTConfig, S2FTError
 from s2ft.layer import base_weight
+from s2ft.layer.adapted import AdaptedLayer
 from s2ft.layer.base_weight import put_slice, take_slice
 from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.switchable import Switchable
 from s2ft.tuner.switching import park
 
 RATIOS = {"o_proj": 0.5, "v_proj": 0.5, "down_proj": 0.4}
@@ -123,10 +123,10 @@ def test_a_compiled_model_is_compiled_once() -> None:
 
 
 def failing_at(monkeypatch: pytest.MonkeyPatch, call: int, error: type[BaseException], after: bool) -> None:
-    """`Switchable.settle` raises in its `call`-th call, before or after the weight has changed."""
-    settle, count = Switchable.settle, iter(range(10**6))
+    """`AdaptedLayer.settle` raises in its `call`-th call, before or after the weight has changed."""
+    settle, count = AdaptedLayer.settle, iter(range(10**6))
 
-    def fail(self: Switchable) -> None:
+    def fail(self: AdaptedLayer) -> None:
         number = next(count)
         if number == call and not after:
             raise error("half-way")
@@ -134,7 +134,7 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, call: int, error: type[BaseExcep
         if number == call:
             raise error("half-way")
 
-    monkeypatch.setattr(Switchable, "settle", fail)
+    monkeypatch.setattr(AdaptedLayer, "settle", fail)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -184,11 +184,11 @@ def test_where_not_even_the_earlier_adapter_can_be_written_the_base_remains(monk
     s2ft.switch(model, None)
     logits = model(x).logits
     s2ft.switch(model, "a")
-    settle = Switchable.settle
+    settle = AdaptedLayer.settle
     count = iter(range(10**6))
     with monkeypatch.context() as patch:
         patch.setattr(
-            Switchable,
+            AdaptedLayer,
             "settle",
             lambda self: settle(self) if next(count) < 5 else (_ for _ in ()).throw(OSError("no memory")),
         )

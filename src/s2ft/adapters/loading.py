@@ -142,14 +142,14 @@ def take_channels(
     raise_together(filter(None, problems))
     for path, found in differing.items():
         layers[path].choose(adapter_name, found.cpu().numpy())
-        config.slices = {**(config.slices or {}), path: layers[path].chosen(adapter_name)}
+        config.slices = {**(config.slices or {}), path: layers[path].slice_text(adapter_name)}
     if differing and config.strategy == "random":
         config.seed = None  # its channels were others
     return bool(differing)
 
 
 def _holds(layer: S2FTLinear, adapter_name: str, indices: Tensor) -> bool:
-    own = torch.from_numpy(Slice.parse(layer.chosen(adapter_name)).indices)
+    own = torch.from_numpy(Slice.parse(layer.slice_text(adapter_name)).indices)
     return indices.is_meta or torch.equal(indices.cpu(), own)
 
 
@@ -158,7 +158,7 @@ def _channel_problem(
 ) -> str | None:
     block, found = layer._block(adapter_name), indices.cpu()
     if not config.left_open("slices"):
-        return f"{path}{BLOCK}indices differ from the slice {shown(block.chosen)} in the adapter's config"
+        return f"{path}{BLOCK}indices differ from the slice {shown(block.slice_text)} in the adapter's config"
     size = layer.in_features if block.side == "in" else layer.out_features
     sound = found.dtype == torch.int64 and found.shape == block.indices.shape and bool((found.diff() > 0).all())
     if sound and int(found[0]) >= 0 and int(found[-1]) < size:

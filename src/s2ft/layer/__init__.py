@@ -7,7 +7,7 @@ Read `block`, then `linear`; `slot` is the same slice at full speed, `mixed` man
     backprop      partial back-propagation: the autograd functions
     linear        a linear layer with slices: forward, merge (PEFT's tuner layer)
     base_weight   what stands in a base weight, and the way back
-    switchable    what a layer runs: active, merged, switched, disabled
+    adapted       what a layer runs: active, merged, switched, disabled
     turns         threads on one live model
     slot          a slice that lives in the base weight
     pack          the slices of many adapters as one table

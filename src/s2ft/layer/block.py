@@ -27,18 +27,18 @@ class S2FTBlock(nn.Module):
 
     def __init__(
         self,
-        chosen: Slice,
+        trained: Slice,
         across: int,  # features on the side that is not sliced
         dtype: torch.dtype = torch.float32,
         zero: bool = True,
     ) -> None:
         super().__init__()
-        self.side = chosen.side
-        self.chosen = str(chosen)
-        count = len(chosen.indices)
-        shape = (across, count) if chosen.side == "in" else (count, across)
+        self.side = trained.side
+        self.slice_text = str(trained)
+        count = len(trained.indices)
+        shape = (across, count) if trained.side == "in" else (count, across)
         self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype) if zero else 0.02 * torch.randn(shape, dtype=dtype))
-        self.register_buffer("indices", torch.from_numpy(chosen.indices.copy()))
+        self.register_buffer("indices", torch.from_numpy(trained.indices.copy()))
 
     @property
     def dim(self) -> int:
@@ -73,9 +73,9 @@ class S2FTBlock(nn.Module):
         """Indices follow from the config: a file that holds others is refused."""
         found = state_dict.get(prefix + "indices")
         if found is not None and not found.is_meta:
-            expected = Slice.parse(self.chosen).indices
+            expected = Slice.parse(self.slice_text).indices
             if found.numel() != len(expected) or not bool((found.cpu() == torch.from_numpy(expected)).all()):
-                raise S2FTError(f"{prefix}indices differ from the slice {self.chosen!r} in the adapter's config")
+                raise S2FTError(f"{prefix}indices differ from the slice {self.slice_text!r} in the adapter's config")
             delta = state_dict.get(prefix + "weight")
             if delta is None or (not delta.is_meta and not delta.isfinite().all()):
                 raise S2FTError(

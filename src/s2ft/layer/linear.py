@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from s2ft.common.errors import S2FTError
 from s2ft.format.slices import Indices, Slice
+from s2ft.layer.adapted import AdaptedLayer, Shared
 from s2ft.layer.backprop import may_change
 from s2ft.layer.base_weight import BaseWeight
 from s2ft.layer.block import S2FTBlock
@@ -28,17 +29,16 @@ from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer
 from s2ft.layer.mixed import add_mixed
 from s2ft.layer.pack import LooseSlice, forget
 from s2ft.layer.slot import Slot
-from s2ft.layer.switchable import Shared, Switchable
 
 
-class S2FTLinear(nn.Module, Switchable):
+class S2FTLinear(nn.Module, AdaptedLayer):
     """A linear layer with a trained slice for each adapter (PEFT's tuner layer)."""
 
     adapter_layer_names = ("s2ft_block",)
     other_param_names = ()
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, chosen: Slice, shared: Shared | None = None, **options: Any
+        self, base_layer: nn.Module, adapter_name: str, trained: Slice, shared: Shared | None = None, **options: Any
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -55,23 +55,23 @@ class S2FTLinear(nn.Module, Switchable):
         self._slot: Slot | None = None  # inside `in_place`: where the slice of its adapter lies in the base weight
         self.register_load_state_dict_post_hook(_write_anew)
         self.join(shared or Shared())
-        self.update_layer(adapter_name, chosen, **options)
+        self.update_layer(adapter_name, trained, **options)
 
     def update_layer(
-        self, adapter_name: str, chosen: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
+        self, adapter_name: str, trained: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
     ) -> None:
-        """Adds an adapter with the slice `chosen`."""
+        """Adds an adapter with the slice `trained`."""
         if self.layout is not None:
             raise S2FTError("adding an adapter is not possible inside `s2ft.in_place(model)`; leave it first")
         size, across = (
-            (self.in_features, self.out_features) if chosen.side == "in" else (self.out_features, self.in_features)
+            (self.in_features, self.out_features) if trained.side == "in" else (self.out_features, self.in_features)
         )
-        if chosen.indices[-1] >= size:
+        if trained.indices[-1] >= size:
             raise S2FTError(
-                f"the slice {str(chosen)!r} reaches past the {size} channels of the layer's {chosen.side}put side"
+                f"the slice {str(trained)!r} reaches past the {size} channels of the layer's {trained.side}put side"
             )
         dtype = torch.float64 if self.get_base_layer().weight.dtype == torch.float64 else torch.float32
-        self.s2ft_block[adapter_name] = S2FTBlock(chosen, across, dtype, zero=init_weights)
+        self.s2ft_block[adapter_name] = S2FTBlock(trained, across, dtype, zero=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._activate(self.active_adapters, inference_mode)
 
@@ -143,15 +143,15 @@ class S2FTLinear(nn.Module, Switchable):
         super().train(mode)
         return self
 
-    def chosen(self, adapter_name: str) -> str:
+    def slice_text(self, adapter_name: str) -> str:
         """The adapter's slice of this layer, such as "in 3,17,40-41"."""
-        return self._block(adapter_name).chosen
+        return self._block(adapter_name).slice_text
 
     def choose(self, adapter_name: str, indices: Indices) -> None:
         """Gives an adapter that is about to be loaded as many other channels."""
         self.require_own("loading other channels")
         block = self._block(adapter_name)
-        block.chosen = str(Slice(block.side, indices))
+        block.slice_text = str(Slice(block.side, indices))
         block.indices.data.copy_(torch.from_numpy(indices))
         forget(self)
 

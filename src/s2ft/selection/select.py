@@ -23,7 +23,7 @@ from torch import nn
 from s2ft.common.errors import S2FTError
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Indices, Slice
-from s2ft.layer.switchable import refuse_inside, suspended, turns_of
+from s2ft.layer.adapted import refuse_inside, suspended, turns_of
 from s2ft.selection.budget import count_units, trained_in_words
 from s2ft.selection.coverage import coverage
 from s2ft.selection.scores import Batch, Scores, key, score_units

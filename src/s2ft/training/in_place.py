@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.format.slices import Indices, Slice
+from s2ft.layer.adapted import turns_of
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import linear_layer, weight_matrix
 from s2ft.layer.slot import Slot
-from s2ft.layer.switchable import turns_of
 from s2ft.selection.structure import Structure, read_structures
 from s2ft.training.lean import Patches, lean
 from s2ft.training.obstacles import Norms, find_obstacles
@@ -138,7 +138,9 @@ def enter(model: nn.Module, permute: bool = True, activations: bool = True) -> L
     """What `in_place` enters; whoever calls this calls `leave()` too. Parts can be left out, to see what each is worth."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, S2FTLinear)}
     adapter = _only_adapter(layers)
-    slices = {path: Slice.parse(layer.chosen(adapter)) for path, layer in layers.items() if adapter in layer.s2ft_block}
+    slices = {
+        path: Slice.parse(layer.slice_text(adapter)) for path, layer in layers.items() if adapter in layer.s2ft_block
+    }
     structures = read_structures(model).structures
     unmovable, unwritable, norms = find_obstacles(model, structures)
     if not permute:
@@ -247,10 +249,10 @@ def _move(layout: Layout, module: nn.Module, order: Indices, dim: int) -> None:
     layout._moves.append(move)
 
 
-def _slot(layer: S2FTLinear, chosen: Slice, order: Indices | None) -> Slot:
-    positions = chosen.indices if order is None else np.argsort(order)[chosen.indices]
+def _slot(layer: S2FTLinear, trained: Slice, order: Indices | None) -> Slot:
+    positions = trained.indices if order is None else np.argsort(order)[trained.indices]
     linear = layer.get_base_layer()
-    dim = 1 if chosen.side == "in" else 0
+    dim = 1 if trained.side == "in" else 0
     return Slot(linear, dim, torch.from_numpy(positions).to(weight_matrix(linear).device))
 
 
@@ -280,19 +282,19 @@ def _placements(
     unmovable: Mapping[str, str],  # module of a structure → why it must not be permuted
     unwritable: Mapping[str, str],  # module → why its weight must not be written to
 ) -> tuple[Placement, ...]:
-    return tuple(_placement(path, chosen, orders, unmovable, unwritable) for path, chosen in slices.items())
+    return tuple(_placement(path, trained, orders, unmovable, unwritable) for path, trained in slices.items())
 
 
 def _placement(
     path: str,
-    chosen: Slice,
+    trained: Slice,
     orders: Mapping[str, Indices],
     unmovable: Mapping[str, str],
     unwritable: Mapping[str, str],
 ) -> Placement:
     if path in unwritable:
         return Placement(path, "added", unwritable[path])
-    positions = chosen.indices if path not in orders else np.argsort(orders[path])[chosen.indices]
+    positions = trained.indices if path not in orders else np.argsort(orders[path])[trained.indices]
     if positions.max() - positions.min() + 1 == len(positions):
         return Placement(path, "contiguous")
     reason = unmovable.get(path, "the chosen heads or channels cannot lie side by side")

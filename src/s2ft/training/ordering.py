@@ -18,7 +18,7 @@ import numpy as np
 from s2ft.format.slices import Indices, Slice
 from s2ft.selection.structure import Projection, Structure
 
-Chosen = list[set[int]]  # for each projection: its chosen units
+UnitSets = list[set[int]]  # for each projection: its chosen units
 _MOST_CLASSES = 5  # all orders of so many are tried: 120
 
 
@@ -50,10 +50,10 @@ def copermutation(
 
 def chosen_units(projection: Projection, slices: Mapping[str, Slice]) -> set[int]:
     """The heads or channels of which the slice of the projection's module holds channels."""
-    chosen = slices.get(projection.module)
-    if chosen is None or chosen.side != projection.side:
+    trained = slices.get(projection.module)
+    if trained is None or trained.side != projection.side:
         return set()
-    units = (chosen.indices - projection.offset) // projection.width
+    units = (trained.indices - projection.offset) // projection.width
     return set(units[(units >= 0) & (units < projection.units)].tolist())
 
 
@@ -67,18 +67,18 @@ def channel_order(
     return (units[:, None] * projection.width + np.arange(projection.width)).ravel()
 
 
-def _orders(count: int, chosen: Chosen) -> Iterator[Indices]:
+def _orders(count: int, unit_sets: UnitSets) -> Iterator[Indices]:
     """Candidates: units that are chosen by the same projections stay together, and the classes in every order."""
     classes: dict[tuple[bool, ...], list[int]] = {}
-    for unit in sorted(set().union(*chosen)):
-        classes.setdefault(tuple(unit in units for units in chosen), []).append(unit)
-    by_use = sorted(classes.values(), key=lambda units: -sum(units[0] in other for other in chosen))
+    for unit in sorted(set().union(*unit_sets)):
+        classes.setdefault(tuple(unit in units for units in unit_sets), []).append(unit)
+    by_use = sorted(classes.values(), key=lambda units: -sum(units[0] in other for other in unit_sets))
     tried = permutations(by_use) if len(by_use) <= _MOST_CLASSES else [by_use]
     for arrangement in tried:
         yield _to_front(count, [unit for units in arrangement for unit in units])
 
 
-def _grouped_orders(count: int, groups: int, heads: Chosen, by_group: Chosen) -> Iterator[Indices]:
+def _grouped_orders(count: int, groups: int, heads: UnitSets, by_group: UnitSets) -> Iterator[Indices]:
     """Candidates: one for each projection whose heads come first."""
     per = count // groups
     for leading in heads or [set()]:
@@ -105,8 +105,8 @@ def _to_front(count: int, wanted: Sequence[int], at_end: bool = False) -> Indice
     return order
 
 
-def _side_by_side(order: Indices, chosen: Chosen) -> int:
+def _side_by_side(order: Indices, unit_sets: UnitSets) -> int:
     """How many chosen units lie side by side with all that their projection chose."""
     position = np.argsort(order)
-    spread = [position[list(units)] for units in chosen]
+    spread = [position[list(units)] for units in unit_sets]
     return sum(len(places) for places in spread if places.max() - places.min() + 1 == len(places))

@@ -27,19 +27,19 @@ from s2ft.format.config import S2FTConfig
 from s2ft.format.registration import PREFIX, register_tuner
 from s2ft.format.slices import Slice
 from s2ft.format.whole import is_carried
-from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.pack import MixedBatch
-from s2ft.layer.switchable import (
+from s2ft.layer.adapted import (
+    AdaptedLayer,
     Shared,
-    Switchable,
+    adapted_layers,
     all_or_nothing,
-    leave,
+    end_switch,
     mark_shared,
     not_loaded,
     refuse_inside,
     suspended,
-    switchable_layers,
 )
+from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.pack import MixedBatch
 from s2ft.training.depth import stop_below
 from s2ft.tuner.loaders import INCOMING, guard
 from s2ft.tuner.rollback import rolled_back
@@ -71,7 +71,7 @@ class S2FTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
-        self.shared = next((layer.shared for layer in switchable_layers(model)), Shared())
+        self.shared = next((layer.shared for layer in adapted_layers(model)), Shared())
         with self.shared.turns.alone():
             self._inject(model, adapter_name, *args, **kwargs)
 
@@ -124,18 +124,18 @@ class S2FTModel(BaseTuner):
                 super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT; it ends the switched state (`layer/switchable.py`).
+        """As in PEFT; it ends the switched state (`layer/adapted.py`).
 
         Raises:
             S2FTError: before anything is changed, if a name is not loaded, or is not the one that `in_place` trains.
         """
         names = list(dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name))
         with self.shared.turns.alone():
-            layers = switchable_layers(self.model)
+            layers = adapted_layers(self.model)
             raise_together(not_loaded(names, self.peft_config))
             for layer in layers[:1]:
                 layer.refuse_beside_layout(names)
-            leave(layers)
+            end_switch(layers)
             super().set_adapter(names, inference_mode=inference_mode)
             self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
@@ -172,7 +172,7 @@ class S2FTModel(BaseTuner):
                 adapter or inside `in_place`, or (with `safe_merge`) the result is not finite.
         """
         with self.shared.turns.alone():
-            layers = switchable_layers(self.model)
+            layers = adapted_layers(self.model)
             self._refuse_merging(layers, adapter_names)
             mark_shared(self.model)
             with all_or_nothing(layers):
@@ -183,7 +183,7 @@ class S2FTModel(BaseTuner):
         with self.shared.turns.alone():
             super().unmerge_adapter()
 
-    def _refuse_merging(self, layers: list[Switchable], adapter_names: list[str] | None) -> None:
+    def _refuse_merging(self, layers: list[AdaptedLayer], adapter_names: list[str] | None) -> None:
         refuse_inside(self.model, "merging")
         names = self.active_adapters if adapter_names is None else adapter_names
         raise_together(not_loaded(names, self.peft_config))
@@ -250,16 +250,16 @@ class S2FTModel(BaseTuner):
         """
         check_and_adopt_state(self, self.peft_config, state_dict, prefix)
         if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
-            for layer in switchable_layers(self.model):
+            for layer in adapted_layers(self.model):
                 layer.require_own("loading base weights")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         with self.shared.turns.alone():
             refuse_inside(self.model, "unloading")
-            layers = switchable_layers(self.model)
+            layers = adapted_layers(self.model)
             if not merge:
-                leave(layers)
+                end_switch(layers)
                 return super()._unload_and_optionally_merge(merge, *args, **kwargs)
             self._refuse_merging(layers, kwargs.get("adapter_names"))
             with all_or_nothing(layers):
@@ -321,7 +321,7 @@ class S2FTModel(BaseTuner):
                 encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
                 once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
                 if self.pool is not None:
-                    for layer in switchable_layers(self.model):
+                    for layer in adapted_layers(self.model):
                         layer.require_own("`adapter_names`", merged=False)
                     self.pool.bring(names)
                 alone, beamed = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))

@@ -25,9 +25,9 @@ from s2ft.adapters.fitting import check_fits
 from s2ft.adapters.loading import warn_of_overflow
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.format.slices import Slice
+from s2ft.layer.adapted import adapted_layers
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import LooseSlice
-from s2ft.layer.switchable import switchable_layers
 from s2ft.tuner.model import BASE, S2FTModel
 
 Slices = dict[str, LooseSlice]  # module → the adapter's slice of it
@@ -92,7 +92,7 @@ class AdapterPool:
             )
         with self._tuner.shared.turns.alone():
             missing = [name for name in wanted if name not in self._device]
-            for layer in switchable_layers(self._tuner.model) if missing else ():
+            for layer in adapted_layers(self._tuner.model) if missing else ():
                 layer.require_own(
                     f"bringing the adapter {missing[0]!r}"
                 )  # which is checked against the base's own values

@@ -16,17 +16,17 @@ from torch import nn
 
 from s2ft.common.errors import S2FTError, raise_by_place, raise_together
 from s2ft.format.slices import all_finite
-from s2ft.layer.block import S2FTBlock
-from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.switchable import (
-    Switchable,
-    enter,
+from s2ft.layer.adapted import (
+    AdaptedLayer,
+    adapted_layers,
     mark_shared,
     not_loaded,
     refuse_inside,
-    switchable_layers,
+    switch_layers,
     turns_of,
 )
+from s2ft.layer.block import S2FTBlock
+from s2ft.layer.linear import S2FTLinear
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:
@@ -60,13 +60,13 @@ def switch(model: nn.Module, adapter: str | None) -> None:
         True
     """
     with turns_of(model).alone():
-        layers = switchable_layers(model)
+        layers = adapted_layers(model)
         if not layers:
             raise S2FTError(f"{type(model).__name__} holds no S²FT adapter; load one before switching")
         refuse_inside(model, "switching")
         _refuse(model, layers, adapter)
         mark_shared(model)
-        enter(layers, adapter)
+        switch_layers(layers, adapter)
 
 
 def park(model: nn.Module, adapter: str) -> None:
@@ -78,7 +78,7 @@ def park(model: nn.Module, adapter: str) -> None:
         S2FTError: if the name is not loaded.
     """
     with turns_of(model).alone():
-        layers = switchable_layers(model)
+        layers = adapted_layers(model)
         raise_together(not_loaded([adapter], _loaded(layers)))
         for block in (cast(S2FTBlock, layer.s2ft_block[adapter]) for layer in layers if adapter in layer.s2ft_block):
             for tensor in (block.weight, block.indices):
@@ -87,7 +87,7 @@ def park(model: nn.Module, adapter: str) -> None:
             block.is_parked = True
 
 
-def _refuse(model: nn.Module, layers: list[Switchable], adapter: str | None) -> None:
+def _refuse(model: nn.Module, layers: list[AdaptedLayer], adapter: str | None) -> None:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
         raise S2FTError(
@@ -129,5 +129,5 @@ def _is_finite(block: S2FTBlock) -> bool:
     return True
 
 
-def _loaded(layers: list[Switchable]) -> dict[str, None]:
+def _loaded(layers: list[AdaptedLayer]) -> dict[str, None]:
     return dict.fromkeys(name for layer in layers for name in layer.s2ft_block)

@@ -17,9 +17,9 @@ from s2ft.adapters.combination import Combination, combine
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice, all_finite
+from s2ft.layer.adapted import not_loaded
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.switchable import not_loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ def _loaded(tuner: BaseTuner, name: str) -> LoadedAdapter:
         for path, layer in tuner.model.named_modules()
         if isinstance(layer, S2FTLinear) and name in layer.s2ft_block
     }
-    slices = {path: Slice.parse(block.chosen) for path, block in blocks.items()}
+    slices = {path: Slice.parse(block.slice_text) for path, block in blocks.items()}
     config: S2FTConfig = tuner.peft_config[name]
     return LoadedAdapter(name, tuner.model, config, blocks, slices)
 

@@ -42,7 +42,7 @@ class Shared:
     """What the layers of one model have in common."""
 
     def __init__(self) -> None:
-        self.layers: WeakSet[Switchable] = WeakSet()
+        self.layers: WeakSet[AdaptedLayer] = WeakSet()
         self.turns = Turns()
 
     def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
@@ -55,7 +55,7 @@ class Shared:
         return sorted({name for layer in self.layers for name in layer.s2ft_block})
 
 
-class Switchable(BaseTunerLayer):
+class AdaptedLayer(BaseTunerLayer):
     """What `S2FTLinear` is besides: a layer whose base weight can take adapters in, and give them back."""
 
     is_switched = False
@@ -184,7 +184,7 @@ class Switchable(BaseTunerLayer):
         """As in PEFT; it ends the switched state."""
         names = list(dict.fromkeys([adapter_names] if isinstance(adapter_names, str) else adapter_names))
         self.refuse_beside_layout(names)
-        leave([self])
+        end_switch([self])
         self._activate(names, inference_mode)
 
     def refuse_beside_layout(self, names: Sequence[str]) -> None:
@@ -283,27 +283,27 @@ def not_loaded(names: Iterable[str], loaded: Collection[str]) -> Iterator[str]:
             yield f"adapter {name!r} is not loaded; loaded are {', '.join(map(repr, loaded)) or 'none'}"
 
 
-def switchable_layers(model: nn.Module) -> list[Switchable]:
+def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     """The model's S²FT layers, in its own order."""
-    return [module for module in model.modules() if isinstance(module, Switchable)]
+    return [module for module in model.modules() if isinstance(module, AdaptedLayer)]
 
 
 def turns_of(model: nn.Module) -> Turns:
     """The lock of a model with S²FT layers; one without gets one of its own."""
-    return next((layer.shared.turns for layer in switchable_layers(model)), Turns())
+    return next((layer.shared.turns for layer in adapted_layers(model)), Turns())
 
 
 def mark_shared(model: nn.Module) -> None:
     """Tells each layer whether its weight is read by another module too; before slices are put into it."""
     shared = shared_weights(model)
-    for layer in switchable_layers(model):
+    for layer in adapted_layers(model):
         if layer.base_weight.is_own:
             linear = layer.get_base_layer()
             layer.shares_weight = why_not_plain(linear) is None and layer.weight.data_ptr() in shared
 
 
 @contextmanager
-def all_or_nothing(layers: Sequence[Switchable]) -> Iterator[None]:
+def all_or_nothing(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
     """What is merged, disabled and switched; if anything is raised, all layers are as they were before."""
     before = [tuple(getattr(layer, name) for name in _STATE) for layer in layers]
     try:
@@ -316,7 +316,7 @@ def all_or_nothing(layers: Sequence[Switchable]) -> Iterator[None]:
         raise
 
 
-def _settle_or_leave(layers: Sequence[Switchable]) -> None:
+def _settle_or_leave(layers: Sequence[AdaptedLayer]) -> None:
     """Where what stood in the weights cannot be written either, the base by itself is always possible."""
     try:
         for layer in layers:
@@ -327,7 +327,7 @@ def _settle_or_leave(layers: Sequence[Switchable]) -> None:
             layer.take_out()
 
 
-def enter(layers: Sequence[Switchable], adapter_name: str | None) -> None:
+def switch_layers(layers: Sequence[AdaptedLayer], adapter_name: str | None) -> None:
     """Switches all layers to an adapter, or to none. If anything is raised, they are as they were before."""
     with all_or_nothing(layers):
         for layer in layers:
@@ -335,7 +335,7 @@ def enter(layers: Sequence[Switchable], adapter_name: str | None) -> None:
             layer.settle()
 
 
-def leave(layers: Sequence[Switchable]) -> None:
+def end_switch(layers: Sequence[AdaptedLayer]) -> None:
     """Back to the ordinary state: the base weights are their own again."""
     for layer in layers:
         if layer.is_switched:
@@ -348,10 +348,10 @@ def suspended(model: nn.Module) -> Iterator[None]:
     """Base weights of their own while adapters are added or deleted, or the base is read; afterwards what was there before,
     as far as it still exists.
     """
-    layers = switchable_layers(model)
+    layers = adapted_layers(model)
     switched = [layer for layer in layers if layer.is_switched]
     name = switched[0].switched_to if switched else None
-    leave(switched)
+    end_switch(switched)
     merged = [layer for layer in layers if layer.held]
     for layer in merged:
         layer.take_out()
@@ -359,15 +359,15 @@ def suspended(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if switched:
-            layers = switchable_layers(model)
-            enter(layers, name if any(str(name) in layer.s2ft_block for layer in layers) else None)
+            layers = adapted_layers(model)
+            switch_layers(layers, name if any(str(name) in layer.s2ft_block for layer in layers) else None)
         for layer in merged:
             layer.settle()
 
 
 def refuse_inside(model: nn.Module, what: str) -> None:
     """Raises `S2FTError` if `model` is in the in-place layout."""
-    if any(layer.layout is not None for layer in switchable_layers(model)):
+    if any(layer.layout is not None for layer in adapted_layers(model)):
         raise S2FTError(
             f"{what} is not possible inside `s2ft.in_place(model)`, where base weights are permuted; leave it first"
         )
