@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if name == "bench":  # what is measured does not matter here
-        monkeypatch.setattr("s2ft.lab.bench.selection.bench_selection", lambda: Report({}, [{"ms": 1.0}] * 99))
+        monkeypatch.setattr("s2ft.lab.bench.selection.bench_selection", lambda tell: Report({}, [{"ms": 1.0}] * 99))
     words = COMMANDS[name].format(disk=disk, **given).split()
     expected = {}
     if "/out" in COMMANDS[name] and name not in ("train", "eval"):

@@ -204,7 +204,7 @@ def test_real_questions_are_as_long_as_is_said() -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = bench_evaluation(BASE, limit=2, rounds=1, decoding=SHORT)
     asked: list[str | None] = []
-    monkeypatch.setattr(bench, "bench_evaluation", lambda model, data, tell: asked.append(data) or tell(1.0) or tiny)
+    monkeypatch.setattr(bench, "bench_evaluation", lambda data, tell: asked.append(data) or tell(1.0) or tiny)
     rows = tmp_path / "a.json"
     result = CliRunner().invoke(app, ["bench", "evaluation", "--data", "some/folder", "--json", str(rows)])
     assert result.exit_code == 0, result.exception

@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 
 from s2ft import S2FTError
 from s2ft.cli.app import app
-from s2ft.cli.bench import training_line
 from s2ft.lab.bench import training
 from s2ft.lab.bench.contestants import ABLATION, AS_TRAINED, METHODS, UPPER_HALF, Contestant
 from s2ft.lab.bench.saved import own_tensors, saved_bytes
-from s2ft.lab.bench.training import PRESETS, Cell, bench_training
+from s2ft.lab.bench.training import PRESETS, Cell, bench_training, training_line
 from s2ft.lab.bench.training_plot import draw_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")

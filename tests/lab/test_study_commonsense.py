@@ -46,7 +46,7 @@ def _record(question: str, answer: str) -> dict[str, str]:
 
 def test_rows_of_every_contender_and_the_floor(data, tmp_path):
     told: list[float] = []
-    report = study_commonsense(tmp_path / "runs", data, TINY, told.append)
+    report = study_commonsense(tmp_path / "runs", TINY, told.append, data=data)
     asked = {task for tasks in ASKED.values() for task in tasks}
     by_method = {
         m: {row["task"] for row in report.rows if row["method"] == m} for m in (MAJORITY, "vanilla", "s2ft 4%")
@@ -59,7 +59,7 @@ def test_rows_of_every_contender_and_the_floor(data, tmp_path):
     old = [row["score"] for row in report.rows if (row["method"], row["task"]) == ("vanilla", "old")]
     assert min(old) > 0.8
     assert told[-1] == 1
-    assert study_commonsense(tmp_path / "runs", data, TINY).rows == report.rows
+    assert study_commonsense(tmp_path / "runs", TINY, data=data).rows == report.rows
     assert list(report.table()[0])[1:] == ["boolq", "obqa", "arc-e", "siqa", "winogrande", "old", LOSS]
 
 
@@ -94,7 +94,7 @@ def test_response_loss_is_the_mean_over_response_tokens():
 def test_missing_files_are_named_before_anything_is_run(data, tmp_path):
     (Path(data) / "dataset" / "ARC-Challenge" / "train.json").unlink()
     with pytest.raises(S2FTError, match=r"no examples to train arc-c on: there is no .*ARC-Challenge/train\.json"):
-        study_commonsense(tmp_path / "runs", data, TINY)
+        study_commonsense(tmp_path / "runs", TINY, data=data)
     assert not (tmp_path / "runs").exists()
 
 

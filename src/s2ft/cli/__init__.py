@@ -12,6 +12,7 @@ merge       `s2ft merge`
 export      `s2ft export`
 bench       `s2ft bench`
 study       `s2ft study`
+options     options that are declared elsewhere, as commands take them
 tables      tables that are shown whole
 quiet       less noise from the libraries
 """

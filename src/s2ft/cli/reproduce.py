@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from s2ft.cli.bench import show
 from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.eval import progress
+from s2ft.cli.tables import show
 from s2ft.common.errors import raise_together
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
@@ -130,7 +130,7 @@ def _list(json_file: Path | None) -> None:
     with quiet(), Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("computing memory", total=1.0)
         rows = recipe_rows(lambda done: bar.update(task, completed=done))
-    show([recipe_line(row) for row in rows], Console())
+    show([recipe_line(row) for row in rows])
     if json_file is not None:
         write_json(json_file, rows, indent=1)
 
@@ -139,7 +139,7 @@ def _report(result: dict[str, Any], output: Path) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    show([result_line(result)], console)
+    show([result_line(result)])
     if result["deviations"]:
         smaller = ", ".join(f"{name}={value}" for name, value in result["deviations"].items())
         console.print(f"not the paper's run: {smaller}")

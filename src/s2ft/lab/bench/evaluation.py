@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.common.errors import raise_together
 from s2ft.data.prompts import alpaca_prompt
+from s2ft.demo import base_path
 from s2ft.evaluate.engines import prompt_ids
 from s2ft.evaluate.generation import TransformersEngine, batches
 from s2ft.evaluate.run import EvalOptions
@@ -44,7 +45,7 @@ Contestant = Callable[[], Iterator[Texts]]  # answers all prompts, batch by batc
 
 
 def bench_evaluation(
-    name: str,
+    name: str = str(base_path()),
     data: str | None = None,
     limit: int = 200,
     rounds: int = 3,
@@ -56,7 +57,7 @@ def bench_evaluation(
     A row has the keys method, prompts, batch_size, beams, max_new_tokens, seconds (and its p20 and p80), ratio, differing.
 
     Args:
-        name: The model: a folder or a name on the Hub.
+        name: The model: a folder or a name on the Hub; the embedded base unless given.
         data: A folder (or a data set on the Hub) laid out like LLM-Adapters; none: questions made from a seed.
         limit: The first so many.
         rounds: How often each contestant answers all of them.

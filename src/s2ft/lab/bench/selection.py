@@ -30,7 +30,9 @@ LLAMA2_7B = {
 RATIOS = {"o_proj": 0.052, "down_proj": 0.02}  # the paper's
 
 
-def bench_selection(repeats: int = 5, shape: dict[str, int] | None = None) -> Report:
+def bench_selection(
+    repeats: int = 5, shape: dict[str, int] | None = None, tell: Callable[[float], Any] = lambda done: None
+) -> Report:
     """Times `select` with the strategies that need no data, beside one pass over the same weights."""
     shape = shape or LLAMA2_7B
     model = shared_layers(shape)
@@ -39,7 +41,10 @@ def bench_selection(repeats: int = 5, shape: dict[str, int] | None = None) -> Re
         "random": lambda: select(model, S2FTConfig(ratios=RATIOS, strategy="random", seed=0)),
         "weight": lambda: select(model, S2FTConfig(ratios=RATIOS, strategy="weight")),
     }
-    rows = [{"strategy": name, **spread(_times(run, repeats), "ms")} for name, run in runs.items()]
+    rows: list[dict[str, Any]] = []
+    for name, run in runs.items():
+        rows.append({"strategy": name, **spread(_times(run, repeats), "ms")})
+        tell(len(rows) / len(runs))
     return Report(settings={"shape": shape, "dtype": "bfloat16", "ratios": RATIOS, "repeats": repeats}, rows=rows)
 
 

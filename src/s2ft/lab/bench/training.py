@@ -35,6 +35,7 @@ from s2ft.lab.bench.contestants import (
 )
 from s2ft.lab.bench.report import Report
 from s2ft.lab.bench.saved import own_tensors, saved_bytes
+from s2ft.lab.bench.training_plot import draw_training as draw_training
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.timing import milliseconds, no_spread, spread
 
@@ -112,12 +113,12 @@ class Group:
 
 
 def bench_training(
-    preset: Preset,
+    preset: Preset | str = "cpu",
     liger: bool = False,
     methods: Mapping[str, Prepare] = METHODS,
     tell: Tell = lambda done: None,
 ) -> Report:
-    """Measures every method at every cell.
+    """Measures every method at every cell of a preset, or of the one of that name in `PRESETS`.
 
     A row has the keys method, batch_size, seq_len, trainable, step_ms, step_ms_p20, step_ms_p80, floor_ratio, saved_bytes,
     peak_bytes (None without a GPU, or where methods take turns), and model; variants of S²FT have the method "s2ft" and the
@@ -126,6 +127,7 @@ def bench_training(
     Raises:
         S2FTError: without the GPU or the package that is asked for, before anything is measured.
     """
+    preset = PRESETS[preset] if isinstance(preset, str) else preset
     _check_machine(preset, liger)
     methods, left_out = _installed(methods)
     groups = _plan(preset, methods)
@@ -143,6 +145,24 @@ def bench_training(
             _free()
         del base
     return Report(settings=_settings(preset, liger, left_out), rows=rows)
+
+
+def training_line(row: Row) -> dict[str, str]:
+    """A row of the table, in units for people."""
+
+    def shown(key: str, form: str, scale: float = 1) -> str:
+        return "–" if row[key] is None else format(row[key] / scale, form)
+
+    spread = f"{shown('step_ms_p20', '.0f')}–{shown('step_ms_p80', '.0f')}"
+    return {
+        "method": " ".join(filter(None, (row["method"], row.get("variant")))),
+        "batch": f"{row['batch_size']} × {row['seq_len']}",
+        "trainable": shown("trainable", ",.0f"),
+        "ms": "no memory" if row.get("out_of_memory") else f"{row['step_ms']:.0f} ({spread})",
+        "/ floor": shown("floor_ratio", ".3f"),
+        "saved MB": shown("saved_bytes", ".1f", 1e6),
+        "peak GB": shown("peak_bytes", ".1f", 1e9),
+    }
 
 
 def _plan(preset: Preset, methods: Mapping[str, Prepare]) -> list[Group]:

@@ -86,7 +86,7 @@ class _Material:
 
 
 def study_commonsense(
-    folder: Path, data: str, settings: CommonsenseSettings | None = None, tell: Tell | None = None
+    folder: Path, settings: CommonsenseSettings | None = None, tell: Tell | None = None, *, data: str
 ) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet.
 

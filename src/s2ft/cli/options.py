@@ -1,0 +1,47 @@
+"""Commands whose options are declared elsewhere, as fields of a model or in a table: their signatures, which typer reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from s2ft.lab.registry import Entry
+
+
+def parameter(name: str, kind: Any, help: str, default: Any = None, *flags: str, **more: Any) -> inspect.Parameter:
+    """An option `--name`, or with the `flags` that are given.
+
+    Args:
+        kind: The type that typer reads.
+        help: Shown as it is, brackets included.
+        default: `...` if the option has to be given.
+        more: Of `typer.Option`.
+    """
+    flags = flags or (f"--{name.replace('_', '-')}",)
+    settings = {"show_default": default not in (None, ..., False), **more}
+    option = typer.Option(*flags, help=help.replace("[", "\\["), **settings)
+    default = inspect.Parameter.empty if default is ... else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def with_options(
+    command: Callable[..., Any], parameters: Sequence[inspect.Parameter], returns: Any = int
+) -> Callable[..., Any]:
+    """The command, which takes anything, with the options that it is called with."""
+    command.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": returns}
+    return command
+
+
+def entry_options(entry: Entry) -> list[inspect.Parameter]:
+    """The options of a benchmark or study: its own, `--json`, and `--png` where it has a picture."""
+    own = [
+        parameter(name, option.kind, option.help, option.default, f"--{name.replace('_', '-')}")
+        for name, option in entry.options.items()
+    ]
+    png = [parameter("png", Path | None, "Draw the result here")] if entry.has_picture else []
+    return [*own, parameter("json_file", Path | None, "Write the result here", None, "--json"), *png]

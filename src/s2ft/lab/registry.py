@@ -1,0 +1,95 @@
+"""What `s2ft bench` and `s2ft study` offer: a row for each, from which its command, help and checks follow.
+
+A row is all that is read before a command runs. The work is in the module of the row's name, which is imported only then:
+
+    lab/bench/NAME.py    bench_NAME(tell=..., **options) → Report;  NAME_line(row), unless rows are printed as they are;
+                         draw_NAME(rows, png), if there is a picture
+    lab/study/NAME.py    study_NAME(folder, settings, tell, **options) → StudyReport;  NameSettings(seeds=...)
+
+A new benchmark or study is such a module, its row here, and its test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of its own: `--NAME` on the command line, an argument of that name in the module."""
+
+    kind: Any  # bool, str, an enum, ...
+    default: Any  # ... if it has to be given
+    help: str
+    example: str = ""  # a value, for the help's example
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A benchmark or a study."""
+
+    help: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    has_picture: bool = True
+
+    def described(self, command: str, name: str) -> str:
+        """The help, which ends in an example."""
+        own = "".join(f" --{option} {given.example}" for option, given in self.options.items() if given.example)
+        png = f" --png {name}.png" if self.has_picture else ""
+        return f"{self.help}\n\nExample: s2ft {command} {name}{own} --json {name}.json{png}"
+
+
+class TrainingPreset(StrEnum):
+    """The machine that the training benchmark is for; names in `lab.bench.training.PRESETS`."""
+
+    cpu = "cpu"
+    llama = "7b"
+
+
+BENCHMARKS = {
+    "selection": Entry("Time the choice of channels at the shape of LLaMA2-7B.", has_picture=False),
+    "training": Entry(
+        "Time a training step of S²FT and other methods, beside the frozen model, and count what they keep for backward.",
+        {
+            "preset": Option(
+                TrainingPreset, TrainingPreset.cpu, "cpu: a small Llama; 7b: LLaMA2-7B and LLaMA3-8B, on a GPU", "cpu"
+            ),
+            "liger": Option(bool, False, "Give every method Liger's kernels (GPU)"),
+        },
+    ),
+    "switch": Entry(
+        "Time how long a weight of dimension 1k to 32k takes to take an adapter in: S²FT, LoRA, and one copy of the slice."
+    ),
+    "parallel": Entry(
+        "Time a batch of 1 to 1,000 adapters, a row each: S²FT, LoRA with equal parameters, and PEFT's mixed batch."
+    ),
+    "fusion": Entry(
+        "Time the fusion of two adapters at LLaMA3-8B's shape, on files, beside writing as many bytes.",
+        has_picture=False,
+    ),
+    "evaluation": Entry(
+        "Time the answers to 200 GSM8K questions by `s2ft eval`'s engine, beside transformers' `generate`, with the embedded "
+        "base.",
+        {
+            "data": Option(
+                str | None, None, "Folder with dataset/gsm8k/test.json [default: made from a seed]", "llm-adapters"
+            )
+        },
+        has_picture=False,
+    ),
+}
+
+STUDIES = {
+    "selection": Entry("Compare the ways to choose channels, and no fine-tuning, at one budget."),
+    "generalization": Entry(
+        "Compare full tuning, LoRA, DoRA, SHiRA and S²FT: what is learned, what carries over, what is forgotten."
+    ),
+    "fusion": Entry("Add up adapters of two skills: LoRA, and S²FT on the same and on disjoint channels."),
+    "commonsense": Entry(
+        "Train on real text, four commonsense tasks of LLM-Adapters, and ask these and two others.",
+        {"data": Option(str, ..., "Folder with dataset/NAME/train.json and test.json", "llm-adapters")},
+    ),
+}
