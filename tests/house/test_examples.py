@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from s2ft.adapters.file import read_adapter
+from s2ft.demo import base_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -45,6 +49,21 @@ class TestExamples:
         moved, restored = capsys.readouterr().out.splitlines()[-2:]
         assert float(moved.rpartition(" ")[2]) > 0
         assert restored == "base weights as before: True"
+
+    def test_a_score_of_ones_own_chooses_the_largest_weights(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        load("own_score").main(str(tmp_path / "own"))
+        assert "strategy='own'" in capsys.readouterr().out
+        adapter = read_adapter(tmp_path / "own")
+        base = AutoModelForCausalLM.from_pretrained(str(base_path()))
+        for layer, block in enumerate(base.model.layers):
+            mlp = block.mlp
+            weights = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T]
+            peaks = torch.stack([weight.abs().amax(1) for weight in weights]).amax(0)
+            chosen = adapter.slices[f"model.layers.{layer}.mlp.down_proj"].indices
+            others = np.setdiff1d(np.arange(len(peaks)), chosen)
+            assert peaks[chosen].min() >= peaks[others].max()
 
 
 def test_every_example_is_listed() -> None:

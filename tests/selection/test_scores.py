@@ -11,9 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
 from s2ft.layer.linears import linear_layer, weight_matrix
-from s2ft.selection import scores as scores_module
-from s2ft.selection.scores import key, random_scores, score_units
+from s2ft.selection import weight_scores
+from s2ft.selection.scores import score_units
 from s2ft.selection.structure import Projection, Structure, find_structures
+from s2ft.selection.weight_scores import random_scores
 
 
 def unit_of(structure: Structure, projection: Projection, unit: int) -> slice:
@@ -45,7 +46,7 @@ def test_weight_is_the_norm_of_everything_that_belongs_to_the_unit(family: str) 
     scores = score_units("weight", structures, model)
     for structure in structures:
         weights = {p.module: weight_matrix(base(model, p.module)).detach() for p in structure.projections}
-        np.testing.assert_allclose(scores[key(structure)], np.sqrt(squares_by_loop(structure, weights)), rtol=1e-6)
+        np.testing.assert_allclose(scores[structure.key], np.sqrt(squares_by_loop(structure, weights)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +69,7 @@ def test_activation_is_the_root_mean_square_over_tokens_that_are_no_padding(fami
         projection = structure.projections[-1]
         kept = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(seen[projection.module], batches, strict=True)])
         mean = kept.double().square().mean(0).view(structure.units, -1).sum(1)
-        np.testing.assert_allclose(scores[key(structure)], mean.sqrt().numpy(), rtol=1e-5)
+        np.testing.assert_allclose(scores[structure.key], mean.sqrt().numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,7 +85,7 @@ def test_gradient_is_the_norm_over_batches_and_touches_nothing(family: str) -> N
     assert all(
         torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters()
     )
-    expected = {key(s): np.zeros(s.units) for s in structures}
+    expected = {s.key: np.zeros(s.units) for s in structures}
     for batch in batches:
         model.zero_grad()
         model.eval()(**batch, labels=batch["input_ids"]).loss.backward()
@@ -97,7 +98,7 @@ def test_gradient_is_the_norm_over_batches_and_touches_nothing(family: str) -> N
                     if weight_matrix(layer).shape == layer.weight.shape and not _conv(layer)
                     else layer.weight.grad.T
                 )
-            expected[key(s)] += squares_by_loop(s, gradients)
+            expected[s.key] += squares_by_loop(s, gradients)
     for name, squares in expected.items():
         np.testing.assert_allclose(scores[name], np.sqrt(squares), rtol=1e-4)
 
@@ -110,7 +111,7 @@ def _conv(layer: nn.Module) -> bool:
 def test_lift_is_the_norm_of_the_units_part_of_the_low_rank_weights(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores_module, "LIFT_RANK", 1 / 5)  # of these small weights, more than rank 1
+    monkeypatch.setattr(weight_scores, "LIFT_RANK", 1 / 5)  # of these small weights, more than rank 1
     model = build(family)
     structures = find_structures(model)
     scores = score_units("lift", structures, model)
@@ -125,7 +126,7 @@ def test_lift_is_the_norm_of_the_units_part_of_the_low_rank_weights(
                 channels = unit_of(structure, p, unit)
                 own = slice(channels.start - p.offset, channels.stop - p.offset)
                 total[unit] += float((low[own] if p.side == "out" else low[:, own]).square().sum())
-        np.testing.assert_allclose(scores[key(structure)], np.sqrt(total), rtol=1e-6)
+        np.testing.assert_allclose(scores[structure.key], np.sqrt(total), rtol=1e-6)
 
 
 def low_rank(weight: Tensor, rank: int) -> Tensor:
@@ -135,9 +136,9 @@ def low_rank(weight: Tensor, rank: int) -> Tensor:
 
 def test_lift_has_rank_1_at_least_and_128_at_a_width_of_4096() -> None:
     weight = torch.randn(9, 14, dtype=torch.float64)
-    got = scores_module._low_rank_squares(weight, over="out")
+    got = weight_scores._low_rank_squares(weight, along=0)
     torch.testing.assert_close(got, low_rank(weight, 1).square().sum(0))
-    assert round(scores_module.LIFT_RANK * 4096) == 128
+    assert round(weight_scores.LIFT_RANK * 4096) == 128
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,7 +154,7 @@ def test_saliency_is_the_first_order_effect_of_the_unit_on_the_loss(family: str)
         squares = np.zeros(structure.units)
         for unit in range(structure.units):
             squares[unit] = sum(slope(model, structure, unit, batch) ** 2 for batch in batches)
-        np.testing.assert_allclose(scores[key(structure)], np.sqrt(squares), rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(scores[structure.key], np.sqrt(squares), rtol=1e-4, atol=1e-9)
 
 
 def slope(model: nn.Module, structure: Structure, unit: int, batch: dict[str, Tensor]) -> float:

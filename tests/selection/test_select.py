@@ -18,7 +18,7 @@ from s2ft.format.config import chosen_layers
 from s2ft.format.slices import Slice
 from s2ft.format.terms import STRATEGIES
 from s2ft.selection.budget import spread
-from s2ft.selection.scores import key, score_units
+from s2ft.selection.scores import score_units
 from s2ft.selection.structure import find_structures
 
 
@@ -86,7 +86,7 @@ def test_the_chosen_units_have_the_extreme_scores(strategy: str, subset: str) ->
     for structure in structures:
         last = structure.projections[-1]
         chosen = sorted(heads(slices, last.module, last.width))
-        order = np.argsort(scores[key(structure)], kind="stable")
+        order = np.argsort(scores[structure.key], kind="stable")
         best = order[::-1] if subset == "largest" else order
         assert chosen == sorted(best[: len(chosen)].tolist())
 

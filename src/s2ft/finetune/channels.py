@@ -12,8 +12,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from s2ft.finetune.options import AT_ONCE, TrainOptions
 from s2ft.format.config import S2FTConfig
-from s2ft.selection.scores import NEEDS_DATA, Batch
+from s2ft.selection.scores import SCORES
 from s2ft.selection.select import select
+from s2ft.selection.weight_scores import Batch
 
 log = logging.getLogger("s2ft")
 
@@ -23,7 +24,7 @@ def choose_channels(
 ) -> S2FTConfig:
     """The resolved config for these options on tokenised examples whose source has this digest."""
     config = options.s2ft_config(seed=seed_from(digest))
-    batches = _calibration(options, dataset, tokenizer) if config.strategy in NEEDS_DATA else None
+    batches = _calibration(options, dataset, tokenizer) if SCORES[config.strategy].needs_data else None
     selection = select(model, config, batches)
     log.info("trained: %s", selection.trained)
     if selection.left_out:

@@ -229,7 +229,7 @@ class TrainOptions(MethodOptions):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time")
     calibration: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.01, description="Fraction of the examples that the strategies activation, product, gradient and saliency read"
+        0.01, description="Fraction of the examples that is read by strategies that score heads and channels on data"
     )
     train_seed: Seed = Field(0, description="Seed of the order of the examples")
     log_every: Positive = Field(5, description="Steps between two points of the loss curve")

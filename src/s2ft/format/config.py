@@ -21,7 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.format.checksum import taken
 from s2ft.format.registration import NAME, peft_type, register_config
-from s2ft.format.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
+from s2ft.format.terms import ALLOCATIONS, OWN, PROJECTIONS, STRATEGIES, SUBSETS
 from s2ft.format.unknown import explain_unknown
 from s2ft.format.whole import check_method, check_whole, kind_problems, method_of, name_problems
 
@@ -43,9 +43,9 @@ class S2FTConfig(PeftConfig):
         budget: Fraction of the model's parameters to train, split evenly over the targets; what no slice can be taken
             from (stacked experts, mixers, a vision tower) does not count. The default is 0.01 on
             `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it.
-        strategy: `random`, `weight` (norm of the weights), `activation` (norm of the activations), `product` of both,
-            `gradient` (norm of the gradient), `lift` (norm of the weights' low-rank part) or `saliency` (first-order effect on
-            the loss). All but random, weight and lift need data: see `s2ft.select`.
+        strategy: `random`, or a score to rank by: `weight`, `activation`, `product`, `gradient`, `lift` or `saliency` (see
+            `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
+            score of your own, too, and then fills in `own`.
         subset: Whether the `largest` or the `smallest` scores are trained.
         seed: Of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
         allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole
@@ -129,9 +129,7 @@ class S2FTConfig(PeftConfig):
             yield f"budget={self.budget!r} is outside (0, 1]"
         if self.ratios is not None and self.budget is not None:
             yield f"ratios={self.ratios!r} and budget={self.budget!r} are both given; give one"
-        for name, allowed in (("strategy", STRATEGIES), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
-            if getattr(self, name) not in allowed:
-                yield f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(allowed)}"
+        yield from _choice_problems(self)
         if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**63):
             yield f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1"
         if self.layers is not None and not _is_layers(self.layers):
@@ -238,6 +236,15 @@ def _layer_indices(layers: int | str | list[int], count: int) -> Sequence[int]:
     if size > count:
         return [size - 1]
     return range(count - size, count) if match["end"] == "last" else range(size)
+
+
+def _choice_problems(config: S2FTConfig) -> Iterator[str]:
+    if config.strategy == OWN and config.slices is None:
+        yield f"strategy={OWN!r} is filled in by s2ft.select(model, config, batches, scores=...); use the config it returns"
+    strategies = (OWN,) if config.strategy == OWN else tuple(STRATEGIES)
+    for name, allowed in (("strategy", strategies), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
+        if getattr(config, name) not in allowed:
+            yield f"{name}={getattr(config, name)!r} is unknown; choose from {', '.join(allowed)}"
 
 
 def _ratio_problems(ratios: Any) -> Iterator[str]:

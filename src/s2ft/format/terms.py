@@ -3,7 +3,20 @@
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The canonical names of the seven projections, in every model family."""
 
-STRATEGIES = ("random", "weight", "activation", "product", "gradient", "lift", "saliency")
+STRATEGIES = {
+    "random": "by the seed",
+    "weight": "norm of the weights",
+    "activation": "norm of the activations",
+    "product": "weight times activation",
+    "gradient": "norm of the gradient",
+    "lift": "norm of the weights' low-rank part",
+    "saliency": "first-order effect on the loss",
+}
+"""How heads and channels are chosen; how each is computed: `SCORES` in selection/scores.py."""
+
+OWN = "own"
+"""The strategy of a config whose channels were chosen by the user's function: `s2ft.select(..., scores=)`."""
+
 SUBSETS = ("largest", "smallest")
 ALLOCATIONS = ("uniform", "global")
 DEFAULT_BUDGET = 0.01

@@ -8,6 +8,9 @@ Read `structure`, then `select`, which asks the others in turn.
     coverage   what of a model is reached, and what is left out
     targets    which projections are trained
     budget     how many units each layer trains
-    scores     how important a head or channel is
+    scores     how important a head or channel is: the registry `SCORES`
     select     which ones: `select`
+
+    weight_scores  scores that need no data
+    data_scores    scores that read data
 """

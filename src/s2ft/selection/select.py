@@ -23,12 +23,14 @@ from torch import nn
 from s2ft.common.errors import S2FTError
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Indices, Slice
+from s2ft.format.terms import OWN
 from s2ft.layer.adapted import refuse_inside, suspended, turns_of
 from s2ft.selection.budget import count_units, trained_in_words
 from s2ft.selection.coverage import coverage
-from s2ft.selection.scores import Batch, Scores, key, score_units
+from s2ft.selection.scores import Scorer, run_scorer, score_units
 from s2ft.selection.structure import Projection, Structure, Target
 from s2ft.selection.targets import by_projection, find_targets
+from s2ft.selection.weight_scores import Batch, Scores
 
 
 @dataclass(frozen=True)
@@ -41,56 +43,88 @@ class Selection:
     left_out: str = ""  # what of the model no slice can be taken from, and why
 
 
-def select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None = None) -> Selection:
+def select(
+    model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None = None, scores: Scorer | None = None
+) -> Selection:
     """Chooses the heads and channels that `config` asks for.
 
     Args:
         model: Any model with linear layers, adapted or not; nothing in it is changed.
+        config: How much to train, and where; its strategy says which. A config whose channels are chosen already is
+            returned as it is.
         batches: Calibration data for the strategies activation, product, gradient and saliency (the paper takes 1% of
             the training data): an iterable of what the model is called with, such as a DataLoader. Read once, only running
             sums are kept.
+        scores: A score of your own, in place of `config.strategy`: a function of `(structures, model, batches)` that returns,
+            for the key of each structure, one score for each of its units (`s2ft.selection.scores.Scorer`). The
+            config that comes back holds the chosen channels, and `strategy="own"`: it loads without the function.
 
     Raises:
-        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, data is missing, or inside
-            `in_place`, where the base weights are permuted.
+        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, data is missing, `scores` returns
+            other than one finite number for each unit, or inside `in_place`, where the base weights are permuted.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
-        >>> selection = select(LlamaForCausalLM(config), S2FTConfig(ratios=0.25, strategy="weight"))
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+        >>> selection = select(model, S2FTConfig(ratios=0.25, strategy="weight"))
         >>> {path: len(chosen.indices) for path, chosen in selection.slices.items()}
         {'model.layers.0.self_attn.o_proj': 4, 'model.layers.0.mlp.down_proj': 6}
+        >>> def last_first(structures, model, batches):
+        ...     return {structure.key: range(structure.units) for structure in structures}
+        >>> select(model, S2FTConfig(ratios=0.25), scores=last_first).config.slices["model.layers.0.mlp.down_proj"]
+        'in 18-23'
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if scores is not None:
+        _check_own(config, scores)
     if config.is_resolved:
         slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
         return Selection(slices, config)
     with turns_of(model).alone():
         refuse_inside(model, "choosing channels")
         with suspended(model):  # scores are those of the base weights, whatever is merged into them or switched to
-            return _select(model, config, batches)
+            return _select(model, config, batches, scores)
 
 
-def _select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None) -> Selection:
+def _check_own(config: S2FTConfig, scores: Scorer) -> None:
+    if not callable(scores):
+        raise S2FTError(f"scores={scores!r} is not callable; give a function of structures, model and batches")
+    if config.is_resolved:
+        raise S2FTError("scores= is given with a config whose channels are chosen already; give one with slices=None")
+    if config.strategy != "random":  # the default
+        raise S2FTError(f"strategy={config.strategy!r} and scores= are both given; give one")
+
+
+def _select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None, own: Scorer | None) -> Selection:
     targets = find_targets(model, config)
     covered = coverage(model, targets, by_name=config.target_modules is not None)
     counts = count_units(targets, config, model, covered.reached)
-    seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
-    structures = list({key(structure): structure for structure, _ in targets}.values())
-    scores = score_units(config.strategy, structures, model, batches, seed or 0)
+    structures = list({structure.key: structure for structure, _ in targets}.values())
+    if own is None:
+        seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
+        config = replace(config, seed=seed)
+        scores = score_units(config.strategy, structures, model, batches, seed or 0)
+    else:
+        name = f"scores={getattr(own, '__name__', repr(own))}"
+        scores = run_scorer(own, structures, model, batches, name)
     avoided = held_channels(model, config.avoid or [])
     slices = _to_slices(_choose(targets, counts, scores, config, avoided))
-    texts = {path: str(chosen) for path, chosen in slices.items()}
-    modules = set(slices) if config.target_modules is None else config.target_modules
     selection = Selection(
         slices,
-        replace(config, slices=texts, seed=seed, target_modules=modules),
+        _resolved(config, slices, config.strategy if own is None else OWN),
         trained_in_words(targets, counts),
         str(covered),
     )
     if selection.left_out:
         warnings.warn(f"S²FT trains {selection.trained}; {selection.left_out}", stacklevel=3)
     return selection
+
+
+def _resolved(config: S2FTConfig, slices: Mapping[str, Slice], strategy: str) -> S2FTConfig:
+    texts = {path: str(chosen) for path, chosen in slices.items()}
+    modules = set(slices) if config.target_modules is None else config.target_modules
+    return replace(config, slices=texts, strategy=strategy, target_modules=modules)
 
 
 def _choose(
@@ -101,11 +135,11 @@ def _choose(
     avoided: Mapping[str, Slice],
 ) -> list[tuple[Projection, Indices]]:
     """Each targeted projection with its chosen units, ascending."""
-    grouped = {key(s) for s, p in targets if p.name in ("k_proj", "v_proj")}
+    grouped = {s.key for s, p in targets if p.name in ("k_proj", "v_proj")}
     chosen: list[tuple[Projection, Indices]] = []
     for name, group in by_projection(targets).items():
-        signed = {key(s): -scores[key(s)] if config.subset == "largest" else scores[key(s)] for s, _ in group}
-        ranks = [_rank_keys(signed[key(s)], _held_units(s, avoided), s, p, key(s) in grouped) for s, p in group]
+        signed = {s.key: -scores[s.key] if config.subset == "largest" else scores[s.key] for s, _ in group}
+        ranks = [_rank_keys(signed[s.key], _held_units(s, avoided), s, p, s.key in grouped) for s, p in group]
         free = [_free_units(p, avoided.get(p.module)) for _, p in group]
         picks = _pick_global if config.allocation == "global" else _pick_uniform
         units = picks(name, ranks, free, counts[name])

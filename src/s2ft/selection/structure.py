@@ -46,6 +46,11 @@ class Projection:
     width: int  # channels of a unit: head_dim, or 1
     offset: int = 0  # where the projection starts in a fused layer
 
+    @property
+    def channels(self) -> slice:
+        """The channels of all its units, on the module's `side`."""
+        return slice(self.offset, self.offset + self.units * self.width)
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -57,6 +62,11 @@ class Structure:
     units: int  # query heads, or channels
     projections: tuple[Projection, ...]
     partial: str | None = None  # why not all its projections are here: its units cannot be permuted
+
+    @property
+    def key(self) -> str:
+        """Names it: path and kind, since one module may hold an attention and an MLP."""
+        return f"{self.path}:{self.kind}"
 
     @property
     def groups(self) -> int:

@@ -1,0 +1,184 @@
+"""Scores that read data: activation, product, gradient, saliency.
+
+The paper leaves open how scores combine over tokens and batches. Taken here: over tokens the root mean square without
+padding; over batches the root of the sum of squared batch gradients, which cannot cancel; saliency, whose terms have
+signs, is summed over a batch first and is then combined likewise.
+
+All keep running sums only, and `gradient` frees each weight's gradient as soon as it is summed. The model is in evaluation
+mode and no parameter wants a gradient when a score is called (`selection/scores.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.layer.linears import as_matrix, features
+from s2ft.selection.structure import Projection, Structure
+from s2ft.selection.weight_scores import Batch, Scores, by_weight, channel_squares, linear_of, root, unit_sums
+
+
+def by_activation(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> Scores:
+    """The root mean square of each unit's activations on their way into o or down (S²FT-A)."""
+    sums = _zeros(structures)
+    tokens = dict.fromkeys(sums, 0)
+    mask: Tensor | None = None
+
+    def add(structure: Structure, x: Tensor) -> None:  # x: [*, in_features]
+        projection = _fed(structure)
+        _check_whole(x, projection, model)
+        rows = x.flatten(0, -2)  # some models (OPT) flatten them before the layer
+        kept = rows[mask.flatten()] if mask is not None and mask.numel() == len(rows) else rows
+        squares = kept.detach().float().square().sum(0, dtype=torch.float64).cpu()
+        sums[structure.key] += unit_sums(squares[projection.channels], structure, projection)
+        tokens[structure.key] += len(kept)
+
+    with ExitStack() as stack, torch.no_grad():
+        for s in structures:
+            hook = linear_of(_fed(s), model).register_forward_pre_hook(lambda _, args, s=s: add(s, args[0]))
+            stack.callback(hook.remove)
+        for batch in _on_device(batches, model):
+            padding = batch.get("attention_mask")
+            mask = padding.bool() if padding is not None and padding.dim() == 2 else None
+            model(**batch)
+    if not any(tokens.values()):
+        raise S2FTError("the calibration data holds no batch with a token")
+    _check_reached(name for name, count in tokens.items() if not count)
+    return {name: root(total / tokens[name]) for name, total in sums.items()}
+
+
+def by_product(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> Scores:
+    """Weight times activation (S²FT-S)."""
+    activation = by_activation(structures, model, batches)
+    return {name: activation[name] * weight for name, weight in by_weight(structures, model).items()}
+
+
+def by_gradient(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> Scores:
+    """The norm of the loss's gradient to each unit's weights, squared and summed over batches (S²FT-G)."""
+    sums = _zeros(structures)
+    idle = set(sums)
+
+    def collect(layer: nn.Module, uses: list[tuple[Structure, Projection]]) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = as_matrix(layer, parameter.grad)
+            parameter.grad = None
+            for structure, projection in uses:
+                idle.discard(structure.key)
+                sums[structure.key] += unit_sums(channel_squares(gradient, projection), structure, projection)
+
+        return add
+
+    with ExitStack() as stack:
+        for layer, uses in _uses_by_layer(structures, model):
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight.requires_grad_(True)
+            stack.callback(weight.register_post_accumulate_grad_hook(collect(layer, uses)).remove)
+        _backward(model, batches)
+    _check_reached(name for name in sums if name in idle)
+    return {name: root(total) for name, total in sums.items()}
+
+
+def by_saliency(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> Scores:
+    """What the loss would change by, to first order, if the unit were silent: |Σ h · ∂loss/∂h| over the tokens of a batch."""
+    sums = _zeros(structures)
+    idle = set(sums)
+
+    def watch(structure: Structure, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        projection = _fed(structure)
+        _check_whole(args[0], projection, model)
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # nothing below it wants a gradient
+        values = x.detach()
+
+        def add(gradient: Tensor) -> None:  # [*, in_features]
+            idle.discard(structure.key)
+            effects = (values.float() * gradient.float()).flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+            sums[structure.key] += unit_sums(effects[projection.channels], structure, projection).square()
+
+        x.register_hook(add)
+        return (x, *args[1:])
+
+    with ExitStack() as stack:
+        for s in structures:
+            hook = linear_of(_fed(s), model).register_forward_pre_hook(lambda _, args, s=s: watch(s, args))
+            stack.callback(hook.remove)
+        _backward(model, batches)
+    _check_reached(name for name in sums if name in idle)
+    return {name: root(total) for name, total in sums.items()}
+
+
+def _zeros(structures: list[Structure]) -> dict[str, Tensor]:  # each [units], float64
+    return {s.key: torch.zeros(s.units, dtype=torch.float64) for s in structures}
+
+
+def _fed(structure: Structure) -> Projection:
+    """The projection that the structure's units feed into: o or down, or an uncoupled linear layer."""
+    return next(p for p in structure.projections if p.side == "in")
+
+
+def _uses_by_layer(
+    structures: list[Structure], model: nn.Module
+) -> Iterator[tuple[nn.Module, list[tuple[Structure, Projection]]]]:
+    """Each linear layer once, with the projections in it: a fused layer holds several."""
+    uses: dict[str, list[tuple[Structure, Projection]]] = {}
+    for structure in structures:
+        for projection in structure.projections:
+            uses.setdefault(projection.module, []).append((structure, projection))
+    for parts in uses.values():
+        yield linear_of(parts[0][1], model), parts
+
+
+def _check_reached(idle: Iterable[str]) -> None:
+    """All units of a structure that never ran would score alike, and the lowest be chosen."""
+    raise_together(
+        f"{name.rpartition(':')[0]} never runs on the calibration data (a cross-attention without what it attends to, an "
+        "expert that no token is sent to); leave it out by target_modules or exclude_modules, or choose strategy='random'"
+        for name in idle
+    )
+
+
+def _check_whole(x: Tensor, projection: Projection, model: nn.Module) -> None:  # x: [*, in_features]
+    """The units are counted in the whole input; under tensor parallelism each process has a part of it."""
+    expected = features(linear_of(projection, model))[0]
+    if x.shape[-1] != expected:
+        raise S2FTError(
+            f"{projection.module} gets {x.shape[-1]} of its {expected} input channels in this process (tensor parallelism); "
+            "choose channels before the model is split, or strategy='random'"
+        )
+
+
+def _backward(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """The loss of every batch, backwards; hooks take what it leaves."""
+    seen = 0
+    with torch.enable_grad():
+        for batch in _on_device(batches, model):
+            _loss(model, batch).backward()
+            seen += 1
+    if not seen:
+        raise S2FTError("the calibration data holds no batch")
+
+
+def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:  # scalar
+    """The model's own loss; labels that are not given are the input without padding."""
+    if "labels" not in batch:
+        if "input_ids" not in batch:
+            raise S2FTError(f"the strategy needs a loss: a batch with {sorted(batch)} has neither labels nor input_ids")
+        labels = batch["input_ids"]
+        if batch.get("attention_mask") is not None:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+        batch = {**batch, "labels": labels}
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Any]]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise S2FTError(f"a batch is a {type(batch).__name__}; batches are mappings that the model is called with")
+        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
