@@ -14,7 +14,7 @@ from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapters.file import read_adapter
 from s2ft.adapters.inspection import changes, draw, summary, table
 from s2ft.cli.tables import print_table
-from s2ft.format import whole
+from s2ft.format import weight_file
 from s2ft.format.digest import agree, slice_digest
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
@@ -184,11 +184,11 @@ def test_a_damaged_delta_is_refused_when_it_is_loaded(saved: Path, damage: str) 
 def test_a_file_is_opened_anew_before_much_of_it_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"t{number}": torch.randn(8) for number in range(12)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    monkeypatch.setattr(whole, "MOST_MAPPED", 3 * 8 * 4)
+    monkeypatch.setattr(weight_file, "MOST_MAPPED", 3 * 8 * 4)
     opened: list[str] = []
-    plain = whole.safe_open
-    monkeypatch.setattr(whole, "safe_open", lambda path, **how: (opened.append(str(path)), plain(path, **how))[1])
-    read = dict(whole.WeightFile(tmp_path))
+    plain = weight_file.safe_open
+    monkeypatch.setattr(weight_file, "safe_open", lambda path, **how: (opened.append(str(path)), plain(path, **how))[1])
+    read = dict(weight_file.WeightFile(tmp_path))
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
     assert len(opened) == 3
 

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from families import build, tokens
 from live import state, unchanged
-from mutations import SOUND, fresh, mutate
+from mutations import CONFIG, SOUND, fresh, mutate
 from s2ft import S2FTConfig, S2FTError, export, fuse
 from s2ft.adapters.file import open_adapter, read_adapter
 from s2ft.adapters.inspection import summary, table
@@ -296,3 +296,32 @@ def test_a_damaged_folder_is_refused_by_all_readers_and_changes_nothing(
     assert not found, f"{len(found)} violations\n" + "\n".join(found[:200])
     assert any(refused)
     assert not all(refused)
+
+
+def versioned(house: House, kind: str, **fields: object) -> Path:
+    """A sound folder whose config has other keys; those that are None are left out."""
+    folder = fresh(house.sound[kind], house.root / "versioned")
+    held = {**json.loads((folder / CONFIG).read_text()), **fields}
+    (folder / CONFIG).write_text(
+        json.dumps({name: value for name, value in held.items() if name not in fields or value})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fields", [{"format_version": None}, {"format_version": "1.9", "shiny": [1, 2]}], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_every_reader_takes_formats_of_before_and_of_newer_minor_versions(
+    house: House, kind: str, fields: dict[str, Any]
+) -> None:
+    assert not list(attack(house, versioned(house, kind, **fields), kind, sound=True))
+    assert not house.refused
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_reader_refuses_a_newer_major_version_by_name(house: House) -> None:
+    folder = versioned(house, "slices", format_version="2.0", shiny=3)
+    assert not list(attack(house, folder, "slices", sound=False))
+    for reader in (*FILES, *MODELS, *NARROW):
+        assert "format_version='2.0' is newer" in str(found := verdict(reader, house, folder)), reader
+        assert "upgrade s2ft" in str(found), reader

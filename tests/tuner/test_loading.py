@@ -26,7 +26,8 @@ from live import state, unchanged
 from s2ft import AdapterPool, S2FTConfig, S2FTError, fuse, merge, read_adapter
 from s2ft.format.checksum import checksums
 from s2ft.format.slices import Slice
-from s2ft.format.whole import Header, header_problems
+from s2ft.format.validation import header_problems
+from s2ft.format.weight_file import Header
 
 RATIOS = {"o_proj": 0.25, "v_proj": 0.5, "down_proj": 0.2}
 DOWN = "model.layers.0.mlp.down_proj"

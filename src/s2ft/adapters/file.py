@@ -20,10 +20,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from s2ft.common.errors import S2FTError
-from s2ft.format.checksum import PREFIX
 from s2ft.format.config import S2FTConfig
+from s2ft.format.names import delta_name, is_base_copy, is_slice_part
 from s2ft.format.slices import Slice
-from s2ft.format.whole import BLOCK, WeightFile, check_method, is_carried
+from s2ft.format.weight_file import WeightFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +72,6 @@ class AdapterFile:
         return {name: self.tensors[name] for name in self.kept}
 
 
-def delta_name(module: str) -> str:
-    """The name of the module's delta in the weight file."""
-    return f"{PREFIX}{module}{BLOCK}weight"
-
-
-def indices_name(module: str) -> str:
-    """The name of the module's channels in the weight file."""
-    return f"{PREFIX}{module}{BLOCK}indices"
-
-
 def read_adapter(folder: str | Path) -> Adapter:
     """Reads an adapter folder and checks that it is whole.
 
@@ -108,10 +98,7 @@ def open_adapter(folder: str | Path) -> AdapterFile:
 def _checked(folder: Path) -> tuple[S2FTConfig, WeightFile]:
     if not folder.is_dir():
         raise S2FTError(f"{folder} holds no adapter: there is no {CONFIG_NAME}")
-    check_method(folder)
-    config = S2FTConfig.from_pretrained(str(folder))
-    if not config.slices:
-        raise S2FTError(f"{folder / CONFIG_NAME} names no slices; was it saved before the adapter was made?")
+    config = S2FTConfig.from_folder(folder)
     return config, WeightFile(folder)
 
 
@@ -121,4 +108,4 @@ def _slices(config: S2FTConfig) -> dict[str, Slice]:
 
 def _kept(config: S2FTConfig, weights: WeightFile) -> tuple[str, ...]:
     """Names of what PEFT keeps beside the slices."""
-    return tuple(name for name in weights if BLOCK not in name and not is_carried(config, name))
+    return tuple(name for name in weights if not is_slice_part(name) and not is_base_copy(name, config.slices))

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from s2ft.adapters.loading import check_incoming, check_state
 from s2ft.common.errors import raise_together
-from s2ft.format.checksum import bare
 from s2ft.format.config import S2FTConfig
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.format.names import bare, is_base_copy
 from s2ft.format.slices import Runs, Slice
-from s2ft.format.whole import is_carried
 from s2ft.layer.dequantise import dequantised, grid
 from s2ft.layer.linears import features, is_plain, linear_layer, weight_matrix
 from s2ft.selection.select import select
@@ -36,7 +35,7 @@ def foreign_base(model: nn.Module, config: S2FTConfig, tensors: Mapping[str, Ten
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
         # On meta the loader asks by names and shapes, and leaves it out
-        if tensor.is_meta or not is_carried(config, name):
+        if tensor.is_meta or not is_base_copy(name, config.slices):
             continue
         own = parameters.get(bare(name))
         if own is None or own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to("cpu", own.dtype)):

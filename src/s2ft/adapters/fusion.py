@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s2ft.adapters.combination import DENSITY, Combination, combine
-from s2ft.adapters.file import delta_name, indices_name, open_adapter
+from s2ft.adapters.file import open_adapter
 from s2ft.adapters.overlap import Overlap, overlaps
 from s2ft.common.errors import S2FTError
 from s2ft.common.files import new_folder
 from s2ft.common.outputs import check_free
 from s2ft.format.checksum import note
+from s2ft.format.names import delta_name, indices_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from s2ft.common.errors import raise_together
 from s2ft.common.reading import shown
-from s2ft.format.checksum import bare
 from s2ft.format.config import S2FTConfig
+from s2ft.format.names import bare, is_base_copy, part_name
 from s2ft.format.slices import Slice
-from s2ft.format.whole import BLOCK, DELTA_DTYPES, Header, finite, is_carried
+from s2ft.format.validation import DELTA_DTYPES, finite
+from s2ft.format.weight_file import Header
 from s2ft.layer.linear import S2FTLinear
 
 
@@ -41,19 +42,21 @@ def check_incoming(model: nn.Module, config: S2FTConfig, adapter_name: str, tens
     expected |= {f"{_path(name)}.{saved}": module.state_dict()[held] for name, module, saved, held in wholes}
     aliases = {f"{_path(name)}.{held}": f"{_path(name)}.{saved}" for name, _, saved, held in wholes}
     given = {
-        aliases.get(bare(name), bare(name)): tensor for name, tensor in tensors.items() if not is_carried(config, name)
+        aliases.get(bare(name), bare(name)): tensor
+        for name, tensor in tensors.items()
+        if not is_base_copy(name, config.slices)
     }
     raise_together(_name_problems(expected, given))
     raise_together(_not_finite(given))
-    warn_of_overflow({layer: given[f"{path}{BLOCK}weight"] for path, layer in layers.items()})
-    return take_channels(config, adapter_name, layers, {path: given[f"{path}{BLOCK}indices"] for path in layers})
+    warn_of_overflow({layer: given[part_name(path, "weight")] for path, layer in layers.items()})
+    return take_channels(config, adapter_name, layers, {path: given[part_name(path, "indices")] for path in layers})
 
 
 def _slices(layers: Mapping[str, S2FTLinear], adapter_name: str) -> dict[str, Tensor]:
     """An adapter's own tensors in the model, by their names in a file."""
     blocks = {path: layer._block(adapter_name) for path, layer in layers.items()}
     return {
-        f"{path}{BLOCK}{part}": getattr(block, part) for path, block in blocks.items() for part in ("weight", "indices")
+        part_name(path, part): getattr(block, part) for path, block in blocks.items() for part in ("weight", "indices")
     }
 
 
@@ -120,7 +123,7 @@ def check_state(
     layers = {
         _path(name).removeprefix("model."): (name, layer) for name, layer in modules if adapter_name in layer.s2ft_block
     }
-    names = {path: f"{prefix}{name}{BLOCK}{adapter_name}." for path, (name, _) in layers.items()}
+    names = {path: f"{prefix}{part_name(name, adapter_name)}." for path, (name, _) in layers.items()}
     held = {f"{names[path]}weight": layer._block(adapter_name).weight for path, (_, layer) in layers.items()}
     given = {name: state[name] for name in held if name in state}
     raise_together(_name_problems({name: held[name] for name in given}, given))
@@ -158,12 +161,13 @@ def _channel_problem(
 ) -> str | None:
     block, found = layer._block(adapter_name), indices.cpu()
     if not config.left_open("slices"):
-        return f"{path}{BLOCK}indices differ from the slice {shown(block.slice_text)} in the adapter's config"
+        return f"{part_name(path, 'indices')} differ from the slice {shown(block.slice_text)} in the adapter's config"
     size = layer.in_features if block.side == "in" else layer.out_features
     sound = found.dtype == torch.int64 and found.shape == block.indices.shape and bool((found.diff() > 0).all())
     if sound and int(found[0]) >= 0 and int(found[-1]) < size:
         return None
-    return f"{path}{BLOCK}indices are no {block.indices.numel()} ascending channels of the {size} of its {block.side}put side"
+    name = part_name(path, "indices")
+    return f"{name} are no {block.indices.numel()} ascending channels of the {size} of its {block.side}put side"
 
 
 def warn_of_overflow(deltas: Mapping[Any, Tensor]) -> None:

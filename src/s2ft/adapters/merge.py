@@ -23,7 +23,7 @@ from s2ft.adapters.file import AdapterFile, open_adapter
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.files import new_folder
 from s2ft.common.outputs import Progress, check_free
-from s2ft.format.checksum import bare
+from s2ft.format.names import bare, is_of_module
 from s2ft.format.slices import Slice, all_finite
 from s2ft.layer.base_weight import add_delta
 
@@ -112,7 +112,7 @@ def _unmergeable(adapter: AdapterFile, base: Checkpoint) -> list[str]:
     problems = []
     for name in adapter.kept:
         module = bare(name).rpartition(".")[0]
-        if not any(f".{part}." in f".{module}." for part in whole) or ".token_adapter" in name:
+        if not is_of_module(name, whole):
             problems.append(f"{name} cannot be merged on files; load the model and use PEFT's merge_and_unload")
         elif module in tied:
             problems.append(f"{name}: the base ties its embedding to its output layer, so one cannot change alone")

@@ -26,14 +26,13 @@ from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
 from s2ft.common.errors import raise_together
 from s2ft.common.outputs import Progress
-from s2ft.format.checksum import PREFIX
+from s2ft.format.names import PREFIX, is_of_module, is_token_rows
 from s2ft.format.slices import Slice
 from s2ft.layer.linears import features, linear_layer
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` takes."""
 
-_TRAINABLE_TOKENS = ".token_adapter."
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # SGLang holds these in one layer
 _VLLM_WHOLE = ("classifier", "score")  # the modules that vLLM takes whole
 
@@ -131,7 +130,7 @@ def _foreign(adapter: AdapterFile) -> list[str]:
     return [
         f"{name} is neither a slice nor in modules_to_save={whole}; a LoRA cannot carry it"
         for name in adapter.kept
-        if _TRAINABLE_TOKENS not in name and not any(f".{module}." in f".{name}" for module in whole)
+        if not is_token_rows(name) and not is_of_module(name, whole)
     ]
 
 
@@ -142,7 +141,7 @@ def _refused(adapter: AdapterFile, profile: str) -> list[str]:
     whole = [name for name in adapter.config.modules_to_save or [] if profile != "vllm" or name not in _VLLM_WHOLE]
     if whole:
         found.append(f"modules_to_save={whole}: {profile} takes no whole modules beside a LoRA; use `s2ft merge`")
-    if any(_TRAINABLE_TOKENS in name for name in adapter.kept):
+    if any(map(is_token_rows, adapter.kept)):
         found.append(f"trainable_token_indices: {profile} takes no single token embeddings; use --to lora, and PEFT")
     most = max(adapter.slices, key=lambda module: len(adapter.slices[module].indices))
     count = len(adapter.slices[most].indices)

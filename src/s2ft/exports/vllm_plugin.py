@@ -22,7 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import is_clean
 from s2ft.exports.export import export
-from s2ft.format.whole import method_of
+from s2ft.format.config_file import method_of
 
 ROOT = "S2FT_VLLM_ADAPTERS"
 """The environment variable that names the folder of the adapters; without it the plug-in does nothing."""

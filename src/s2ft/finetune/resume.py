@@ -22,8 +22,8 @@ from s2ft.common.reading import read_json
 from s2ft.finetune.baselines import METHODS
 from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.finetune.options import LEARNING_RATES, TrainOptions
+from s2ft.format.config_file import method_of
 from s2ft.format.registration import NAME
-from s2ft.format.whole import method_of
 from s2ft.runtime.processes import process_count
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")

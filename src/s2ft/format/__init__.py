@@ -7,6 +7,9 @@ slices        the chosen channels of one layer, and how they are written
 digest        was an adapter made for this base?
 sketch        64 numbers by which weights are known again after they were quantised
 checksum      are its tensors the ones that were saved?
-whole         the one check of an adapter's files, for every reader
+names         the names of the tensors in an adapter's file
+config_file   the config as it lies in a folder: method, format version, kinds of values
+weight_file   the weight file, opened
+validation    the one check of an adapter's files, for every reader
 registration  S²FT as a member of PEFT's enum
 """

@@ -17,12 +17,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-PREFIX = "base_model.model."  # before every name in a file; not in a model that adapters were injected into directly
-
-
-def bare(name: str) -> str:
-    """A tensor's name without PEFT's prefix."""
-    return name.removeprefix(PREFIX)
+from s2ft.format.names import bare
 
 
 def checksum(tensor: Tensor) -> str:

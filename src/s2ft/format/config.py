@@ -9,21 +9,30 @@ PEFT saves the resolved config beside the deltas, so that an adapter can be rebu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.format.checksum import taken
-from s2ft.format.registration import NAME, peft_type, register_config
+from s2ft.format.config_file import (
+    FORMAT_VERSION,
+    check_method,
+    is_foreign,
+    kind_problems,
+    name_problems,
+    read_fields,
+    readable,
+    version_problem,
+)
+from s2ft.format.registration import peft_type, register_config
 from s2ft.format.terms import ALLOCATIONS, OWN, PROJECTIONS, STRATEGIES, SUBSETS
 from s2ft.format.unknown import explain_unknown
-from s2ft.format.whole import check_method, check_whole, kind_problems, method_of, name_problems
+from s2ft.format.validation import check_adapter
 
 HOW_TO_LOAD = (
     "An adapter of the method S2FT: `pip install s2ft`, and `import s2ft` before PEFT or transformers load it."
@@ -66,6 +75,7 @@ class S2FTConfig(PeftConfig):
         base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
         how_to_load: Not for the user: an explanation that lies beside the method's name in the adapter's files.
         checksums: Filled in on saving: name → checksum of each tensor in the weight file (see `s2ft.format.checksum`).
+        format_version: Filled in on saving: the version of the file format (see `s2ft.format.config_file`).
 
     A rate that suits AdamW is 0.3 / √(channels of a slice × steps), some 1e-3 to 5e-3 for a short run: more than a LoRA wants,
     and a hundred times what TRL takes by default (docs/training.md).
@@ -110,6 +120,7 @@ class S2FTConfig(PeftConfig):
     )
 
     how_to_load: str = field(default=HOW_TO_LOAD, metadata={"help": "For those who find PEFT's KeyError: 'S2FT'"})
+    format_version: str = field(default=FORMAT_VERSION, metadata={"help": "Filled in: version of the file format"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,23 +152,38 @@ class S2FTConfig(PeftConfig):
         for name in ("slices", "base_digest", "checksums"):
             if not _is_text_by_module(getattr(self, name)):
                 yield f"{name} is not a mapping from modules to text; it is filled in, not written by hand"
+        yield from filter(None, [version_problem(self.format_version)])
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> S2FTConfig:
-        """As in PEFT; an adapter in a local folder is checked as every reader checks it (`s2ft.format.whole`).
+        """As in PEFT; an adapter in a local folder is checked as every reader checks it (`s2ft.format.validation`).
 
         Raises:
-            S2FTError: if a file is damaged, the weights are not those of the config, or hold more than it declares.
+            S2FTError: if a file is damaged or of a newer format, the weights are not those of the config, or hold more than
+                it declares.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        method = method_of(folder) if folder.is_dir() else None  # else a name on the Hub
-        if method is None or (isinstance(method, str) and method in PEFT_TYPE_TO_CONFIG_MAPPING and method != NAME):
+        found = read_fields(folder) if folder.is_dir() else None  # else a name on the Hub
+        if found is None or is_foreign(found):
             return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_method(folder)
+        return cls.from_folder(folder, found)
+
+    @classmethod
+    def from_folder(cls, folder: Path, found: Mapping[str, Any] | None = None) -> S2FTConfig:
+        """The config of an adapter of this method in a local folder, checked together with its weights.
+
+        Args:
+            found: What its file holds, if that has been read already.
+
+        Raises:
+            S2FTError: as `from_pretrained`, or if the adapter is another method's.
+        """
+        found = read_fields(folder) if found is None else found
+        check_method(folder, found)
         try:
-            config: S2FTConfig = super().from_pretrained(str(folder), **kwargs)
+            config: S2FTConfig = cls.from_peft_type(**cls.check_kwargs(**found))
             problems = [*kind_problems(config), *name_problems(config)]
         except S2FTError as error:
             problems = error.problems
@@ -165,12 +191,17 @@ class S2FTConfig(PeftConfig):
             problems = [first_line(error)]
         raise_together(f"{folder / CONFIG_NAME}: {problem}" for problem in problems)
         if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            check_whole(folder, config)
+            check_adapter(folder, config)
         return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a config file that this version knows (PEFT's hook, for files here and on the Hub)."""
+        return kwargs if is_foreign(kwargs) else readable(kwargs, [one.name for one in fields(cls)])
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; with the checksums of the tensors that are saved beside."""
-        self.checksums, self.how_to_load = taken(self), HOW_TO_LOAD
+        self.checksums, self.how_to_load, self.format_version = taken(self), HOW_TO_LOAD, FORMAT_VERSION
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")  # PEFT's, written before; it says nothing of this method
         if card.is_file() and "import s2ft" not in (text := card.read_text(encoding="utf-8", errors="replace")):

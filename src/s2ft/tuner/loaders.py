@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
@@ -25,8 +24,10 @@ from transformers.integrations.peft import PeftAdapterMixin
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.reading import shown
 from s2ft.format.config import S2FTConfig
+from s2ft.format.config_file import check_method, is_foreign, read_fields
 from s2ft.format.registration import NAME
-from s2ft.format.whole import Header, WeightFile, check_method, header_problems, method_of, value_problems
+from s2ft.format.validation import header_problems, value_problems
+from s2ft.format.weight_file import Header, WeightFile
 from s2ft.layer.linear import S2FTLinear
 from s2ft.tuner.rollback import rolled_back
 
@@ -120,21 +121,21 @@ def _look(arguments: dict[str, Any], where: str, whole: bool, only: bool = False
     folder = Path(str(given), arguments.get("subfolder") or "")
     if given is None or not folder.is_dir():
         return None
-    kind = method_of(folder)
-    if kind != NAME and not only and isinstance(kind, str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+    fields = read_fields(folder)
+    if is_foreign(fields) and not only:
         return None
-    check_method(folder)
+    check_method(folder, fields)
     pickled = not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
     if pickled and not (folder / WEIGHTS_NAME).exists():
         raise S2FTError(f"{folder} holds no adapter weights: there is no {SAFETENSORS_WEIGHTS_NAME}")
-    config = S2FTConfig.from_pretrained(str(folder)) if whole or pickled else None
+    config = S2FTConfig.from_folder(folder, fields) if whole or pickled else None
     if config is not None and pickled:
         _check_pickled(folder, config)
     return folder
 
 
 def _check_pickled(folder: Path, config: S2FTConfig) -> None:
-    """As `check_whole`, of what PEFT reads where there is no safetensors file: tensors alone, no other objects."""
+    """As `check_adapter`, of what PEFT reads where there is no safetensors file: tensors alone, no other objects."""
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
         headers = {name: Header.of(tensor) for name, tensor in tensors.items()}

@@ -21,12 +21,12 @@ from s2ft.adapters.combination import DENSITY
 from s2ft.adapters.fitting import check_and_adopt, check_and_adopt_state, foreign_base, resolved
 from s2ft.adapters.loading import kept_whole
 from s2ft.common.errors import S2FTError, raise_by_place, raise_together
-from s2ft.format.checksum import PREFIX as FILE_PREFIX
-from s2ft.format.checksum import bare, note
+from s2ft.format.checksum import note
 from s2ft.format.config import S2FTConfig
+from s2ft.format.names import PREFIX as FILE_PREFIX
+from s2ft.format.names import bare, is_base_copy
 from s2ft.format.registration import PREFIX, register_tuner
 from s2ft.format.slices import Slice
-from s2ft.format.whole import is_carried
 from s2ft.layer.adapted import (
     AdaptedLayer,
     Shared,
@@ -220,7 +220,9 @@ class S2FTModel(BaseTuner):
         """As in PEFT, which loads all that it finds here: what does not belong to the adapter is refused."""
         check_and_adopt(model, config, adapter_name, state_dict)
         state_dict = {  # from a model that adapters were injected into directly, names come without the prefix
-            FILE_PREFIX + bare(name): tensor for name, tensor in state_dict.items() if not is_carried(config, name)
+            FILE_PREFIX + bare(name): tensor
+            for name, tensor in state_dict.items()
+            if not is_base_copy(name, config.slices)
         }
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from s2ft.adapters.file import delta_name, indices_name
 from s2ft.format.config import S2FTConfig
+from s2ft.format.names import delta_name, indices_name
 from s2ft.format.slices import Slice
 from s2ft.lab.bench.report import Report
 from s2ft.runtime.timing import spread
