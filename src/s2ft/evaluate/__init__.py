@@ -6,14 +6,14 @@ Read `tasks`, then `run`.
     questions   a task's questions, from files and the Hub
     extraction  how an answer is read
     engines     what writes answers: the interface, and vLLM
-    generation  answers by transformers, in batches of like length
+    generation  answers by transformers, in batches of similar length
     answers     answers written, scored, and kept in JSONL; resumable
     tally       counts, intervals, means
-    subjects    base and adapters: loaded, told apart
+    subjects    what is evaluated: the base and its adapters
     run         evaluation in one call
-    comparison  base against tuned, for the run card
+    comparison  scores of the base and the result, for the run card
     mt_bench    MT-Bench's questions and both turns
-    judge       a judge behind OpenAI's protocol
+    judge       a judge that speaks OpenAI's chat completions
     judging     answers rated, ratings counted
     harness     tasks of the lm-evaluation-harness
 """

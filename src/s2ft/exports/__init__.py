@@ -1,4 +1,4 @@
-"""Adapters for engines that people serve with.
+"""Adapters in the forms that serving engines read.
 
 Read `targets`, then `export`.
 
