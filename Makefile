@@ -43,7 +43,7 @@ test-lowest: build/lowest/ready
 
 build/lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv build/lowest
-	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest hypothesis gguf packaging
+	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[train]' pytest hypothesis gguf packaging
 	touch $@
 
 # Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (6 GB)
@@ -53,7 +53,7 @@ test-quantised: build/quantised/ready
 build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 	$(PYTHON) -m venv build/quantised
 	build/quantised/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-quantised.txt \
-		--editable . pytest bitsandbytes optimum-quanto torchao
+		--editable '.[train]' pytest bitsandbytes optimum-quanto torchao
 	touch $@
 
 # The GPU kernels, run by Triton's interpreter on the CPU, and compiled for a GPU that need not be there
@@ -71,12 +71,14 @@ build/kernels/ready: .venv/ready
 test-engines: setup
 	$(BIN)/python tests/engines/run.py
 
-# What a user gets: the wheel in an environment of its own, and the quickstart from there
+# What a user gets: the wheel in an environment of its own, the core alone first; then with `train`, and the quickstart
 test-wheel:
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PYTHON) -m venv build/wheel/env
 	build/wheel/env/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/s2ft-*.whl
+	cd build/wheel && env/bin/python -W ignore ../../tests/house/core_alone.py
+	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo build/wheel/s2ft-*.whl)[train]"
 	cd build/wheel && env/bin/s2ft --version && env/bin/s2ft quickstart
 
 # The site in build/site: README, docs/ and the public API; broken links fail

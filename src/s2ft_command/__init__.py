@@ -4,9 +4,14 @@
 loaded tells `s2ft` to leave both to the command that needs them.
 """
 
+import sys
+
 
 def main() -> None:
     """Runs the command line."""
-    from s2ft.cli.app import main as run
+    from s2ft.cli.leaving import leaving
+
+    with leaving(sys.argv[1:]):
+        from s2ft.cli.app import main as run  # needs typer
 
     run()

@@ -12,7 +12,8 @@ from adapter_files import edit
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapters.file import read_adapter
-from s2ft.adapters.inspection import changes, draw, summary, table
+from s2ft.adapters.inspection import changes, draw, summary
+from s2ft.cli.inspect import table
 from s2ft.cli.tables import print_table
 from s2ft.format import weight_file
 from s2ft.format.digest import agree, slice_digest

@@ -22,8 +22,9 @@ from adapter_files import CONFIG, WEIGHTS, edit, write_tensors
 from families import build, tokens
 from s2ft import S2FTConfig, S2FTError, any_base
 from s2ft.adapters.file import open_adapter, read_adapter
-from s2ft.adapters.overlap import draw, table
+from s2ft.adapters.overlap import draw
 from s2ft.cli.app import app
+from s2ft.cli.fuse import table
 from s2ft.cli.tables import print_table
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear

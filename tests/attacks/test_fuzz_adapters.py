@@ -22,8 +22,9 @@ from live import state, unchanged
 from mutations import CONFIG, SOUND, fresh, mutate
 from s2ft import S2FTConfig, S2FTError, export, fuse
 from s2ft.adapters.file import open_adapter, read_adapter
-from s2ft.adapters.inspection import summary, table
+from s2ft.adapters.inspection import summary
 from s2ft.adapters.merge import merge
+from s2ft.cli.inspect import table
 from s2ft.tuner.pool import AdapterPool
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from families import build
 from s2ft import S2FTConfig, S2FTError
-from s2ft.cli.app import app, main
+from s2ft.cli.app import app, flags, main
+from s2ft.cli.leaving import as_flags
 from s2ft.common.outputs import check_writable
 
 COMMANDS = (
@@ -83,16 +84,16 @@ def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
     ("arguments", "message"),
     [
         (["inspect", "nowhere"], "error: nowhere holds no adapter: there is no adapter_config.json"),
-        (["inspect", "a", "--png", "nowhere/a.png"], "error: png='nowhere/a.png': there is no folder 'nowhere'"),
-        (["inspect", "a", "--png", "a.jpg"], "error: png='a.jpg' must end in .png"),
-        (["inspect", "a", "--json", "."], "error: json='.' is a folder; name a file"),
+        (["inspect", "a", "--png", "nowhere/a.png"], "error: --png='nowhere/a.png': there is no folder 'nowhere'"),
+        (["inspect", "a", "--png", "a.jpg"], "error: --png='a.jpg' must end in .png"),
+        (["inspect", "a", "--json", "."], "error: --json='.' is a folder; name a file"),
         (["quickstart", "--json", "nowhere/a.json"], "there is no folder 'nowhere'"),
-        (["bench", "selection", "--json", "."], "error: json='.' is a folder; name a file"),
-        (["bench", "training", "--png", "a.jpg"], "error: png='a.jpg' must end in .png"),
+        (["bench", "selection", "--json", "."], "error: --json='.' is a folder; name a file"),
+        (["bench", "training", "--png", "a.jpg"], "error: --png='a.jpg' must end in .png"),
         (["bench", "training", "--preset", "9b"], "'9b' is not one of 'cpu', '7b'"),
-        (["bench", "training", "--liger"], "liger=True needs a preset for GPUs, such as 7b"),
+        (["bench", "training", "--liger"], "--liger needs a preset for GPUs, such as 7b"),
         (["inspect"], "error: Missing argument"),
-        (["train", "--ratios", "1.5", "--epochs", "x"], "ratios=1.5 is outside (0, 1]"),
+        (["train", "--ratios", "1.5", "--epochs", "x"], "--ratios=1.5 is outside (0, 1]"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(s2ft, arguments, message, tmp_path, monkeypatch) -> None:
@@ -102,6 +103,44 @@ def test_bad_input_is_one_message_and_exit_code_2(s2ft, arguments, message, tmp_
     assert message in told
     assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "told"),
+    [
+        ("merge", "base='x' is a folder", "--base='x' is a folder"),
+        ("inspect", "model='x' is not a folder", "--base='x' is not a folder"),  # as the reader of models calls it
+        ("train", "model='x' is not a folder", "--model='x' is not a folder"),
+        ("train", "lower batch_size=4, or set gradient_checkpointing", "lower --batch-size=4, or set --gradient-checkpointing"),
+        ("train", "2:\n  - data is missing: x\n  - ratios['q']=2", "2:\n  - --data is missing: x\n  - --ratios['q']=2"),
+        ("train", "a/limit=3: the model's 'limit=3', o_proj=2", "a/limit=3: the model's 'limit=3', o_proj=2"),
+        ("bench training", "liger=True needs a GPU", "--liger needs a GPU"),
+        ("study fusion", "runs='x' is a file", "--runs='x' is a file"),
+        ("export", "epochs=3", "epochs=3"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_options_of_the_command(command: str, message: str, told: str) -> None:
+    assert as_flags(message, flags(command.split())) == told
+
+
+def test_short_options_stand_for_the_long_ones(s2ft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("epochs: x")
+    code, _, told = s2ft("train", "-m", "./m", "-d", "d.json", "-o", "o", "-c", "a.yaml")
+    assert code == 2
+    assert told.splitlines()[1:] == [
+        "  - --epochs='x': input should be a valid number, unable to parse string as a number",
+        "  - --data='d.json': there is no such file",
+        "  - --model='./m' is not a folder; name the folder of a model, or a model on the Hub",
+    ]
+    for command in ("fuse", "export", "merge"):
+        assert "-o" in CliRunner().invoke(app, [command, "--help"]).output
+
+
+def test_the_shell_can_complete(s2ft) -> None:
+    code, shown, _ = s2ft("--show-completion", "bash")
+    assert code == 0
+    assert "COMP_WORDS" in shown
 
 
 def test_a_process_leaves_with_the_message_alone(tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def test_help_and_a_misspelt_option_need_no_heavy_library(words: list[str]) -> N
     assert loaded & HEAVY == set()
 
 
+def test_the_package_leaves_what_only_commands_need() -> None:
+    """Every public name included."""
+    program = "import sys, s2ft\nfor name in s2ft.__all__: getattr(s2ft, name)\nprint(*sys.modules)"
+    assert not {"trl", "datasets", "matplotlib", "pydantic", "typer", "rich"} & set(run(program).split())
+
+
 def test_the_package_by_itself_makes_peft_know_the_method() -> None:
     program = "import s2ft\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known\nprint(sorted(known)[-20:])"
     assert "S2FT" in run(program)

@@ -1,7 +1,8 @@
-"""The declared versions fit together: bounds, pinned sets, and what transformers wants of PEFT."""
+"""What is imported is declared, in the core or in an extra; and the declared versions fit together."""
 
 import re
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,10 +12,25 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from transformers.integrations import peft as interface
 
+from source import FOLDERS, MODULES, SOURCE, libraries
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = [Requirement(need) for needs in PROJECT["optional-dependencies"].values() for need in needs]
-NEEDED = {canonicalize_name(need.name): need for need in map(Requirement, PROJECT["dependencies"])}
+
+
+def brought(extra: str) -> Iterator[Requirement]:
+    """What an extra brings, and those that it names."""
+    for need in map(Requirement, PROJECT["optional-dependencies"][extra]):
+        if need.name == "s2ft":
+            for inner in need.extras:
+                yield from brought(inner)
+        else:
+            yield need
+
+
+CORE = {canonicalize_name(need.name): need for need in map(Requirement, PROJECT["dependencies"])}
+NEEDED = {**CORE, **{canonicalize_name(need.name): need for need in (*brought("train"), *brought("lab"))}}
 
 
 def pinned(name: str) -> dict[str, Version]:
@@ -27,6 +43,46 @@ def lower_bound(need: Requirement) -> Version:
 
 
 LOWEST, TESTED = pinned("constraints-lowest.txt"), pinned("constraints.txt")
+EXTRA_OF = {
+    "evaluate": "eval",
+    "lab": "lab",
+    "cli": "train",
+    "data": "train",
+    "demo": "train",
+    "finetune": "train",
+    "runtime": "train",
+}
+OPTIONAL = {  # libraries that a folder does without; the code asks whether they are there, or says which extra brings them
+    "common": {"matplotlib": "lab"},
+    "adapters": {"matplotlib": "lab"},
+    "exports": {"gguf": "gguf", "vllm": None},  # vLLM loads our plug-in, not the other way round
+    "layer": {"triton": "gpu"},
+    "training": {"liger-kernel": "liger"},
+    "finetune": {"galore-torch": "baselines"},
+    "evaluate": {"vllm": None},
+    "lab": {"liger-kernel": "liger"},
+}
+
+
+@pytest.mark.parametrize("folder", [path for path in FOLDERS if path.parent == SOURCE], ids=lambda path: path.name)
+def test_what_a_folder_imports_is_in_the_core_or_in_its_extra(folder: Path) -> None:
+    extra, optional = EXTRA_OF.get(folder.name), OPTIONAL.get(folder.name, {})
+    known = {*CORE, *optional, *(canonicalize_name(need.name) for need in (brought(extra) if extra else ()))}
+    outside = {name for path in folder.rglob("*.py") for name in libraries(path)}
+    assert outside - known == set()
+    assert optional.keys() <= outside
+    for name, bringer in optional.items():
+        assert bringer is None or name in {canonicalize_name(need.name) for need in brought(bringer)}
+
+
+def test_every_library_of_the_core_and_of_training_is_imported() -> None:
+    assert {*CORE, *(need.name for need in brought("train"))} <= {name for path in MODULES for name in libraries(path)}
+
+
+def test_all_is_every_extra_that_needs_no_gpu() -> None:
+    rest = {"baselines", "liger", "gpu", "docs", "dev", "all"}
+    wanted = {need.name for extra in PROJECT["optional-dependencies"].keys() - rest for need in brought(extra)}
+    assert {need.name for need in brought("all")} == wanted
 
 
 def test_the_installed_peft_is_one_that_the_installed_transformers_takes() -> None:

@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from s2ft.adapters.file import Adapter
+from s2ft.common.extras import from_extra
 from s2ft.layer.linears import layer_index, layer_stack
 from s2ft.training.in_place import planned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WHICH = 12  # characters of the list of channels that a row shows; JSON has them all
 _LABELS = 12  # layers that a panel of the picture names: more would run into each other
 
 
@@ -84,28 +82,6 @@ def summary(adapter: Adapter, base: nn.Module | None = None) -> dict[str, Any]:
     }
 
 
-def table(adapter: Adapter, base: nn.Module | None = None) -> Table:
-    """The rows for people; a blank layer repeats the one above."""
-    result = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("layer", "module", "side"):
-        result.add_column(name, no_wrap=True)
-    for name in ("channels", "weights", "‖Δ‖", "max |Δ|"):
-        result.add_column(name, justify="right", no_wrap=True)
-    result.add_column("which")
-    if base is not None:
-        result.add_column("in place", no_wrap=True)
-    above: int | None = None
-    for row in changes(adapter, base):
-        layer = "" if row.layer is None or row.layer == above else str(row.layer)
-        above = row.layer
-        name = ".".join(row.module.split(".")[-2:])
-        numbers = (str(row.channels), f"{row.weights:,}", f"{row.norm:.4g}", f"{row.largest:.3g}")
-        which = row.slice.partition(" ")[2]
-        which = which if len(which) <= _WHICH else which[: _WHICH - 1] + "…"
-        result.add_row(layer, escape(name), row.side, *numbers, which, *([row.in_place] if base is not None else []))
-    return result
-
-
 def draw(adapter: Adapter, png: Path, bins: int = 256) -> None:
     """One panel per projection: layers down, channels across, brightness is the norm of the change.
 
@@ -117,8 +93,9 @@ def draw(adapter: Adapter, png: Path, bins: int = 256) -> None:
 
 def picture(adapter: Adapter, bins: int = 256) -> Figure:
     """The figure that `draw` saves."""
-    from matplotlib import colormaps  # deferred: slow to import, and only pictures need it
-    from matplotlib.figure import Figure
+    with from_extra("lab", "a picture of channels"):  # slow to import, and only pictures need it
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
 
     panels = _panels(adapter)
     colours = colormaps["magma"].with_extremes(bad="0.85")

@@ -16,18 +16,16 @@ import math
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from s2ft.adapters.combination import Combination
+from s2ft.common.extras import from_extra
 from s2ft.format.slices import Indices, Slice
 from s2ft.layer.linears import layer_index
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -72,32 +70,10 @@ def summary(combination: Combination, rows: list[Overlap]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[Overlap]) -> Table:
-    """The rows for people; a blank layer repeats the one above."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    result = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("layer", "module", "side"):
-        result.add_column(name, no_wrap=True)
-    for name in ("adapters", "channels", "shared", "share", "cosine", "sign conflict", "interference"):
-        result.add_column(name, justify="right", no_wrap=True)
-    above: int | None = None
-    for row in rows:
-        layer = "" if row.layer is None or row.layer == above else str(row.layer)
-        above = row.layer
-        result.add_row(
-            *(layer, escape(".".join(row.module.split(".")[-2:])), row.side),
-            *(f"{row.first}, {row.second}", f"{row.first_channels}, {row.second_channels}", str(row.shared)),
-            *(f"{row.share:.0%}", _number(row.cosine, ".2f"), _number(row.sign_conflict, ".0%")),
-            f"{_number(row.interference_on_first, '.2f')}, {_number(row.interference_on_second, '.2f')}",
-        )
-    return result
-
-
 def draw(rows: list[Overlap], png: Path) -> None:
     """Two heat maps, layers down and projections across: share of shared channels, and the larger interference."""
-    from matplotlib.figure import Figure  # deferred: slow to import, and only pictures need it
+    with from_extra("lab", "a picture of overlaps"):  # slow to import, and only pictures need it
+        from matplotlib.figure import Figure
 
     layers = sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
     names = list(dict.fromkeys(".".join(row.module.split(".")[-2:]) for row in rows))
@@ -174,7 +150,3 @@ def _at(delta: Tensor, chosen: Slice, channels: Indices) -> Tensor:
     return delta.index_select(
         1 if chosen.side == "in" else 0, torch.from_numpy(np.searchsorted(chosen.indices, channels))
     )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -1,7 +1,9 @@
 """`s2ft fuse`: one adapter out of several, after a look at where they meet."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,12 +12,22 @@ from s2ft.common.errors import S2FTError
 from s2ft.common.files import replaced_file, write_json
 from s2ft.common.outputs import check_free, check_writable
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from s2ft.adapters.overlap import Overlap
+
 
 def fuse(
     adapters: Annotated[list[Path], typer.Argument(help="Folders of the adapters", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the fused adapter; without it, only the report is made", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the fused adapter; without it, only the report is made",
+            show_default=False,
+        ),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One number for each adapter [default: 1 for each]", show_default=False)
@@ -36,7 +48,7 @@ def fuse(
     from rich.console import Console
 
     from s2ft.adapters.fusion import fuse as plan
-    from s2ft.adapters.overlap import draw, summary, table
+    from s2ft.adapters.overlap import draw, summary
 
     if output is not None:
         check_free(output)
@@ -66,3 +78,30 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise S2FTError(f"weights={text!r} is not a list of numbers such as 0.5,0.5") from error
+
+
+def table(rows: list[Overlap]) -> Table:
+    """The rows for people; a blank layer repeats the one above."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    result = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "module", "side"):
+        result.add_column(name, no_wrap=True)
+    for name in ("adapters", "channels", "shared", "share", "cosine", "sign conflict", "interference"):
+        result.add_column(name, justify="right", no_wrap=True)
+    above: int | None = None
+    for row in rows:
+        layer = "" if row.layer is None or row.layer == above else str(row.layer)
+        above = row.layer
+        result.add_row(
+            *(layer, escape(".".join(row.module.split(".")[-2:])), row.side),
+            *(f"{row.first}, {row.second}", f"{row.first_channels}, {row.second_channels}", str(row.shared)),
+            *(f"{row.share:.0%}", _shown(row.cosine, ".2f"), _shown(row.sign_conflict, ".0%")),
+            f"{_shown(row.interference_on_first, '.2f')}, {_shown(row.interference_on_second, '.2f')}",
+        )
+    return result
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -11,7 +11,9 @@ from s2ft.common.outputs import check_writable
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
-    output: Annotated[Path, typer.Option(help="A new folder for the merged model", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A new folder for the merged model", show_default=False)
+    ],
     base: Annotated[
         str | None,
         typer.Option(help="Base model [default: the one that the adapter names]", show_default=False),

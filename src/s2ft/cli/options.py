@@ -11,9 +11,11 @@ import typer
 
 from s2ft.lab.registry import Entry
 
+_SHORT = {"model": "-m", "data": "-d", "output": "-o", "config": "-c"}
+
 
 def parameter(name: str, kind: Any, help: str, default: Any = None, *flags: str, **more: Any) -> inspect.Parameter:
-    """An option `--name`, or with the `flags` that are given.
+    """An option `--name`, with a short form where people expect one, or with the `flags` that are given.
 
     Args:
         kind: The type that typer reads.
@@ -21,7 +23,7 @@ def parameter(name: str, kind: Any, help: str, default: Any = None, *flags: str,
         default: `...` if the option has to be given.
         more: Of `typer.Option`.
     """
-    flags = flags or (f"--{name.replace('_', '-')}",)
+    flags = flags or (f"--{name.replace('_', '-')}", *filter(None, [_SHORT.get(name)]))
     settings = {"show_default": default not in (None, ..., False), **more}
     option = typer.Option(*flags, help=help.replace("[", "\\["), **settings)
     default = inspect.Parameter.empty if default is ... else default
@@ -39,9 +41,6 @@ def with_options(
 
 def entry_options(entry: Entry) -> list[inspect.Parameter]:
     """The options of a benchmark or study: its own, `--json`, and `--png` where it has a picture."""
-    own = [
-        parameter(name, option.kind, option.help, option.default, f"--{name.replace('_', '-')}")
-        for name, option in entry.options.items()
-    ]
+    own = [parameter(name, option.kind, option.help, option.default) for name, option in entry.options.items()]
     png = [parameter("png", Path | None, "Draw the result here")] if entry.has_picture else []
     return [*own, parameter("json_file", Path | None, "Write the result here", None, "--json"), *png]

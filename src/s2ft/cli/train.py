@@ -18,6 +18,8 @@ from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
 
+_SHORT = {"model": "-m", "data": "-d", "output": "-o", "config": "-c"}
+
 HELP = """Fine-tune a model and write a small adapter, with a run card beside it; or compare, by --method, with other methods.
 
 Example: `s2ft train --model Qwen/Qwen3-0.6B --data math.json --output math-adapter --ratios o_proj=0.05,down_proj=0.02`
@@ -106,7 +108,9 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _option(name: str, flag: str, kind: Any, text: str, metavar: str | None = None) -> inspect.Parameter:
-    option = typer.Option(flag, help=text.replace("[", "\\["), metavar=metavar, show_default=False)
+    option = typer.Option(
+        *filter(None, (flag, _SHORT.get(name))), help=text.replace("[", "\\["), metavar=metavar, show_default=False
+    )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from s2ft.common.errors import S2FTError
+from s2ft.common.extras import from_extra
 from s2ft.common.locks import is_lock
 
 UNFINISHED, FINISHED = ".unfinished", ".finished"  # what writers leave in a folder while they write (common/files.py)
@@ -55,7 +56,10 @@ def check_free(output: Path, suffix: str | None = None) -> None:
 
 
 def check_writable(file: str | Path | None, option: str = "json", suffix: str | None = None) -> None:
-    """Raises `S2FTError` as `check_place` does, or if `file` does not end in `suffix` or its folder is missing."""
+    """Raises `S2FTError` as `check_place` does, or if `file` does not end in `suffix` or its folder is missing.
+
+    Where `suffix` is .png, also if what draws is not installed.
+    """
     if file is None:
         return
     path, given = Path(file), f"{option}={str(file)!r}"
@@ -64,6 +68,9 @@ def check_writable(file: str | Path | None, option: str = "json", suffix: str | 
     check_place(path, option, is_folder=False)
     if suffix is not None and path.suffix.lower() != suffix:
         raise S2FTError(f"{given} must end in {suffix}")
+    if suffix == ".png":
+        with from_extra("lab", given):
+            import matplotlib  # noqa: F401 - is it there?
 
 
 def entries(folder: Path) -> list[Path]:

@@ -1,9 +1,9 @@
 """The embedded base model, its skills, and the quickstart.
 
-skills      generators of data for the skills that the embedded model has, and for new ones
+skills      the skills of the embedded model, and those that it lacks
 pretrain    the script that made it
-evaluate    scores by exact match
-quickstart  trains a new skill, and compares the base with the result
+evaluate    exact match
+quickstart  base against tuned
 """
 
 from pathlib import Path

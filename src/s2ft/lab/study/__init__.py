@@ -1,13 +1,13 @@
 """`s2ft study`: the paper's claims at small scale.
 
-selection       how the choice of channels matters
+selection       does it matter which channels are trained?
 generalization  what is learned, carried over, forgotten
-fusion          adapters of two skills, fused
+fusion          two skills, learned apart and added up
 commonsense     real text: commonsense questions
-contenders      the methods that are compared, and their learning rates
-tuning          finds the best learning rate on a grid
+contenders      who is compared, at which learning rate
+tuning          the best learning rate, inside its grid
 training        one fine-tuning in memory
-runs            keeps finished runs, so that a study can continue
+runs            runs that are kept, so that a study goes on
 summary         means with Student's interval
 report          table and picture
 """
