@@ -1,6 +1,6 @@
 """Structured sparse fine-tuning (S²FT) for language models, as a PEFT method.
 
-Importing this package makes PEFT and transformers know the method `S2FT`; `README.md` maps the modules.
+Importing this package registers the method `S2FT` with PEFT and transformers; `README.md` maps the folders.
 """
 
 from __future__ import annotations

@@ -13,13 +13,14 @@ from s2ft import S2FTConfig, S2FTError
 from s2ft.cli.app import app
 from s2ft.data.prompts import alpaca_prompt
 from s2ft.evaluate import run as work
+from s2ft.evaluate.comparison import Scorer, check_scores, score, section
 from s2ft.evaluate.engines import Answer
 from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.questions import digest
 from s2ft.evaluate.run import EvalOptions, evaluate
-from s2ft.evaluate.scores import Scorer, check_scores, score, section
 from s2ft.evaluate.subjects import Models, fingerprint
 from s2ft.evaluate.tally import wilson
-from s2ft.evaluate.tasks import DECODING, TASKS, Decoding, digest
+from s2ft.evaluate.tasks import DECODING, TASKS, Decoding
 from s2ft.finetune.card import to_markdown
 from s2ft.finetune.options import parse_options
 from s2ft.finetune.train import train

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2ft.evaluate.answers import score_row
 from s2ft.evaluate.extraction import FirstLetter, LastNumber, StatedLetter, Words, numbered
-from s2ft.evaluate.tally import score_row
 from s2ft.evaluate.tasks import TASKS
 
 REAL = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "llm-adapters" / "dataset"

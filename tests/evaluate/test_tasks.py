@@ -13,7 +13,8 @@ from s2ft.data.prompts import alpaca_conversation, alpaca_prompt
 from s2ft.data.tokens import IGNORED, token_example
 from s2ft.evaluate.engines import prompt_ids
 from s2ft.evaluate.mt_bench import NEED_REFERENCE, load_dialogues
-from s2ft.evaluate.tasks import SUITES, TASKS, find_tasks, load_questions, missing
+from s2ft.evaluate.questions import load_questions
+from s2ft.evaluate.tasks import SUITES, TASKS, find_tasks, missing
 from tiny_base import CHAT_TEMPLATE, byte_tokenizer
 
 REAL = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -18,8 +18,9 @@ from families import FAMILIES, tokens
 from s2ft import S2FTError
 from s2ft.adapters.file import read_adapter
 from s2ft.cli.app import app
-from s2ft.exports.export import TARGETS
-from s2ft.exports.lora import VLLM_RANKS, factors
+from s2ft.exports.lora import factors
+from s2ft.exports.targets import TARGETS
+from s2ft.exports.vllm import VLLM_RANKS
 from s2ft.format.slices import Slice
 
 
@@ -177,11 +178,11 @@ def test_over_512_channels_are_refused_for_vllm_only(tmp_path: Path) -> None:
     assert s2ft.export(adapter, "lora", tmp_path / "lora").max_lora_rank is None
 
 
-@pytest.mark.parametrize("target", TARGETS[1:])
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "lora"])
 def test_what_an_engine_cannot_carry_is_refused_by_name(target: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     adapter = save_adapter(tmp_path / "adapter", base, 0.3, modules_to_save=["lm_head"])
-    name = "out.gguf" if target == "gguf" else "out.safetensors" if target == "patch" else "out"
+    name = f"out{TARGETS[target].suffix or ''}"
     with pytest.raises(S2FTError, match="lm_head"):
         s2ft.export(adapter, target, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

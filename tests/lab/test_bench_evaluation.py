@@ -14,7 +14,8 @@ from s2ft import S2FTError
 from s2ft.cli.app import app
 from s2ft.data.prompts import alpaca_prompt
 from s2ft.demo import base_path
-from s2ft.evaluate.tasks import Decoding, load_questions, missing
+from s2ft.evaluate.questions import load_questions
+from s2ft.evaluate.tasks import Decoding, missing
 from s2ft.lab.bench import evaluation as bench
 from s2ft.lab.bench.evaluation import (
     FLOOR,

@@ -9,7 +9,8 @@ import torch
 
 from s2ft import S2FTError
 from s2ft.data.examples import load_examples
-from s2ft.evaluate.tasks import TASKS, load_questions
+from s2ft.evaluate.questions import load_questions
+from s2ft.evaluate.tasks import TASKS
 from s2ft.finetune.results import _stored_dtype
 from s2ft.runtime.models import empty_model, load_model, load_tokenizer
 from tiny_base import save_tiny_base

@@ -188,3 +188,19 @@ class TestRefused:
         AdapterPool(model, root, PLENTY, 0)
         with pytest.raises(S2FTError, match="has a pool already"):
             AdapterPool(model, root, PLENTY, 0)
+
+
+def test_a_wrapped_layer_is_the_base_until_it_is_given_an_adapter(model: Any) -> None:
+    tuner, x = model.base_model, tokens(2, 5)
+    path = "model.layers.0.mlp.gate_proj"
+    plain = tuner.model.get_submodule(path)
+    before = logits(model, x)
+    layer = tuner.wrap(path)
+    assert tuner.wrap(path) is layer
+    assert layer.base_layer is plain
+    assert layer.active_adapters == tuner.active_adapters
+    assert not layer.s2ft_block
+    assert torch.equal(logits(model, x), before)
+    with pytest.raises(S2FTError, match="RotaryEmbedding is no linear layer"):
+        tuner.wrap("model.rotary_emb")
+    assert model.unload().get_submodule(path) is plain

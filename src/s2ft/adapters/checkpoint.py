@@ -22,8 +22,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from s2ft.adapters.compatibility import check_fits
 from s2ft.adapters.file import AdapterFile
-from s2ft.adapters.fitting import check_fits
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.reading import check_regular, read_json
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest

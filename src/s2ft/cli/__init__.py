@@ -1,7 +1,7 @@
-"""The command line. Each command is one file; imports of what takes seconds wait until a command needs it.
+"""The command line: one file for each command, which imports slow libraries only when it runs.
 
-app         `s2ft` itself
-leaving     how a command ends that cannot go on
+app         `s2ft`: its commands
+leaving     how errors are reported, and the process ends
 codes       exit codes
 train       `s2ft train`
 quickstart  `s2ft quickstart`
@@ -13,7 +13,7 @@ merge       `s2ft merge`
 export      `s2ft export`
 bench       `s2ft bench`
 study       `s2ft study`
-options     options that are declared elsewhere, as commands take them
-tables      tables that are shown whole
-quiet       less noise from the libraries
+options     command-line options from options that other modules declare
+tables      tables that are not cut off in a narrow terminal
+quiet       fewer messages from the libraries
 """

@@ -7,21 +7,23 @@ import typer
 
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
+from s2ft.exports.targets import TARGETS
+
+_FORMS = "; ".join(f"{name}, for {target.taker}" for name, target in TARGETS.items())
+_FILES = ", ".join(f"a new {target.suffix} file for {name}" for name, target in TARGETS.items() if target.suffix)
 
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
-    to: Annotated[str, typer.Option(help="lora, vllm, sglang, gguf or patch", show_default=False)],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A new folder; for gguf and patch, a new file", show_default=False)
-    ],
+    to: Annotated[str, typer.Option(help=_FORMS, show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help=f"A new folder; {_FILES}", show_default=False)],
     base: Annotated[
         str | None,
         typer.Option(help="Base model [default: the one that the adapter names]", show_default=False),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary here", show_default=False)] = None,
 ) -> None:
-    """Write an adapter for vLLM, SGLang, llama.cpp, as PEFT's LoRA, or as a patch of the checkpoint. Lossless.
+    """Write an adapter in the form that another engine takes (vLLM, SGLang, llama.cpp, ...). Lossless.
 
     Example: s2ft export runs/quickstart --to vllm --output runs/for-vllm
     """

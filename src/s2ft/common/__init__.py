@@ -1,9 +1,9 @@
-"""What every folder needs: errors, whole files, locks.
+"""What every folder needs: errors, safe file access, locks.
 
-errors   clear errors
+errors   `S2FTError`, which lists every problem at once
 extras   libraries that only some commands need
-reading  files that others wrote, read within bounds
-outputs  can a result be written where it is wanted?
-files    files that are whole or not there
+reading  untrusted files, read within limits
+outputs  checks that a result can be written to its place
+files    writes files completely or not at all
 locks    one writer at a time
 """

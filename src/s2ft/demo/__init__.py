@@ -1,9 +1,9 @@
 """The embedded base model, its skills, and the quickstart.
 
-skills      the skills of the embedded model, and those that it lacks
+skills      generators of data for the skills that the embedded model has, and for new ones
 pretrain    the script that made it
-evaluate    exact match
-quickstart  base against tuned
+evaluate    scores by exact match
+quickstart  trains a new skill, and compares the base with the result
 """
 
 from pathlib import Path

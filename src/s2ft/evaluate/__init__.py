@@ -2,18 +2,18 @@
 
 Read `tasks`, then `run`.
 
-    tasks       the tasks, and their questions from files and the Hub
+    tasks       the table of tasks
+    questions   a task's questions, from files and the Hub
     extraction  how an answer is read
     engines     what writes answers: the interface, and vLLM
-    generation  answers by transformers, in batches of like length
-    answers     answers kept in JSONL, resumable
-    writing     unanswered prompts → engine → rows
+    generation  answers by transformers, in batches of similar length
+    answers     answers written, scored, and kept in JSONL; resumable
     tally       counts, intervals, means
-    subjects    base and adapters: loaded, told apart
+    subjects    what is evaluated: the base and its adapters
     run         evaluation in one call
-    scores      base against tuned, for the run card
+    comparison  scores of the base and the result, for the run card
     mt_bench    MT-Bench's questions and both turns
-    judge       a judge behind OpenAI's protocol
+    judge       a judge that speaks OpenAI's chat completions
     judging     answers rated, ratings counted
     harness     tasks of the lm-evaluation-harness
 """

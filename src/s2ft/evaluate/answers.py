@@ -1,4 +1,4 @@
-"""The answers of a run, kept as they come: a JSONL file that an interrupted run goes on from.
+"""The answers of a run, written by an engine and kept as they come: a JSONL file that an interrupted run goes on from.
 
     {"run": {"task": "gsm8k", "model": "sha256:…", ...}}                    which run the file is of
     {"id": "0", "output": "... 18.", "extracted": "18.", "error": null}     one line for each answer
@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.locks import no_empty_folders
+from s2ft.evaluate.engines import Engine, prompt_ids
+from s2ft.evaluate.questions import Prompt, Question, digest
+from s2ft.evaluate.tasks import Decoding, Task
 
 Row = dict[str, Any]  # {"id", ..., "error"}
+MakeRow = Callable[[str, str | None, bool, str | None, Prompt], Row]  # id, text, truncated?, error, prompt
 
 
 class Answers:
@@ -121,3 +127,60 @@ class Answers:
 
 def _line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def write_answers(
+    engine: Engine,
+    asked: Sequence[tuple[str, Prompt]],
+    make_row: MakeRow,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Answers,
+    decoding: Decoding,
+    tell: Callable[[int], None],
+) -> None:
+    """Adds a row to `answers` for each of `asked` (id, prompt) that has none, or only an error; calls `tell` with how many."""
+    ids = [prompt_ids(tokenizer, prompt) for _, prompt in asked]
+    done = {index for index, (name, _) in enumerate(asked) if name in answers.done}
+    tell(len(done))
+    for batch in engine.answers(ids, decoding, done):
+        found = [(*asked[index], answer) for index, answer in batch]
+        answers.add(make_row(name, one.text, one.truncated, one.error, prompt) for name, prompt, one in found)
+        tell(len(found))
+
+
+def answer_questions(
+    engine: Engine,
+    task: Task,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Answers,
+    decoding: Decoding,
+    tell: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Asks the questions of a task that have no answer yet; each row holds what was read from the answer, and the verdict."""
+    gold = {question.id: question.gold for question in questions}
+
+    def make_row(name: str, text: str | None, truncated: bool, error: str | None, prompt: Prompt) -> Row:
+        row: Row = {"id": name, "task": task.name, "prompt": digest(prompt), "output": text, "gold": gold[name]}
+        row |= {"truncated": truncated, "error": error}
+        return row if text is None else row | score_row(task, text, gold[name])
+
+    asked = [(question.id, question.prompt) for question in questions]
+    write_answers(engine, asked, make_row, tokenizer, answers, decoding, tell)
+
+
+def score_row(task: Task, output: str, gold: str) -> Row:
+    """What is read out of an answer, and whether it is right.
+
+    Example:
+        >>> from s2ft.evaluate.tasks import TASKS
+        >>> score_row(TASKS["aqua"], "A pen costs 2. The answer is (C).", "C")
+        {'extracted': 'A', 'correct': False, 'strict': 'C', 'strict_correct': True}
+    """
+    found: Row = {}
+    readings = (("extracted", "correct", task.rule), ("strict", "strict_correct", task.strict))
+    for name, verdict, rule in readings:
+        if rule is not None:
+            answer = rule.read(output)
+            found |= {name: answer, verdict: answer is not None and rule.agree(answer, gold)}
+    return found

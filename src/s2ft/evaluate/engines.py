@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from s2ft.common.errors import S2FTError, first_line
 from s2ft.data.template import chat_ids
 from s2ft.data.tokens import end_tokens, text_ids
-from s2ft.evaluate.tasks import Decoding, Prompt
+from s2ft.evaluate.questions import Prompt
+from s2ft.evaluate.tasks import Decoding
 from s2ft.runtime.failures import is_out_of_memory
 
 ENGINES = ("transformers", "vllm")

@@ -18,8 +18,8 @@ from s2ft.common.errors import S2FTError
 from s2ft.evaluate.answers import Answers, Row
 from s2ft.evaluate.judge import HIGHEST, LOWEST, Judge, JudgeDown, NoRating
 from s2ft.evaluate.mt_bench import NEED_REFERENCE, TURNS, Dialogue, earlier, turn_id
+from s2ft.evaluate.questions import digest
 from s2ft.evaluate.tally import mean_interval
-from s2ft.evaluate.tasks import digest
 
 GIVE_UP = 3  # questions in a row that the judge left without an answer
 

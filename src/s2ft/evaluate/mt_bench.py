@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from s2ft.common.errors import raise_by_place, raise_together
 from s2ft.data.prompts import alpaca_conversation
 from s2ft.data.records import read_records
-from s2ft.evaluate.answers import Answers
+from s2ft.evaluate.answers import Answers, write_answers
 from s2ft.evaluate.engines import Engine
-from s2ft.evaluate.tasks import TASKS, Decoding, Prompt, digest, find_data, missing
-from s2ft.evaluate.writing import write_answers
+from s2ft.evaluate.questions import Prompt, digest
+from s2ft.evaluate.tasks import TASKS, Decoding, find_data, missing
 
 MT_BENCH = TASKS["mt-bench"]
 TURNS = (1, 2)

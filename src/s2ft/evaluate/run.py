@@ -20,26 +20,15 @@ from typing import Any
 from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.locks import locked
 from s2ft.common.outputs import check_place
-from s2ft.evaluate.answers import Answers
+from s2ft.evaluate.answers import Answers, answer_questions
 from s2ft.evaluate.engines import ENGINES, check_vllm
 from s2ft.evaluate.judge import Judge
 from s2ft.evaluate.judging import judge_dialogues, tally_ratings
 from s2ft.evaluate.mt_bench import MT_BENCH, TURNS, Dialogue, load_dialogues, turn_id, write_dialogues
+from s2ft.evaluate.questions import Question, digest, load_questions
 from s2ft.evaluate.subjects import ADAPTER_FILE, MODEL_FILE, Models, Subject, find_subjects, fingerprint, trained_on
 from s2ft.evaluate.tally import macro, tally
-from s2ft.evaluate.tasks import (
-    AUTO,
-    DECODING,
-    PROMPTS,
-    Decoding,
-    Question,
-    Task,
-    digest,
-    find_tasks,
-    load_questions,
-    missing,
-)
-from s2ft.evaluate.writing import answer_questions
+from s2ft.evaluate.tasks import AUTO, DECODING, PROMPTS, Decoding, Task, find_tasks, missing
 from s2ft.runtime.environment import environment
 from s2ft.runtime.failures import clear_failures
 from s2ft.runtime.models import check_folder

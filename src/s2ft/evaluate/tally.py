@@ -44,22 +44,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
     return mean, mean - half, mean + half
 
 
-def score_row(task: Task, output: str, gold: str) -> Row:
-    """What is read out of an answer, and whether it is right.
-
-    Example:
-        >>> score_row(TASKS["aqua"], "A pen costs 2. The answer is (C).", "C")
-        {'extracted': 'A', 'correct': False, 'strict': 'C', 'strict_correct': True}
-    """
-    found: Row = {}
-    readings = (("extracted", "correct", task.rule), ("strict", "strict_correct", task.strict))
-    for name, verdict, rule in readings:
-        if rule is not None:
-            answer = rule.read(output)
-            found |= {name: answer, verdict: answer is not None and rule.agree(answer, gold)}
-    return found
-
-
 def tally(task: Task, rows: Iterable[Row], asked: int) -> list[dict[str, Any]]:
     """The table's rows of a task: one, or two where it has a strict reading.
 

@@ -1,7 +1,12 @@
-"""Adapters for engines that people serve with.
+"""Adapters in the forms that serving engines read.
 
+Read `targets`, then `export`.
+
+targets      the registry: what there is to export to
 export       `export`: adapters for other engines
-lora         a slice as an exact LoRA; what vLLM and SGLang need
+lora         a slice as an exact LoRA, in PEFT's format
+vllm         within what vLLM serves
+sglang       what SGLang needs
 gguf         llama.cpp's adapter file
 patch        the changed entries of a checkpoint
 vllm_plugin  vLLM finds native adapters by name

@@ -35,54 +35,64 @@ ARCHITECTURES = {
 }
 """transformers' `model_type` → llama.cpp's architecture, where a GGUF file holds the linear layers as the checkpoint does."""
 
-_REORDERED = "llama"  # the architecture whose q and k go another way
+_REORDERED = "llama"  # the architecture whose rows of q and k lie in another order
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_gguf(adapter: AdapterFile, base: Checkpoint) -> None:
-    """Raises `S2FTError` if the adapter cannot become a GGUF file: by its parts, its base, or the missing package."""
-    raise_together(_problems(adapter, base))
-    _gguf()
-
-
-def _problems(adapter: AdapterFile, base: Checkpoint) -> list[str]:
-    kind = base.model.config.model_type
-    if kind not in ARCHITECTURES:
-        return [
-            f"model_type={kind!r}: s2ft writes GGUF adapters for {', '.join(ARCHITECTURES)}. Export --to lora, and convert "
-            "that with llama.cpp's convert_lora_to_gguf.py"
-        ]
-    problems = [f"{name}: a GGUF adapter holds slices alone; use `s2ft merge`" for name in adapter.kept]
+def problems(adapter: AdapterFile) -> list[str]:
+    """What a GGUF adapter cannot hold."""
+    found = [f"{name}: a GGUF adapter holds slices alone; use `s2ft merge`" for name in adapter.kept]
     first = adapter.delta(next(iter(adapter.slices)))
     if first.dtype not in _DTYPES:
-        problems.append(f"the deltas are {first.dtype}; a GGUF adapter holds float32, bfloat16 or float16")
-    return problems
+        found.append(f"the deltas are {first.dtype}; a GGUF adapter holds float32, bfloat16 or float16")
+    return found
 
 
-def write_gguf(adapter: AdapterFile, base: Checkpoint, file: Path, progress: Progress) -> None:
-    """Writes the adapter into one GGUF file."""
-    gguf = _gguf()
-    architecture = ARCHITECTURES[base.model.config.model_type]
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(number, base.model.config.num_hidden_layers)
-    with closing(gguf.GGUFWriter(file, architecture)) as writer:
+def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
+    """Writes the adapter into one GGUF file.
+
+    Raises:
+        S2FTError: if llama.cpp knows no such model or layer, or the package gguf is missing.
+    """
+    gguf, architecture = _gguf(), _architecture(base)
+    names = _tensor_names(adapter, base, architecture)
+    with closing(gguf.GGUFWriter(output, architecture)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         for module in progress(list(adapter.slices)):
             chosen = adapter.slices[module]
             low = factors(chosen, adapter.delta(module), base.sliced_size(module, chosen.side))
-            name = names.get_name(module)
-            if name is None:
-                raise S2FTError(
-                    f"llama.cpp's {architecture} has no tensor for {module}; a GGUF adapter cannot carry it"
-                )
-            _add(writer, f"{name}.weight.lora_a", low.a)
-            _add(writer, f"{name}.weight.lora_b", _rows(base, architecture, module, low.b))
+            _add(writer, f"{names[module]}.weight.lora_a", low.a)
+            _add(writer, f"{names[module]}.weight.lora_b", _rows(base, architecture, module, low.b))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    _check_whole(file, 2 * len(adapter.slices))
+    _check_whole(output, 2 * len(adapter.slices))
+
+
+def _architecture(base: Checkpoint) -> str:
+    kind = base.model.config.model_type
+    if kind not in ARCHITECTURES:
+        raise S2FTError(
+            f"model_type={kind!r}: s2ft writes GGUF adapters for {', '.join(ARCHITECTURES)}. Export --to lora, and convert "
+            "that with llama.cpp's convert_lora_to_gguf.py"
+        )
+    return ARCHITECTURES[kind]
+
+
+def _tensor_names(adapter: AdapterFile, base: Checkpoint, architecture: str) -> dict[str, str]:
+    """Module → the name of its tensor in llama.cpp, by gguf's own table."""
+    gguf = _gguf()
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(number, base.model.config.num_hidden_layers)
+    names = {module: table.get_name(module) for module in adapter.slices}
+    raise_together(
+        f"llama.cpp's {architecture} has no tensor for {module}; a GGUF adapter cannot carry it"
+        for module, name in names.items()
+        if name is None
+    )
+    return names
 
 
 def neighbours(rows: Tensor, heads: int) -> Tensor:  # [heads * head_dim, *], as is the result
@@ -92,18 +102,18 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:  # [heads * head_dim, *], as
         >>> neighbours(torch.arange(8), heads=2).tolist()
         [0, 2, 1, 3, 4, 6, 5, 7]
     """
-    halves = rows.unflatten(0, (heads, 2, -1))  # [heads, 2, head_dim / 2, *]
+    halves = rows.view(heads, 2, -1, *rows.shape[1:])  # [heads, 2, head_dim / 2, *]
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _rows(base: Checkpoint, architecture: str, module: str, b: Tensor) -> Tensor:
+def _rows(base: Checkpoint, architecture: str, module: str, b: Tensor) -> Tensor:  # both [out_features, r]
     config, name = base.model.config, module.rpartition(".")[2]
     if architecture != _REORDERED or name not in ("q_proj", "k_proj"):
         return b
     return neighbours(b, config.num_attention_heads if name == "q_proj" else config.num_key_value_heads)
 
 
-def _add(writer: Any, name: str, tensor: Tensor) -> None:
+def _add(writer: Any, name: str, tensor: Tensor) -> None:  # tensor: of any shape, in one of _DTYPES
     gguf = _gguf()
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16: its bytes, with the type beside

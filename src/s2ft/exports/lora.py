@@ -4,15 +4,12 @@
     output side (q, ..., up)  ΔW[idx, :] = V     B = one-hot [out, s],    A = V [s, in],        B[idx[j], j] = 1
 
 Ones and zeros are exact in every dtype, and `lora_alpha = r` makes the scale 1 in every engine, so ΔW = B A holds bit for bit.
-What an engine needs beyond PEFT's format is its *profile*:
-
-    vllm     ranks up to 512, buffers of --max-lora-rank for each; takes mixed ranks (`rank_pattern`)
-    sglang   one rank for all (it ignores `rank_pattern`): filled up with zeros; it reads k and v beside q and up beside gate,
-             and drops them where q or gate is not there: zero factors take the missing places
+Engines that want more than PEFT's format begin from here: exports/vllm.py, exports/sglang.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +21,9 @@ from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
-from s2ft.common.errors import raise_together
 from s2ft.common.outputs import Progress
 from s2ft.format.names import PREFIX, is_of_module, is_token_rows
 from s2ft.format.slices import Slice
-from s2ft.layer.linears import features, linear_layer
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `vllm serve --max-lora-rank` takes."""
-
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # SGLang holds these in one layer
-_VLLM_WHOLE = ("classifier", "score")  # the modules that vLLM takes whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,62 +58,7 @@ def factors(
     return LowRank(one_hot, delta) if chosen.side == "in" else LowRank(delta, one_hot.T)
 
 
-def check_carried(adapter: AdapterFile, profile: str) -> None:
-    """Raises `S2FTError` if the adapter holds what a LoRA of this profile cannot carry."""
-    raise_together([*_foreign(adapter), *_refused(adapter, profile)])
-
-
-def max_lora_rank(adapter: AdapterFile) -> int | None:
-    """The smallest `--max-lora-rank` that vLLM serves the adapter at; None where there is none."""
-    most = _most(adapter)
-    return next((rank for rank in VLLM_RANKS if rank >= most), None)
-
-
-def write_lora(adapter: AdapterFile, base: Checkpoint, profile: str, folder: Path, progress: Progress) -> None:
-    """Writes a PEFT LoRA into `folder`: `adapter_config.json` and `adapter_model.safetensors`."""
-    low: dict[str, LowRank] = {}
-    for module in progress(list(adapter.slices)):
-        chosen = adapter.slices[module]
-        low[module] = factors(chosen, adapter.delta(module), base.sliced_size(module, chosen.side))
-    if profile == "sglang":
-        low = _with_partners(low, base)
-        low = {module: pair.widened(_most(adapter)) for module, pair in low.items()}
-    tensors = dict(adapter.others())
-    for module, pair in low.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a.contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.b.contiguous()
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    _config(adapter, base, low, profile).save_pretrained(str(folder))
-
-
-def _config(adapter: AdapterFile, base: Checkpoint, low: dict[str, LowRank], profile: str) -> LoraConfig:
-    ranks = {module: len(pair.a) for module, pair in low.items()}
-    most = max(ranks.values())
-    # The longest path first: patterns match the ends of paths, and the first match counts
-    mixed = {module: ranks[module] for module in sorted(ranks, key=len, reverse=True)}
-    pattern = {} if set(ranks.values()) == {most} else mixed
-    last_names = sorted({module.rpartition(".")[2] for module in low})
-    return LoraConfig(
-        r=most,
-        lora_alpha=most,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=last_names if profile == "sglang" else sorted(low),
-        modules_to_save=adapter.config.modules_to_save,
-        trainable_token_indices=adapter.config.trainable_token_indices,
-        fan_in_fan_out=all(base.is_transposed(module) for module in low),
-        task_type=adapter.config.task_type,
-        base_model_name_or_path=adapter.config.base_model_name_or_path,
-        revision=adapter.config.revision,
-        inference_mode=True,
-    )
-
-
-def _most(adapter: AdapterFile) -> int:
-    return max(len(chosen.indices) for chosen in adapter.slices.values())
-
-
-def _foreign(adapter: AdapterFile) -> list[str]:
+def problems(adapter: AdapterFile) -> list[str]:
     """What lies in the file beside the slices, and neither PEFT's LoRA nor we know."""
     whole = adapter.config.modules_to_save or []
     return [
@@ -134,43 +68,68 @@ def _foreign(adapter: AdapterFile) -> list[str]:
     ]
 
 
-def _refused(adapter: AdapterFile, profile: str) -> list[str]:
-    if profile == "lora":
-        return []
-    found = []
-    whole = [name for name in adapter.config.modules_to_save or [] if profile != "vllm" or name not in _VLLM_WHOLE]
+def problems_of_engine(adapter: AdapterFile, engine: str, takes_whole: Collection[str] = ()) -> list[str]:
+    """Also what an engine does not take of PEFT's LoRA: whole modules, but for `takes_whole`, and single token embeddings."""
+    found = problems(adapter)
+    whole = [name for name in adapter.config.modules_to_save or [] if name not in takes_whole]
     if whole:
-        found.append(f"modules_to_save={whole}: {profile} takes no whole modules beside a LoRA; use `s2ft merge`")
+        found.append(f"modules_to_save={whole}: {engine} takes no whole modules beside a LoRA; use `s2ft merge`")
     if any(map(is_token_rows, adapter.kept)):
-        found.append(f"trainable_token_indices: {profile} takes no single token embeddings; use --to lora, and PEFT")
-    most = max(adapter.slices, key=lambda module: len(adapter.slices[module].indices))
-    count = len(adapter.slices[most].indices)
-    if profile == "vllm" and count > VLLM_RANKS[-1]:
-        found.append(
-            f"{most} has {count} channels, and vLLM serves a LoRA of rank {VLLM_RANKS[-1]} at most. Serve the merged model "
-            "(`s2ft merge`), write the weights in place (`--to patch`), or train with smaller ratios"
-        )
+        found.append(f"trainable_token_indices: {engine} takes no single token embeddings; use --to lora, and PEFT")
     return found
 
 
-def _with_partners(low: dict[str, LowRank], base: Checkpoint) -> dict[str, LowRank]:
-    """Zero factors for the projections that SGLang holds in one layer with those that are there."""
-    filled = dict(low)
-    for module in low:
-        parent, _, name = module.rpartition(".")
-        group = next((group for group in _TOGETHER if name in group), ())
-        for partner in (f"{parent}.{other}" for other in group):
-            linear = linear_layer(base.model.get_submodule(partner)) if _is_there(base, partner) else None
-            if partner not in filled and linear is not None:
-                inputs, outputs = features(linear)
-                dtype = low[module].a.dtype
-                filled[partner] = LowRank(torch.zeros(1, inputs, dtype=dtype), torch.zeros(outputs, 1, dtype=dtype))
-    return filled
+def most_channels(adapter: AdapterFile) -> int:
+    """The most channels of one module: the largest rank of the adapter as a LoRA."""
+    return max(len(chosen.indices) for chosen in adapter.slices.values())
 
 
-def _is_there(base: Checkpoint, module: str) -> bool:
-    try:
-        base.model.get_submodule(module)
-    except AttributeError:
-        return False
-    return True
+def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
+    """Writes a PEFT LoRA into the folder `output`."""
+    low = low_ranks(adapter, base, progress)
+    save_lora(adapter, base, low, sorted(low), output)
+
+
+def low_ranks(adapter: AdapterFile, base: Checkpoint, progress: Progress) -> dict[str, LowRank]:
+    """Module → its slice as a LoRA."""
+    low: dict[str, LowRank] = {}
+    for module in progress(list(adapter.slices)):
+        chosen = adapter.slices[module]
+        low[module] = factors(chosen, adapter.delta(module), base.sliced_size(module, chosen.side))
+    return low
+
+
+def save_lora(
+    adapter: AdapterFile, base: Checkpoint, low: Mapping[str, LowRank], target_modules: list[str], folder: Path
+) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`; what else the adapter holds comes along."""
+    tensors = dict(adapter.others())
+    for module, pair in low.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a.contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.b.contiguous()
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    _config(adapter, base, low, target_modules).save_pretrained(str(folder))
+
+
+def _config(
+    adapter: AdapterFile, base: Checkpoint, low: Mapping[str, LowRank], target_modules: list[str]
+) -> LoraConfig:
+    ranks = {module: len(pair.a) for module, pair in low.items()}
+    most = max(ranks.values())
+    # The longest path first: patterns match the ends of paths, and the first match counts
+    mixed = {module: ranks[module] for module in sorted(ranks, key=len, reverse=True)}
+    pattern = {} if set(ranks.values()) == {most} else mixed
+    return LoraConfig(
+        r=most,
+        lora_alpha=most,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=target_modules,
+        modules_to_save=adapter.config.modules_to_save,
+        trainable_token_indices=adapter.config.trainable_token_indices,
+        fan_in_fan_out=all(base.is_transposed(module) for module in low),
+        task_type=adapter.config.task_type,
+        base_model_name_or_path=adapter.config.base_model_name_or_path,
+        revision=adapter.config.revision,
+        inference_mode=True,
+    )

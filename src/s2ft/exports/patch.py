@@ -22,17 +22,16 @@ from torch import Tensor
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
 from s2ft.adapters.merge import merged_slice
-from s2ft.common.errors import raise_together
 from s2ft.common.outputs import Progress
 from s2ft.format.slices import Slice
 
 
-def check_patch(adapter: AdapterFile) -> None:
-    """Raises `S2FTError` if the adapter holds more than slices."""
-    raise_together(f"{name}: a patch holds slices alone; use `s2ft merge`" for name in adapter.kept)
+def problems(adapter: AdapterFile) -> list[str]:
+    """What the adapter holds beside slices."""
+    return [f"{name}: a patch holds slices alone; use `s2ft merge`" for name in adapter.kept]
 
 
-def write_patch(adapter: AdapterFile, base: Checkpoint, file: Path, progress: Progress) -> None:
+def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
     """Writes the patch into one safetensors file."""
     tensors: dict[str, Tensor] = {}
     for module in progress(list(adapter.slices)):
@@ -44,11 +43,14 @@ def write_patch(adapter: AdapterFile, base: Checkpoint, file: Path, progress: Pr
         small = weight.numel() <= torch.iinfo(torch.int32).max
         tensors[f"{name}.indices"] = flat.to(torch.int32 if small else torch.int64)
         tensors[f"{name}.values"] = values.flatten()[order]
-    save_file(tensors, file, metadata={"format": "s2ft-patch"})
+    save_file(tensors, output, metadata={"format": "s2ft-patch"})
 
 
-def _positions(matrix: Tensor, chosen: Slice) -> Tensor:  # int64, shaped like the slice's delta
-    """Where each entry of the slice lies in the stored tensor, of which `matrix` is a view."""
+def _positions(
+    matrix: Tensor,  # [out_features, in_features], a view of the stored tensor
+    chosen: Slice,
+) -> Tensor:  # int64, shaped like the slice's delta
+    """Where each entry of the slice lies in the stored tensor."""
     rows, columns = (torch.arange(size) for size in matrix.shape)
     indices = torch.from_numpy(chosen.indices)
     if chosen.side == "in":

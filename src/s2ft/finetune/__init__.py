@@ -3,19 +3,19 @@
 Read `options`, then `train`.
 
     options     every option, once
-    inputs      are the files and folders there that the options name?
-    launch      what several processes can train together
-    recipe      batch and learning rate that were left open, and why
+    inputs      checks that the files and folders of the options exist
+    launch      several processes: what is supported
+    recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains
     baselines   the methods that S²FT is compared with
     lisa        LISA, as a callback
     galore      GaLore: import, targets, checkpoints
-    layout      in place or indexed, and why
+    layout      in place or indexed, with the reason
     arguments   options → TRL's `SFTConfig`
-    trainer     TRL's `SFTTrainer` with whole checkpoints and a polite end
+    trainer     TRL's `SFTTrainer` with complete checkpoints and an orderly stop
     train       fine-tuning in one call
-    resume      which checkpoint, and is it of this run?
-    results     what a run leaves in its folder
+    resume      finds the newest checkpoint, and checks that it belongs to this run
+    results     the files that a run writes into its folder
     card        the run card
     model_card  the result's README for the Hub
 """

@@ -34,7 +34,7 @@ from s2ft.data.examples import data_digest, load_examples, prompt_format
 from s2ft.data.packing import check_packing
 from s2ft.data.template import turn_end
 from s2ft.data.tokens import Tokens, hold_out, tokenize
-from s2ft.evaluate.scores import Checked, Scorer, check_scores
+from s2ft.evaluate.comparison import Checked, Scorer, check_scores
 from s2ft.finetune.arguments import longest, sft_config, total_steps, warmup_steps
 from s2ft.finetune.baselines import METHODS, adapter_of, check_head
 from s2ft.finetune.card import Card, final_loss, write_card

@@ -1,17 +1,17 @@
 """One linear layer with trained slices: forward, backward, and what stands in its base weight.
 
-Read `block`, then `linear`; `slot` is the same slice at full speed, `mixed` many of them in one batch.
+Read `block`, then `linear`; then `slot` (training in place) and `mixed` (many adapters in one batch).
 
-    linears       what a linear layer is, how its weight lies, where it stands
+    linears       linear layers: which modules are, how their weights are laid out, where they are in a model
     block         one adapter's slice of one layer: the delta V and its channels
     backprop      partial back-propagation: the autograd functions
     linear        a linear layer with slices: forward, merge (PEFT's tuner layer)
-    base_weight   what stands in a base weight, and the way back
+    base_weight   adds slices to a base weight, and restores it
     adapted       what a layer runs: active, merged, switched, disabled
-    turns         threads on one live model
+    turns         the lock by which threads share a live model
     slot          a slice that lives in the base weight
     pack          the slices of many adapters as one table
     mixed         one batch, many adapters: the plan and the products
     mixed_triton  the same products on a GPU, in Triton
-    dequantise    the values that a quantised layer computes with
+    dequantise    the values of a quantised weight
 """

@@ -99,7 +99,7 @@ class AdaptedLayer(BaseTunerLayer):
                     self._restore()
                 for name in wanted[len(self.held) :]:
                     if name in self.s2ft_block:
-                        self.base_weight.put(self.get_base_layer(), self._block(name), self.shares_weight)
+                        self.base_weight.put(self.get_base_layer(), self.block(name), self.shares_weight)
                     self.held = (*self.held, name)
             except BaseException:
                 self._restore()
@@ -168,7 +168,7 @@ class AdaptedLayer(BaseTunerLayer):
         return f"its weight {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
     def _merged_values(self, name: str) -> Tensor:
-        block = self._block(name)
+        block = self.block(name)
         weight = plain_matrix(self.get_base_layer(), "merging")
         values = take_slice(weight, block.dim, block.indices.to(weight.device))
         return values if name in self.held else add_delta(values, block.weight.data.to(weight.device))
@@ -198,9 +198,9 @@ class AdaptedLayer(BaseTunerLayer):
     def _activate(self, names: list[str], inference_mode: bool = False) -> None:
         super().set_adapter(names, inference_mode=inference_mode)
         for name in names:
-            if name in self.s2ft_block and self._block(name).is_parked:
+            if name in self.s2ft_block and self.block(name).is_parked:
                 self._move_adapter_to_device_of_base_layer(name)
-                self._block(name).is_parked = False
+                self.block(name).is_parked = False
 
     def enable_adapters(self, enabled: bool) -> None:
         """As in PEFT; what stands in the base weight goes out of it while adapters are disabled, and comes back after."""
@@ -272,7 +272,8 @@ class AdaptedLayer(BaseTunerLayer):
                 "`model.set_adapter(name)` to train, or `model.eval()` to run it"
             )
 
-    def _block(self, adapter_name: str) -> Any:  # S2FTBlock
+    def block(self, adapter_name: str) -> Any:  # S2FTBlock
+        """The adapter's slice of this layer."""
         return self.s2ft_block[adapter_name]
 
 

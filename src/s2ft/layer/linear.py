@@ -38,7 +38,12 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     other_param_names = ()
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, trained: Slice, shared: Shared | None = None, **options: Any
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        trained: Slice | None = None,  # None: no adapter yet
+        shared: Shared | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -55,7 +60,8 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         self._slot: Slot | None = None  # inside `in_place`: where the slice of its adapter lies in the base weight
         self.register_load_state_dict_post_hook(_write_anew)
         self.join(shared or Shared())
-        self.update_layer(adapter_name, trained, **options)
+        if trained is not None:
+            self.update_layer(adapter_name, trained, **options)
 
     def update_layer(
         self, adapter_name: str, trained: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
@@ -77,8 +83,8 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base layer's device, but not, as PEFT would have it, to its dtype: deltas stay fp32."""
-        if adapter_name in self.s2ft_block and not self._block(adapter_name).weight.is_meta:
-            self._block(adapter_name).to(device or self.weight.device)
+        if adapter_name in self.s2ft_block and not self.block(adapter_name).weight.is_meta:
+            self.block(adapter_name).to(device or self.weight.device)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """[*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter or `__base__`."""
@@ -92,7 +98,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        blocks = [self._block(name) for name in self.active_adapters if name in self.s2ft_block]
+        blocks = [self.block(name) for name in self.active_adapters if name in self.s2ft_block]
         return self._with_slices(x, blocks, *args, **kwargs)
 
     def _forward_in_place(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
@@ -102,7 +108,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
                 f"inside `s2ft.in_place(model)` the model runs the adapter {held!r} or none (disable_adapter); "
                 f"asked for: {', '.join(map(str, adapter_names or self.active_adapters)) or 'none'}. Leave it first"
             )
-        block = None if self.disable_adapters or held not in self.s2ft_block else self._block(held)
+        block = None if self.disable_adapters or held not in self.s2ft_block else self.block(held)
         if self._slot is None:
             return self._with_slices(x, [] if block is None else [block], *args, **kwargs)
 
@@ -145,12 +151,12 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
     def slice_text(self, adapter_name: str) -> str:
         """The adapter's slice of this layer, such as "in 3,17,40-41"."""
-        return self._block(adapter_name).slice_text
+        return self.block(adapter_name).slice_text
 
     def choose(self, adapter_name: str, indices: Indices) -> None:
         """Gives an adapter that is about to be loaded as many other channels."""
         self.require_own("loading other channels")
-        block = self._block(adapter_name)
+        block = self.block(adapter_name)
         block.slice_text = str(Slice(block.side, indices))
         block.indices.data.copy_(torch.from_numpy(indices))
         forget(self)
@@ -202,7 +208,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion, never on a hot path."""
         if adapter not in self.s2ft_block:
             raise S2FTError(f"adapter {adapter!r} has no slice of this layer; it has {', '.join(self.s2ft_block)}")
-        block, base = self._block(adapter), self.get_base_layer()
+        block, base = self.block(adapter), self.get_base_layer()
         values = block.weight.detach()
         if hasattr(values, "full_tensor"):  # a DTensor
             values = values.full_tensor()
@@ -214,13 +220,14 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     def take_base_dtype(self, adapter_name: str) -> None:
         """Casts the adapter's delta to the dtype of the base layer, where that is a floating-point one."""
         if adapter_name in self.s2ft_block and is_plain(self.get_base_layer()):
-            self._block(adapter_name).to(self.weight.dtype)
+            self.block(adapter_name).to(self.weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW has rank s at most, so PEFT's `convert_to_lora` is exact from rank s on."""
         return True
 
-    def _block(self, adapter_name: str) -> S2FTBlock:
+    def block(self, adapter_name: str) -> S2FTBlock:
+        """The adapter's slice of this layer."""
         block = self.s2ft_block[adapter_name]
         assert isinstance(block, S2FTBlock)
         return block

@@ -1,9 +1,9 @@
-"""The machine and what runs on it: models, precision, processes, failures, time.
+"""The machine and the models on it: precision, processes, failures, timing.
 
 models       base model and tokenizer, from a folder or the Hub
 precision    bf16 or fp32, and why
-processes    several processes: who leads, and how they agree
-failures     out of memory and disk, in words
-environment  versions and machine of a result
-timing       how long something takes, on the CPU or on a GPU
+processes    several processes: which one is first, and how they agree
+failures     messages for running out of memory or disk
+environment  versions and machine, for a result
+timing       timing on a CPU or GPU
 """

@@ -1,10 +1,10 @@
-"""Training at the frozen model's speed: the model laid out so that each slice lies in its base weight, side by side.
+"""Training at the frozen model's speed: a layout in which each slice is a contiguous part of its base weight.
 
 in_place   `in_place`: the layout for training at full speed
-ordering   the order in which chosen heads and channels lie side by side
-obstacles  what keeps a structure from being permuted
-probe      does it compute the same in its new order?
-lean       activations that save the least
+ordering   permutes heads and channels so that the chosen ones are contiguous
+obstacles  reasons why a structure cannot be permuted
+probe      tests that a permuted structure computes the same
+lean       activations that save less for backward
 depth      backward stops at the lowest trained block
-rounding   training in bf16 alone
+rounding   stochastic rounding, for training in bf16 alone
 """

@@ -1,9 +1,10 @@
-"""The live PEFT model: several adapters that are loaded, combined, switched and pooled.
+"""The live PEFT model: adapters are loaded, combined, switched and pooled.
 
 model      `S2FTModel`: the PEFT tuner
-loaders    PEFT's and transformers' loaders, guarded
-rollback   all or nothing: what failed leaves a model as it was
+loaders    wraps PEFT's and transformers' loaders: a load is checked, and all or nothing
+incoming   checks that what is loaded is the adapter, and nothing else
+rollback   undoes a change of a live model that failed half-way
 weighted   `add_weighted_adapter` on a live model
 switching  `switch` between the adapters of a live model
-pool       more adapters than fit: device, host and disk
+pool       `AdapterPool`: more adapters than fit on the device
 """

@@ -18,8 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.adapters.combination import DENSITY
-from s2ft.adapters.fitting import check_and_adopt, check_and_adopt_state, foreign_base, resolved
-from s2ft.adapters.loading import kept_whole
+from s2ft.adapters.compatibility import resolved
 from s2ft.common.errors import S2FTError, raise_by_place, raise_together
 from s2ft.format.checksum import note
 from s2ft.format.config import S2FTConfig
@@ -41,6 +40,7 @@ from s2ft.layer.adapted import (
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import MixedBatch
 from s2ft.training.depth import stop_below
+from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
 from s2ft.tuner.loaders import INCOMING, guard
 from s2ft.tuner.rollback import rolled_back
 from s2ft.tuner.weighted import add_weighted, name_problem
@@ -243,7 +243,7 @@ class S2FTModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         slices = {cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in found.items()}
-        note(config, {**slices, **kept_whole(model, adapter_name, state_dict)})
+        note(config, {**slices, **auxiliary_tensors(model, adapter_name, state_dict)})
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -305,6 +305,20 @@ class S2FTModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, S2FTLinear) and not autocast_adapter_dtype:
                 layer.take_base_dtype(adapter_name)
+
+    def wrap(self, path: str) -> S2FTLinear:
+        """The layer at `path`, wrapped so that adapters can be given to it, as an `AdapterPool` does.
+
+        Raises:
+            S2FTError: if it is no linear layer.
+        """
+        target = self.model.get_submodule(path)
+        if isinstance(target, S2FTLinear):
+            return target
+        layer = S2FTLinear(target, BASE, shared=self.shared).train(self.training)
+        parent, _, name = path.rpartition(".")
+        self._replace_module(self.model.get_submodule(parent), name, layer, target)
+        return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts a layer in, or the base layer back, as it is: its tensors stay where they are."""

@@ -20,14 +20,13 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from s2ft.adapters.compatibility import check_fits
 from s2ft.adapters.file import Adapter, read_adapter
-from s2ft.adapters.fitting import check_fits
-from s2ft.adapters.loading import warn_of_overflow
 from s2ft.common.errors import S2FTError, raise_together
-from s2ft.format.slices import Slice
 from s2ft.layer.adapted import adapted_layers
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import LooseSlice
+from s2ft.tuner.incoming import warn_of_overflow
 from s2ft.tuner.model import BASE, S2FTModel
 
 Slices = dict[str, LooseSlice]  # module → the adapter's slice of it
@@ -114,7 +113,7 @@ class AdapterPool:
         slices = self._host.pop(name, None) or self._load(name)
         while self._total(self._device) + self._sizes[name] > self.device_bytes:
             self._demote(next(used for used in self._device if used not in keep))
-        layers = {module: self._layer(module, one) for module, one in slices.items()}
+        layers = {module: self._tuner.wrap(module) for module in slices}
         there = {module: _on_device(one, layers[module].weight.device) for module, one in slices.items()}
         for module, layer in layers.items():
             layer.pooled[name] = there[module]
@@ -145,13 +144,6 @@ class AdapterPool:
             module: _on_host(LooseSlice(chosen.side, torch.from_numpy(chosen.indices), adapter.deltas[module]))
             for module, chosen in adapter.slices.items()
         }
-
-    def _layer(self, module: str, one: LooseSlice) -> S2FTLinear:
-        """The module as a layer that looks into its `pooled`; a plain one is wrapped."""
-        layer = self._tuner.model.get_submodule(module)
-        if isinstance(layer, S2FTLinear):
-            return layer
-        return _wrap(self._tuner, module, layer, Slice(one.side, one.indices.numpy()))
 
     def _total(self, names: Iterable[str]) -> int:
         return sum(self._sizes[name] for name in names)
@@ -203,12 +195,3 @@ def _on_device(one: LooseSlice, device: torch.device) -> LooseSlice:
 def _on_host(one: LooseSlice) -> LooseSlice:
     weight = one.weight.cpu()
     return LooseSlice(one.side, one.indices, weight.pin_memory() if torch.cuda.is_available() else weight)
-
-
-def _wrap(tuner: S2FTModel, path: str, target: nn.Module, chosen: Slice) -> S2FTLinear:
-    """A layer without adapters of its own in the module's place."""
-    layer = S2FTLinear(target, BASE, chosen, tuner.shared)
-    del layer.s2ft_block[BASE]
-    parent, _, name = path.rpartition(".")
-    tuner._replace_module(tuner.model.get_submodule(parent), name, layer.train(tuner.training), target)
-    return layer

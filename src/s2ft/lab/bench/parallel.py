@@ -23,13 +23,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from s2ft.format.slices import Slice
 from s2ft.lab.bench.report import Report
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.mixed import add_mixed
@@ -145,8 +143,7 @@ class _Projection:
     def adapted(self) -> S2FTLinear:
         inputs, outputs = self.linear.in_features, self.linear.out_features
         number = channels(inputs, outputs)
-        layer = S2FTLinear(self.linear, "a0", Slice("in", np.arange(number)))
-        del layer.s2ft_block["a0"]
+        layer = S2FTLinear(self.linear, "a0")
         # The layer's table has every adapter's values; what it is made from may be the same for all
         delta = torch.randn(outputs, number, dtype=self.x.dtype, device=self.x.device)
         for name in self.names:

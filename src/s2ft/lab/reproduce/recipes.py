@@ -73,7 +73,7 @@ def recipes() -> dict[str, Recipe]:
         >>> recipe.paper, recipe.options["learning_rate"], recipe.options["ratios"]
         (72.0, 0.001, {'o_proj': 0.052, 'down_proj': 0.02})
     """
-    return {recipe.name: recipe for suite in SUITES for recipe in _rows(suite)}
+    return {recipe.name: recipe for table in _tables() for recipe in _rows(table)}
 
 
 def find_recipe(name: str) -> Recipe:
@@ -90,8 +90,15 @@ def find_recipe(name: str) -> Recipe:
     return known[name]
 
 
-def _rows(suite: str) -> Iterator[Recipe]:
-    table = yaml.safe_load(files(__package__).joinpath(f"{suite}.yaml").read_text(encoding="utf-8"))
+def _tables() -> Iterator[dict[str, Any]]:
+    """Those of the suites that the paper reports: `SUITE.yaml` beside this file."""
+    for suite in SUITES:
+        file = files(__package__).joinpath(f"{suite}.yaml")
+        if file.is_file():
+            yield yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def _rows(table: dict[str, Any]) -> Iterator[Recipe]:
     facts = {name: table[name] for name in ("suite", "training_data", "examples", "tokens_per_example")}
     for model, figures in table["paper"].items():
         for method, figure in figures.items():

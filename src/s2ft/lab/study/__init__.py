@@ -1,13 +1,13 @@
 """`s2ft study`: the paper's claims at small scale.
 
-selection       does it matter which channels are trained?
+selection       how the choice of channels matters
 generalization  what is learned, carried over, forgotten
-fusion          two skills, learned apart and added up
+fusion          adapters of two skills, fused
 commonsense     real text: commonsense questions
-contenders      who is compared, at which learning rate
-tuning          the best learning rate, inside its grid
+contenders      the methods that are compared, and their learning rates
+tuning          finds the best learning rate on a grid
 training        one fine-tuning in memory
-runs            runs that are kept, so that a study goes on
+runs            keeps finished runs, so that a study can continue
 summary         means with Student's interval
 report          table and picture
 """

@@ -25,8 +25,9 @@ from s2ft.common.errors import S2FTError, raise_together
 from s2ft.data.examples import data_digest, load_examples
 from s2ft.data.folder import find_file, places
 from s2ft.demo.skills import Example, Split, belongs
-from s2ft.evaluate.scores import Checked, check_scores, score
-from s2ft.evaluate.tasks import TASKS, digest
+from s2ft.evaluate.comparison import Checked, check_scores, score
+from s2ft.evaluate.questions import digest
+from s2ft.evaluate.tasks import TASKS
 from s2ft.lab.study.contenders import TUNING_SEED, Contender, fit_examples, old_skills, scores_on, tests_of
 from s2ft.lab.study.report import LOSS, StudyReport
 from s2ft.lab.study.runs import Result, Runs, Tell

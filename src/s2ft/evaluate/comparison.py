@@ -22,11 +22,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from s2ft.common.errors import S2FTError
-from s2ft.evaluate.answers import Answers
+from s2ft.evaluate.answers import Answers, answer_questions
 from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.questions import Question, load_questions
 from s2ft.evaluate.tally import tally
-from s2ft.evaluate.tasks import DECODING, Question, Task, find_tasks, load_questions
-from s2ft.evaluate.writing import answer_questions
+from s2ft.evaluate.tasks import DECODING, Task, find_tasks
 
 Scores = dict[str, dict[str, Any]]  # task → a row of `tally`
 
