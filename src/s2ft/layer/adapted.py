@@ -1,13 +1,15 @@
-"""What an S²FT layer runs, and what stands in its base weight for it.
+"""What an adapted layer runs, and what stands in its base weight for it.
 
     ordinary    y = base(x) + the active adapters' slices                  PEFT's way
     merged      y = base(x)                                                base holds W + ΔW of every merged adapter
     switched    y = base(x)                                                base holds W + ΔW of one adapter, or W of none
     disabled    y = base(x)                                                base holds W, for as long as that lasts
+    in place    y = base(x)                                                base holds W + ΔW of the adapter that trains
 
-What should stand in the weight follows from the layer's state; after every change of it, `settle` makes the weight hold
-that (`layer/base_weight.py`). A layer without a slice of an adapter takes part all the same: it runs its base. All layers
-of a model share `Shared`, so that they agree where PEFT asks them one by one.
+What should stand in the weight follows from the layer's state. After every change of it, `settle` makes the weight hold that
+(`layer/base_weight.py`); in place, the forward pass does (`layer/slot.py`). What needs the weight's own values asks
+`require_own`. A layer without a slice of an adapter takes part all the same: it runs its base. All layers of a model share
+`Shared`, so that they agree where PEFT asks them one by one.
 
 The forward pass of a switched model reads one flag, the same for every adapter and for none: a compiled model is compiled once.
 `switch` in `tuner/switching.py` is what people call.
@@ -17,12 +19,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError, raise_together
@@ -30,12 +32,7 @@ from s2ft.layer.base_weight import BaseWeight, add_delta, plain_matrix, shared_w
 from s2ft.layer.linears import why_not_plain
 from s2ft.layer.turns import Turns
 
-_STATE = (
-    "merged_adapters",
-    "_disable_adapters",
-    "is_switched",
-    "switched_to",
-)  # what decides what stands in the weight
+_STATE = ("merged_adapters", "_disable_adapters", "is_switched", "switched_to")  # decides what stands in the weight
 
 
 class Shared:
@@ -60,7 +57,6 @@ class AdaptedLayer(BaseTunerLayer):
 
     is_switched = False
     switched_to: str | None = None
-    shares_weight = False  # with another module that reads it
     layout: Any = None  # the model's Layout, inside `in_place`
 
     base_layer: nn.Module
@@ -69,13 +65,12 @@ class AdaptedLayer(BaseTunerLayer):
     merged_adapters: list[str]  # in their order; also those without a slice here
     shared: Shared
     base_weight: BaseWeight
-    held: tuple[str, ...]  # what `base_weight` holds now
 
     def join(self, shared: Shared) -> None:
         """Becomes one of a model's layers: active, merged and disabled is what is so in the others."""
         peer = next(iter(shared.layers), None)
         if peer is not None:
-            self._active_adapter, self._disable_adapters = peer._active_adapter, peer._disable_adapters
+            self._active_adapter, self._disable_adapters = peer.active_adapter, peer.disable_adapters
             self.merged_adapters = list(peer.merged_adapters)
             self.is_switched, self.switched_to = peer.is_switched, peer.switched_to
         self.shared = shared
@@ -90,32 +85,18 @@ class AdaptedLayer(BaseTunerLayer):
 
     def settle(self) -> None:
         """Makes the base weight hold what should stand in it; if anything is raised, it holds its own values."""
-        wanted = self.standing
-        if wanted == self.held:
-            return
-        with self._onloaded():
-            try:
-                if wanted[: len(self.held)] != self.held:
-                    self._restore()
-                for name in wanted[len(self.held) :]:
-                    if name in self.s2ft_block:
-                        self.base_weight.put(self.get_base_layer(), self.block(name), self.shares_weight)
-                    self.held = (*self.held, name)
-            except BaseException:
-                self._restore()
-                raise
+        if self.standing != self.base_weight.adapters:
+            slices = {name: self.block(name) if name in self.s2ft_block else None for name in self.standing}
+            with self._onloaded():
+                self.base_weight.hold(self.get_base_layer(), slices)
 
     def take_out(self) -> None:
         """The base weight's own values again, until the layer settles anew."""
-        if self.held or not self.base_weight.is_own:
+        if self.base_weight.adapters or not self.base_weight.is_own:
             with self._onloaded():
-                self._restore()
+                self.base_weight.restore(self.get_base_layer())
 
-    def _restore(self) -> None:
-        self.base_weight.restore(self.get_base_layer())
-        self.held = ()
-
-    def _onloaded(self) -> Any:
+    def _onloaded(self) -> AbstractContextManager[Any]:
         """With the base weight's values here, where accelerate has offloaded them."""
         return onload_layer(self) if hasattr(self.get_base_layer(), "_hf_hook") else nullcontext()
 
@@ -130,7 +111,7 @@ class AdaptedLayer(BaseTunerLayer):
         Raises:
             S2FTError: and the weight is what it was.
         """
-        names = self.new_names(adapter_names)
+        names = list(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
         self.refuse_merging(names)
         with all_or_nothing([self]):
             self.merged_adapters = [*self.merged_adapters, *names]
@@ -139,23 +120,9 @@ class AdaptedLayer(BaseTunerLayer):
                 if name in self.s2ft_block and not self._merged_values(name).isfinite().all():
                     raise S2FTError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
-    def new_names(self, adapter_names: list[str] | None) -> list[str]:
-        """The adapters to be merged that are not, each once; as PEFT's `check_adapters_to_merge`, says what is already."""
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        wanted = dict.fromkeys(self.active_adapters if adapter_names is None else adapter_names)
-        names = [name for name in wanted if name not in self.merged_adapters]
-        if self.merged_adapters and not names:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-        elif self.merged_adapters:
-            merged, more = ",".join(self.merged_adapters), ",".join(names)
-            message = f"Already following adapters were merged {merged}. You are now additionally merging {more}."
-            warnings.warn(message, stacklevel=3)
-        return names
-
     def refuse_merging(self, names: Sequence[str]) -> None:
         """Raises `S2FTError` where these adapters cannot be merged."""
-        self.require_own("merging", merged=False)
+        self.require_own("merging", allowed=["merged"])
         elsewhere = [name for name in names if name not in self.s2ft_block]
         if elsewhere:  # to ask all layers takes its time
             raise_together(not_loaded(elsewhere, self.shared.adapters))
@@ -167,11 +134,11 @@ class AdaptedLayer(BaseTunerLayer):
         reason = why_not_plain(self.get_base_layer()) if any(name in self.s2ft_block for name in names) else None
         return f"its weight {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
-    def _merged_values(self, name: str) -> Tensor:
+    def _merged_values(self, name: str) -> Tensor:  # [out_features, s] or [s, in_features]
         block = self.block(name)
         weight = plain_matrix(self.get_base_layer(), "merging")
         values = take_slice(weight, block.dim, block.indices.to(weight.device))
-        return values if name in self.held else add_delta(values, block.weight.data.to(weight.device))
+        return values if name in self.base_weight.adapters else add_delta(values, block.weight.data.to(weight.device))
 
     def unmerge(self) -> None:
         """The base weight's own values again: bit for bit what they were."""
@@ -215,8 +182,7 @@ class AdaptedLayer(BaseTunerLayer):
 
         Where it was the only active one, the next is chosen among the model's adapters, not among this layer's.
         """
-        if self.layout is not None:
-            raise S2FTError("deleting an adapter is not possible inside `s2ft.in_place(model)`; leave it first")
+        self.require_own(f"deleting the adapter {adapter_name!r}", allowed=["merged", "switched"])
         if adapter_name in self.merged_adapters:
             raise S2FTError(f"the adapter {adapter_name!r} is merged; call `unmerge_adapter()` before deleting it")
         if self.switched_to == adapter_name:
@@ -240,32 +206,37 @@ class AdaptedLayer(BaseTunerLayer):
 
     # ---- refusing ----------------------------------------------------------------------------------------------------
 
-    def why_not_own(self, what: str, merged: bool = True) -> str | None:
+    def why_not_own(self, what: str, allowed: Collection[str] = ()) -> str | None:
         """Why `what` is not possible: the base weight does not hold its own values.
 
         Args:
-            merged: Whether merged adapters are a reason, too.
+            what: How the reason begins, such as "merging".
+            allowed: States that are no reason: "merged", "switched".
         """
         if self.layout is not None:
-            return f"{what} is not possible inside `s2ft.in_place(model)`; leave it first"
-        if self.is_switched and self.switched_to is not None:
+            return (
+                f"{what} is not possible inside `s2ft.in_place(model)`, where base weights are permuted; leave it first"
+            )
+        if self.switched_to is not None and "switched" not in allowed:
             return (
                 f"{what} is not possible while the model is switched to {self.switched_to!r}; call "
                 "`s2ft.switch(model, None)` or `model.set_adapter(name)` first"
             )
-        if merged and self.merged_adapters:
-            return f"{what} is not possible while {', '.join(self.merged_adapters)} is merged"
+        if self.merged_adapters and "merged" not in allowed:
+            return (
+                f"{what} is not possible while adapters {', '.join(self.merged_adapters)} are merged into the base; "
+                "call `unmerge_adapter()` first"
+            )
         return None
 
-    def require_own(self, what: str, merged: bool = True) -> None:
+    def require_own(self, what: str, allowed: Collection[str] = ()) -> None:
         """Raises `S2FTError` with that reason."""
-        if problem := self.why_not_own(what, merged):
-            raise S2FTError(problem)
+        raise_together(filter(None, [self.why_not_own(what, allowed)]))
 
     def check_switched_forward(self, adapter_names: list[str] | None) -> None:
         """Raises `S2FTError` for a mixed batch while an adapter stands in the base weight, and for training."""
         if adapter_names is not None:
-            self.require_own("`adapter_names`", merged=False)
+            self.require_own("`adapter_names`", allowed=["merged"])
         if self.training and torch.is_grad_enabled():
             raise S2FTError(
                 f"the model is switched to {self.switched_to!r}, and its adapters do not train: call "
@@ -300,7 +271,7 @@ def mark_shared(model: nn.Module) -> None:
     for layer in adapted_layers(model):
         if layer.base_weight.is_own:
             linear = layer.get_base_layer()
-            layer.shares_weight = why_not_plain(linear) is None and layer.weight.data_ptr() in shared
+            layer.base_weight.is_shared = why_not_plain(linear) is None and layer.weight.data_ptr() in shared
 
 
 @contextmanager
@@ -353,7 +324,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
     switched = [layer for layer in layers if layer.is_switched]
     name = switched[0].switched_to if switched else None
     end_switch(switched)
-    merged = [layer for layer in layers if layer.held]
+    merged = [layer for layer in layers if layer.base_weight.adapters]
     for layer in merged:
         layer.take_out()
     try:
@@ -366,9 +337,11 @@ def suspended(model: nn.Module) -> Iterator[None]:
             layer.settle()
 
 
+def require_own(model: nn.Module, what: str, allowed: Collection[str] = ()) -> None:
+    """Raises `S2FTError` where a base weight of the model does not hold its own values; see `AdaptedLayer.why_not_own`."""
+    raise_together(dict.fromkeys(filter(None, (layer.why_not_own(what, allowed) for layer in adapted_layers(model)))))
+
+
 def refuse_inside(model: nn.Module, what: str) -> None:
     """Raises `S2FTError` if `model` is in the in-place layout."""
-    if any(layer.layout is not None for layer in adapted_layers(model)):
-        raise S2FTError(
-            f"{what} is not possible inside `s2ft.in_place(model)`, where base weights are permuted; leave it first"
-        )
+    require_own(model, what, allowed=["merged", "switched"])

@@ -153,3 +153,8 @@ def may_change(y: Tensor) -> bool:
 def eager_grad(x: Tensor) -> bool:
     """Whether the taps pay: a compiler fuses by itself, and without a gradient there is nothing to add to."""
     return not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.requires_grad
+
+
+def stamp(tensor: Tensor) -> tuple[int, int]:
+    """Where the tensor lies and how often it was written to; writes to its `data` are not counted."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -1,15 +1,18 @@
 """What stands in the weight of a base layer: its own values, or slices of adapters on top of them.
 
-    own ──put──▶ own + V₁ ──put──▶ own + V₁ + V₂          each put keeps the entries that it replaces
-     ◀───────────────── restore ─────────────────          the last put first, by copy: bit for bit
+    own ──hold──▶ own + V₁ ──hold──▶ own + V₁ + V₂      merged, switched: each adapter on top of those before it
+    own ──set aside, write──▶ own + V ──write──▶ own + V′     in place: one slice, written anew whenever V has changed
+     ◀────────────────── restore ──────────────────      the last first, by copy: bit for bit
 
-No sum is ever undone by a subtraction. A weight that another module reads too (a tied embedding) is left to that module: the
-layer gets a copy of its own for as long as something stands in it.
+Every slice in the weight has a `Stash` of the values that it replaced; no sum is ever undone by a subtraction. A weight that
+another module reads too (a tied embedding) is left to that module: the layer gets a copy of its own for as long as something
+stands in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -32,54 +35,130 @@ class Delta(Protocol):
         """The dimension of the weight matrix that `indices` select along."""
 
 
+@dataclass(eq=False)
+class Stash:
+    """Channels of a weight matrix that an adapter's slice stands in, and the weight's own values there."""
+
+    dim: int  # of the weight matrix [out_features, in_features], that channels lie along
+    channels: Tensor  # [s], int64
+    own: Tensor  # [out_features, s] for dim 1, [s, in_features] for dim 0
+    start: int | None = None  # the first channel, where all lie side by side
+    order: Tensor | None = None  # [s], int64, where they do so in another order: which one is at start, start + 1, ...
+
+    def find_start(self) -> None:
+        """Looks whether the channels lie side by side: writing and picking is faster then. Waits for a GPU."""
+        first, last = int(self.channels.min()), int(self.channels.max())
+        if last - first + 1 == len(self.channels):
+            self.start = first
+            self.order = None if bool((self.channels.diff() > 0).all()) else self.channels.argsort()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor, delta: Tensor | None = None) -> None:
+        """weight[channels] ← own + delta, or the own values alone.
+
+        Args:
+            weight: [out_features, in_features]. Autograd notices the write to a parameter, not that to its `data`.
+            delta: Shaped like `own`, in any dtype and on any device.
+        """
+        if self.own.device != weight.device:
+            self.apply(lambda kept: kept.to(weight.device))
+        values = self.own if delta is None else add_delta(self.own, delta.detach().to(weight.device))
+        if self.start is None:
+            put_slice(weight, self.dim, self.channels, values.to(weight.dtype))
+            return
+        part = weight.narrow(self.dim, self.start, len(self.channels))
+        part.copy_(values if self.order is None else values.index_select(self.dim, self.order))
+
+    def pick(self, activations: Tensor, copy: bool = False) -> Tensor:  # [*, in_features] or [*, out_features] → [*, s]
+        """activations[..., channels], a view where that is possible.
+
+        Args:
+            activations: What goes into the layer (dim 1), or comes out of it (dim 0).
+            copy: Give a copy in any case, which does not keep the whole alive.
+        """
+        if self.start is None or self.order is not None:
+            return activations.index_select(-1, self.channels)
+        part = activations.narrow(-1, self.start, len(self.channels))
+        return part.clone(memory_format=torch.contiguous_format) if copy else part
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Does to the tensors what `nn.Module.to` and its like do to the layer's."""
+        self.channels, self.own = change(self.channels), change(self.own)
+        self.order = None if self.order is None else change(self.order)
+
+
 class BaseWeight:
     """Puts slices into a linear layer's weight, and takes all of them out again."""
 
     def __init__(self) -> None:
-        self._replaced: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # dimension, channels, what stood there; the last put last
-        self._shared: nn.Parameter | None = None  # the parameter that the layer has in common with another module
+        self.adapters: tuple[str, ...] = ()  # that `hold` put there, in order; also those without a slice of this layer
+        self.is_shared = False  # whether another module reads the weight too
+        self._stashes: list[Stash] = []  # the last put last
+        self._shared: nn.Parameter | None = (
+            None  # the parameter that the other module reads, while the layer has a copy
+        )
 
     @property
     def is_own(self) -> bool:
         """Whether the weight holds its own values."""
-        return not self._replaced and self._shared is None
+        return not self._stashes and self._shared is None
 
-    def put(self, linear: nn.Module, delta: Delta, is_shared: bool) -> None:
-        """Adds a slice to what the weight holds.
+    def hold(self, linear: nn.Module, adapters: Mapping[str, Delta | None]) -> None:
+        """Makes the weight hold the slices of these adapters, in this order, and no others.
 
         Args:
-            is_shared: Whether another module reads the weight too.
+            linear: The layer that the weight is of.
+            adapters: Name → slice; None where the adapter has none of this layer.
+
+        Raises:
+            S2FTError: if the weight cannot be written to. Whatever is raised, the weight has its own values again.
         """
+        names = tuple(adapters)
+        try:
+            if names[: len(self.adapters)] != self.adapters:
+                self.restore(linear)
+            for name in names[len(self.adapters) :]:
+                delta = adapters[name]
+                if delta is not None:
+                    self.put(linear, delta)
+                self.adapters = (*self.adapters, name)
+        except BaseException:
+            self.restore(linear)
+            raise
+
+    def put(self, linear: nn.Module, delta: Delta) -> None:
+        """Adds a slice to what the weight holds."""
         weight = plain_matrix(linear, "writing an adapter into it")
         values = delta.weight.data.to(weight.device, non_blocking=weight.is_cuda)  # from a GPU, waiting is a must
-        indices = delta.indices.to(weight.device, non_blocking=weight.is_cuda)
-        if is_shared and self.is_own:
+        channels = delta.indices.to(weight.device, non_blocking=weight.is_cuda)
+        if self.is_shared and self.is_own:
             self._shared = shared = cast(nn.Parameter, linear.weight)
             linear.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
             weight = weight_matrix(linear).data
-        before = take_slice(weight, delta.dim, indices)
-        after = add_delta(before, values)
-        self._replaced.append((delta.dim, indices, before))  # before the weight changes: from here on it can be undone
-        put_slice(weight, delta.dim, indices, after)
+        self.set_aside(weight, delta.dim, channels).write(weight, values)
+
+    def set_aside(self, weight: Tensor, dim: int, channels: Tensor) -> Stash:  # weight: [out_features, in_features]
+        """The own values of these channels, which `restore` puts back: from here on others may be written there."""
+        stash = Stash(dim, channels, take_slice(weight, dim, channels))
+        self._stashes.append(stash)
+        return stash
 
     def restore(self, linear: nn.Module) -> None:
         """The weight's own values again."""
+        self.adapters = ()
         if self._shared is not None:
             present: Tensor = linear.weight  # type: ignore[assignment]
             self._shared.data = self._shared.data.to(present.device, present.dtype)
             linear.weight, self._shared = self._shared, None
-            self._replaced.clear()
-        while self._replaced:
-            dim, indices, before = self._replaced[-1]
-            weight = weight_matrix(linear).data
-            put_slice(weight, dim, indices.to(weight.device), before.to(weight.device, weight.dtype))
-            self._replaced.pop()
+            self._stashes.clear()
+        while self._stashes:
+            self._stashes[-1].write(weight_matrix(linear).data)
+            self._stashes.pop()
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """What `nn.Module.to` and its like do to the layer's tensors is done to the kept ones too."""
-        self._replaced = [(dim, change(indices), change(before)) for dim, indices, before in self._replaced]
+        """Does to the kept tensors what `nn.Module.to` and its like do to the layer's."""
+        for stash in self._stashes:
+            stash.apply(change)
         if self._shared is not None:
             self._shared.data = change(self._shared.data)
 
@@ -93,9 +172,13 @@ def plain_matrix(linear: nn.Module, what: str) -> Tensor:  # [out_features, in_f
 
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:
-    """base + delta in base's dtype, summed in float32 at least and rounded once."""
-    exact = torch.promote_types(torch.promote_types(base.dtype, delta.dtype), torch.float32)
-    return (base.to(exact) + delta.to(exact)).to(base.dtype)
+    """The sum in base's dtype, computed in float32 at least and rounded once.
+
+    Example:
+        >>> add_delta(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0**-8 + 2.0**-20])).item()  # 1 + 2**-7
+        1.0078125
+    """
+    return (base + delta).to(base.dtype)  # two halves, too, are summed in float32 inside of torch
 
 
 def take_slice(weight: Tensor, dim: int, indices: Tensor) -> Tensor:  # weight: [out_features, in_features]
@@ -120,8 +203,8 @@ def shared_weights(model: nn.Module) -> set[int]:
     seen: set[int] = set()
     shared: set[int] = set()
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and type(parameter.data) is Tensor and (address := parameter.data_ptr()):
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if type(parameter.data) is Tensor and (address := parameter.data_ptr()):
                 (shared if address in seen else seen).add(address)
     return shared
 

@@ -13,6 +13,7 @@ layer, whose backward receives the base layer's gradient as a fresh tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from s2ft.layer.adapted import AdaptedLayer, Shared
 from s2ft.layer.backprop import may_change
 from s2ft.layer.base_weight import BaseWeight
 from s2ft.layer.block import S2FTBlock
-from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer
+from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weight_matrix
 from s2ft.layer.mixed import add_mixed
 from s2ft.layer.pack import LooseSlice, forget
 from s2ft.layer.slot import Slot
+
+Base = Callable[[Tensor], Tensor]  # the base layer: [*, in_features] → [*, out_features]
 
 
 class S2FTLinear(nn.Module, AdaptedLayer):
@@ -56,8 +59,8 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.pooled: dict[str, LooseSlice] = {}  # adapters that an `AdapterPool` holds beside the model's own
-        self.base_weight, self.held = BaseWeight(), ()
-        self._slot: Slot | None = None  # inside `in_place`: where the slice of its adapter lies in the base weight
+        self.base_weight = BaseWeight()
+        self.slot: Slot | None = None  # inside `in_place`, where its adapter's slice stands in the base weight
         self.register_load_state_dict_post_hook(_write_anew)
         self.join(shared or Shared())
         if trained is not None:
@@ -67,8 +70,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         self, adapter_name: str, trained: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
     ) -> None:
         """Adds an adapter with the slice `trained`."""
-        if self.layout is not None:
-            raise S2FTError("adding an adapter is not possible inside `s2ft.in_place(model)`; leave it first")
+        self.require_own(f"adding the adapter {adapter_name!r}", allowed=["merged", "switched"])
         size, across = (
             (self.in_features, self.out_features) if trained.side == "in" else (self.out_features, self.in_features)
         )
@@ -86,22 +88,103 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         if adapter_name in self.s2ft_block and not self.block(adapter_name).weight.is_meta:
             self.block(adapter_name).to(device or self.weight.device)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """[*, in_features] → [*, out_features]. `adapter_names` gives each row of the batch its adapter or `__base__`."""
-        if self.layout is not None:
-            return self._forward_in_place(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.is_switched:
-            return self._forward_switched(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        blocks = [self.block(name) for name in self.active_adapters if name in self.s2ft_block]
-        return self._with_slices(x, blocks, *args, **kwargs)
+    def forward(
+        self,
+        x: Tensor,  # [*, in_features]
+        *args: Any,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:  # [*, out_features]
+        """The base layer's output, with what the running adapters add.
 
-    def _forward_in_place(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
+        Args:
+            x: The layer's input.
+            args: More that the base layer takes.
+            adapter_names: For each row of the batch its adapter, or `__base__`.
+            kwargs: More that the base layer takes.
+
+        Raises:
+            S2FTError: if the layer cannot do that in the state that it is in, such as train while it is switched.
+        """
+
+        def base(x: Tensor) -> Tensor:
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            return y
+
+        if self.layout is not None:
+            return self._forward_in_place(base, x, adapter_names)
+        if self.is_switched and (adapter_names is not None or self.training):
+            self.check_switched_forward(adapter_names)
+        if (adapter_names is None and (self.is_switched or self.merged)) or self.disable_adapters:
+            return base(x)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(base, x, adapter_names)
+        return self._with_slices(
+            base, x, [self.block(name) for name in self.active_adapters if name in self.s2ft_block]
+        )
+
+    def _with_slices(
+        self, base: Base, x: Tensor, blocks: list[S2FTBlock]
+    ) -> Tensor:  # [*, in_features] → [*, out_features]
+        """base(x), and what each slice adds to it."""
+        dtype = self._compute_dtype(x)
+        around = []
+        for block in blocks:
+            x, part = block.tap(x, dtype)
+            around.append(part)
+        y = base(x)
+        in_place = may_change(y)
+        for block, part in zip(blocks, around, strict=True):
+            y = block.add_to(y, part.to(y.dtype), in_place)
+        return y
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the base layer's output: autocast's, else the input's."""
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+    def _mixed_batch_forward(
+        self,
+        base: Base,
+        x: Tensor,  # [rows, *, in_features]
+        adapter_names: list[str],
+    ) -> Tensor:  # [rows, *, out_features]
+        """base(x), and in each row what its own adapter adds."""
+        if len(x) != len(adapter_names):
+            raise S2FTError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively"
+            )
+        if self.merged:
+            raise S2FTError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged: {', '.join(self.merged_adapters)}"
+            )
+        return add_mixed(self, base(x), x, adapter_names)
+
+    # ---- in place ----------------------------------------------------------------------------------------------------
+
+    def enter_layout(self, layout: Any, channels: Tensor | None) -> None:
+        """From here on the slice of the layout's adapter stands in the base weight, or (None) is added around it.
+
+        Args:
+            layout: The model's `Layout`.
+            channels: [s], where the slice's channels are in the layout's order.
+        """
+        self.layout = layout
+        if channels is not None:
+            linear = self.get_base_layer()
+            weight = weight_matrix(linear).data
+            dim = self.block(layout.adapter).dim
+            self.slot = Slot(linear, self.base_weight.set_aside(weight, dim, channels.to(weight.device)))
+
+    def leave_layout(self) -> None:
+        """The base weight holds its own values again."""
+        if self.slot is not None:
+            self.slot.close(self.get_base_layer())
+        self.base_weight.restore(self.get_base_layer())
+        self.slot = self.layout = None
+
+    def _forward_in_place(self, base: Base, x: Tensor, adapter_names: list[str] | None) -> Tensor:  # as `forward`
         held = self.layout.adapter
         if adapter_names is not None or not (self.disable_adapters or self.active_adapters == [held]):
             raise S2FTError(
@@ -109,31 +192,19 @@ class S2FTLinear(nn.Module, AdaptedLayer):
                 f"asked for: {', '.join(map(str, adapter_names or self.active_adapters)) or 'none'}. Leave it first"
             )
         block = None if self.disable_adapters or held not in self.s2ft_block else self.block(held)
-        if self._slot is None:
-            return self._with_slices(x, [] if block is None else [block], *args, **kwargs)
-
-        def base(x: Tensor) -> Tensor:
-            return self.base_layer(x, *args, **kwargs)
-
+        if self.slot is None:
+            return self._with_slices(base, x, [] if block is None else [block])
         delta = None if block is None else block.weight
-        return self._slot.forward(base, self.get_base_layer(), x, delta, self.training)
+        return self.slot.forward(base, self.get_base_layer(), x, delta, self.training)
 
-    def enter_layout(self, layout: Any, slot: Slot | None) -> None:
-        """From here on the slice of the layout's adapter is held in the base weight, or (without a slot) around it."""
-        self._slot, self.layout = slot, layout
-
-    def leave_layout(self) -> None:
-        """The base weight holds its own values again."""
-        if self._slot is not None:
-            self._slot.close(self.get_base_layer())
-        self._slot = self.layout = None
+    # ---- what torch calls --------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> S2FTLinear:
         """As in every module; what the base weight gets back later is moved and cast with it."""
         super()._apply(fn, recurse)
         self.base_weight.apply(fn)
-        if self._slot is not None:
-            self._slot.apply(fn)
+        if self.slot is not None:
+            self.slot.expire()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,8 +214,8 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
     def train(self, mode: bool = True) -> S2FTLinear:
         """As in every module; the slot is written anew after each change of mode, and so is the table of a mixed batch."""
-        if self._slot is not None:
-            self._slot.expire()
+        if self.slot is not None:
+            self.slot.expire()
         forget(self)
         super().train(mode)
         return self
@@ -165,44 +236,6 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
             self.require_own("loading base weights")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _forward_switched(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
-        """Straight through the base layer; rows can be mixed while no adapter stands in its weight."""
-        if adapter_names is not None or self.training:
-            self.check_switched_forward(adapter_names)
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        return self.base_layer(x, *args, **kwargs)
-
-    def _with_slices(self, x: Tensor, blocks: list[S2FTBlock], *args: Any, **kwargs: Any) -> Tensor:
-        dtype = self._compute_dtype(x)
-        around = []
-        for block in blocks:
-            x, part = block.tap(x, dtype)
-            around.append(part)
-        y = self.base_layer(x, *args, **kwargs)
-        in_place = may_change(y)
-        for block, part in zip(blocks, around, strict=True):
-            y = block.add_to(y, part.to(y.dtype), in_place)
-        return y
-
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the base layer's output: autocast's, else the input's."""
-        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        if len(x) != len(adapter_names):
-            raise S2FTError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively"
-            )
-        if self.merged:
-            raise S2FTError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
-                f"Merged: {', '.join(self.merged_adapters)}"
-            )
-        y = self.base_layer(x, *args, **kwargs)
-        return add_mixed(self, y, x, adapter_names)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion, never on a hot path."""
@@ -239,6 +272,6 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 def _write_anew(layer: nn.Module, _: Any) -> None:
     """After loading: what stands in the base weight has the values that were loaded."""
     assert isinstance(layer, S2FTLinear)
-    if layer.held:
+    if layer.base_weight.adapters:
         layer.take_out()
         layer.settle()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
+from s2ft.layer.backprop import stamp
 
 
 class MixedBatch(list[str]):
@@ -89,8 +90,7 @@ def _stamp(found: Any, name: str) -> Any:
     """Differs when the adapter's slice does."""
     if found is None:
         return name
-    weight = found.weight
-    return name, _Identity(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return name, _Identity(found.weight), stamp(found.weight)
 
 
 class _Identity:

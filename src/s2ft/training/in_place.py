@@ -25,7 +25,6 @@ from s2ft.format.slices import Indices, Slice
 from s2ft.layer.adapted import turns_of
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import linear_layer, weight_matrix
-from s2ft.layer.slot import Slot
 from s2ft.selection.structure import Structure, read_structures
 from s2ft.training.lean import Patches, lean
 from s2ft.training.obstacles import Norms, find_obstacles
@@ -151,9 +150,8 @@ def enter(model: nn.Module, permute: bool = True, activations: bool = True) -> L
         layout.placements = _placements(slices, orders, unmovable, unwritable)
         slots = {place.module for place in layout.placements if place.how != "added"}
         for path, layer in layers.items():
-            slot = _slot(layer, slices[path], orders.get(path)) if path in slots else None
-            layer.enter_layout(layout, slot)
             layout._layers.append(layer)
+            layer.enter_layout(layout, _channels(slices[path], orders.get(path)) if path in slots else None)
         layout._patches = lean(model) if activations else None
     except BaseException:
         layout.leave()
@@ -231,11 +229,10 @@ def _only_adapter(layers: Mapping[str, S2FTLinear]) -> str:
     if not layers:
         raise S2FTError("the model has no S²FT adapter; in_place(model) lays out the slices of one")
     active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.s2ft_block})
-    merged = sorted({name for layer in layers.values() for name in layer.merged_adapters})
-    if merged:
-        raise S2FTError(f"adapters {', '.join(merged)} are merged into the base; unmerge them before in_place(model)")
+    for layer in layers.values():
+        layer.require_own("in_place(model)")
     if any(layer.is_switched for layer in layers.values()):
-        raise S2FTError("the model is switched; call `model.set_adapter(name)` before in_place(model)")
+        raise S2FTError("the model is switched to its base; call `model.set_adapter(name)` before in_place(model)")
     if len(active) != 1:
         raise S2FTError(f"in_place(model) trains one active adapter; active are: {', '.join(active) or 'none'}")
     return active[0]
@@ -249,11 +246,8 @@ def _move(layout: Layout, module: nn.Module, order: Indices, dim: int) -> None:
     layout._moves.append(move)
 
 
-def _slot(layer: S2FTLinear, trained: Slice, order: Indices | None) -> Slot:
-    positions = trained.indices if order is None else np.argsort(order)[trained.indices]
-    linear = layer.get_base_layer()
-    dim = 1 if trained.side == "in" else 0
-    return Slot(linear, dim, torch.from_numpy(positions).to(weight_matrix(linear).device))
+def _channels(trained: Slice, order: Indices | None) -> Tensor:  # [s]: where the slice's channels are in the layout
+    return torch.from_numpy(trained.indices if order is None else np.argsort(order)[trained.indices])
 
 
 def _module_orders(

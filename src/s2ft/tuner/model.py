@@ -35,6 +35,7 @@ from s2ft.layer.adapted import (
     mark_shared,
     not_loaded,
     refuse_inside,
+    require_own,
     suspended,
 )
 from s2ft.layer.linear import S2FTLinear
@@ -184,10 +185,9 @@ class S2FTModel(BaseTuner):
             super().unmerge_adapter()
 
     def _refuse_merging(self, layers: list[AdaptedLayer], adapter_names: list[str] | None) -> None:
-        refuse_inside(self.model, "merging")
+        require_own(self.model, "merging", allowed=["merged"])
         names = self.active_adapters if adapter_names is None else adapter_names
         raise_together(not_loaded(names, self.peft_config))
-        raise_together(dict.fromkeys(filter(None, (layer.why_not_own("merging", merged=False) for layer in layers))))
         raise_together(self._kept_whole(names))
         paths = {layer: path for path, layer in self.model.named_modules()}
         problems = ((paths[layer], layer.why_unwritable(names)) for layer in layers)
@@ -252,8 +252,7 @@ class S2FTModel(BaseTuner):
         """
         check_and_adopt_state(self, self.peft_config, state_dict, prefix)
         if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
-            for layer in adapted_layers(self.model):
-                layer.require_own("loading base weights")
+            require_own(self.model, "loading base weights")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -337,8 +336,7 @@ class S2FTModel(BaseTuner):
                 encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
                 once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
                 if self.pool is not None:
-                    for layer in adapted_layers(self.model):
-                        layer.require_own("`adapter_names`", merged=False)
+                    require_own(self.model, "`adapter_names`", allowed=["merged"])
                     self.pool.bring(names)
                 alone, beamed = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))
                 for module in self.modules():

@@ -23,7 +23,7 @@ from torch import nn
 from s2ft.adapters.compatibility import check_fits
 from s2ft.adapters.file import Adapter, read_adapter
 from s2ft.common.errors import S2FTError, raise_together
-from s2ft.layer.adapted import adapted_layers
+from s2ft.layer.adapted import require_own
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import LooseSlice
 from s2ft.tuner.incoming import warn_of_overflow
@@ -91,10 +91,8 @@ class AdapterPool:
             )
         with self._tuner.shared.turns.alone():
             missing = [name for name in wanted if name not in self._device]
-            for layer in adapted_layers(self._tuner.model) if missing else ():
-                layer.require_own(
-                    f"bringing the adapter {missing[0]!r}"
-                )  # which is checked against the base's own values
+            if missing:  # they are checked against the base's own values
+                require_own(self._tuner.model, f"bringing the adapter {missing[0]!r}")
             for name in wanted:
                 if name in self._device:
                     self._device.move_to_end(name)

@@ -21,7 +21,7 @@ from s2ft.layer.adapted import (
     adapted_layers,
     mark_shared,
     not_loaded,
-    refuse_inside,
+    require_own,
     switch_layers,
     turns_of,
 )
@@ -63,7 +63,7 @@ def switch(model: nn.Module, adapter: str | None) -> None:
         layers = adapted_layers(model)
         if not layers:
             raise S2FTError(f"{type(model).__name__} holds no S²FT adapter; load one before switching")
-        refuse_inside(model, "switching")
+        require_own(model, "switching", allowed=["switched"])
         _refuse(model, layers, adapter)
         mark_shared(model)
         switch_layers(layers, adapter)
@@ -88,11 +88,6 @@ def park(model: nn.Module, adapter: str) -> None:
 
 
 def _refuse(model: nn.Module, layers: list[AdaptedLayer], adapter: str | None) -> None:
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
-        raise S2FTError(
-            f"adapters {', '.join(merged)} are merged into the base; call `unmerge_adapter()` before switching"
-        )
     if adapter is None:
         return
     chosen = {

@@ -105,7 +105,7 @@ def contestants(device: str, dim: int) -> dict[str, Turn]:
     down, up = (0.02 * torch.randn(*shape, device=device).to(weight) for shape in ((RANK, dim), (dim, RANK)))
 
     def write() -> None:
-        layer.base_weight.put(linear, cast(S2FTBlock, layer.s2ft_block["a"]), is_shared=False)
+        layer.base_weight.put(linear, cast(S2FTBlock, layer.s2ft_block["a"]))
 
     def restore() -> None:
         layer.base_weight.restore(linear)

@@ -1,0 +1,50 @@
+"""The one sum and the one stash of base weights: how they round, and that every way of writing is the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from s2ft.layer.base_weight import BaseWeight, add_delta
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("base_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("delta_dtype", DTYPES, ids=str)
+def test_sums_are_computed_in_float32_at_least_and_rounded_once(
+    base_dtype: torch.dtype, delta_dtype: torch.dtype
+) -> None:
+    base, delta = torch.randn(10_000).to(base_dtype), (0.01 * torch.randn(10_000)).to(delta_dtype)
+    exact = torch.float64 if torch.float64 in (base_dtype, delta_dtype) else torch.float32
+    assert torch.equal(add_delta(base, delta), (base.to(exact) + delta.to(exact)).to(base_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    ("channels", "start"),
+    [([2, 3, 4, 5], 2), ([4, 2, 5, 3], 2), ([7, 1, 4, 0], None)],
+    ids=["side by side", "in another order", "apart"],
+)
+def test_a_stash_writes_the_same_wherever_its_channels_lie(
+    dtype: torch.dtype, dim: int, channels: list[int], start: int | None
+) -> None:
+    linear = nn.Linear(8, 9, bias=False, dtype=dtype).requires_grad_(False)
+    own, at = linear.weight.clone(), torch.tensor(channels)
+    delta = torch.randn_like(own.index_select(dim, at), dtype=torch.float32)
+    base_weight = BaseWeight()
+    stash = base_weight.set_aside(linear.weight.data, dim, at)
+    stash.find_start()
+    assert stash.start == start
+    for scale in (1, -3):  # anew, not on top
+        stash.write(linear.weight.data, scale * delta)
+        expected = own.index_copy(dim, at, add_delta(own.index_select(dim, at), scale * delta))
+        assert torch.equal(linear.weight, expected)
+    activations = torch.randn(2, 3, own.shape[dim])
+    for copy in (False, True):
+        picked = stash.pick(activations, copy)
+        assert torch.equal(picked, activations[..., at])
+    assert picked.untyped_storage().nbytes() == 2 * 3 * 4 * 4
+    base_weight.restore(linear)
+    assert torch.equal(linear.weight, own)
+    assert base_weight.is_own
