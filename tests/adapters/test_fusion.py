@@ -147,7 +147,7 @@ def test_each_part_of_a_union_is_still_checked_against_the_base(
     with pytest.raises(S2FTError, match=rf"another base.*1 of 6 modules.*{module}"):
         load(other, tmp_path / "ab")
     again = s2ft.fuse([tmp_path / "ab", pair[0]], output=tmp_path / "again")  # a fused adapter can be fused
-    assert again.combination.config.base_digest == read_adapter(tmp_path / "ab").config.base_digest
+    assert again.config.base_digest == read_adapter(tmp_path / "ab").config.base_digest
 
 
 def test_an_adapter_of_a_resaved_fusion_keeps_its_digests(base: nn.Module, pair: list[Path], tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ class Checkpoint:
             return None
         matrix = self.matrix(module, self.tensor(self.tensor_name(module)))
         parts = digest_parts(expected, chosen)
-        return join_digests({part: _digest(matrix, Slice.parse(part)) for part in parts}, chosen)
+        return join_digests({part: slice_digest(Slice.parse(part).of(matrix)) for part in parts}, chosen)
 
 
 def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = False) -> Checkpoint:
@@ -250,7 +250,3 @@ def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:
             return model
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
         raise S2FTError(f"base={str(folder)!r}: its configuration cannot be loaded: {first_line(error)}") from error
-
-
-def _digest(matrix: Tensor, chosen: Slice) -> str | None:  # matrix: [out_features, in_features]
-    return slice_digest(matrix.index_select(1 if chosen.side == "in" else 0, torch.from_numpy(chosen.indices)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from s2ft.common.errors import raise_together
@@ -90,6 +89,4 @@ def _digest(linear: nn.Module, chosen: Slice) -> str | None:
     weight = weight_matrix(linear) if plain else dequantised(linear)
     if weight is None or weight.is_meta:
         return None
-    indices = torch.from_numpy(chosen.indices).to(weight.device)
-    part = weight.index_select(1 if chosen.side == "in" else 0, indices)
-    return slice_digest(part, None if plain else grid(linear))
+    return slice_digest(chosen.of(weight), None if plain else grid(linear))

@@ -135,5 +135,5 @@ def _panels(adapter: Adapter) -> dict[str, list[str | None]]:
 
 def _binned(adapter: Adapter, path: str, width: int, bins: int) -> NDArray[np.float64]:  # [bins]
     chosen = adapter.slices[path]
-    squares = adapter.deltas[path].double().square().sum(0 if chosen.side == "in" else 1).numpy()
+    squares = adapter.deltas[path].double().square().sum(1 - chosen.dim).numpy()
     return np.sqrt(np.bincount(chosen.indices * bins // width, weights=squares, minlength=bins))

@@ -69,14 +69,8 @@ def merged_slice(
     delta: Tensor,  # [out_features, s] on the input side, [s, in_features] on the output side
 ) -> Tensor:  # shaped like delta, in the base's dtype
     """The slice's new values: the sum in float32 (a float64 base: float64), rounded once to the base's dtype."""
-    own = matrix.index_select(_dim(chosen), torch.from_numpy(chosen.indices))
-    return add_delta(
-        own, delta if matrix.dtype == torch.float64 else delta.float()
-    )  # a live model's deltas are float32
-
-
-def _dim(chosen: Slice) -> int:
-    return 1 if chosen.side == "in" else 0
+    # A live model's deltas are float32
+    return add_delta(chosen.of(matrix), delta if matrix.dtype == torch.float64 else delta.float())
 
 
 def _merge_module(adapter: AdapterFile, base: Checkpoint, module: str, aside: Path) -> None:
@@ -88,7 +82,7 @@ def _merge_module(adapter: AdapterFile, base: Checkpoint, module: str, aside: Pa
         raise S2FTError(
             f"{name}: merged values do not fit {weight.dtype}, or the base holds values that are not finite"
         )
-    matrix.index_copy_(_dim(chosen), torch.from_numpy(chosen.indices), values)
+    matrix.index_copy_(chosen.dim, chosen.channels, values)
     _overwrite(aside / base.files[name].name, name, weight)
 
 

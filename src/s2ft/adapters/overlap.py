@@ -16,16 +16,18 @@ import math
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from s2ft.adapters.combination import Combination
 from s2ft.common.extras import from_extra
 from s2ft.format.slices import Indices, Slice
 from s2ft.layer.linears import layer_index
+
+if TYPE_CHECKING:
+    from s2ft.adapters.fusion import Fusion
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,23 @@ class Overlap:
     interference_on_second: float | None
 
 
-def overlaps(combination: Combination) -> list[Overlap]:
+def overlaps(fusion: Fusion) -> list[Overlap]:
     """One row for each module and each pair of adapters that change it, in the order of the model's layers."""
-    rows = [
-        _overlap(combination, module, *pair) for module in combination.slices for pair in _pairs(combination, module)
-    ]
+    rows = [_overlap(fusion, module, *pair) for module in fusion.slices for pair in _pairs(fusion, module)]
     return sorted(rows, key=lambda row: -1 if row.layer is None else row.layer)
 
 
-def summary(combination: Combination, rows: list[Overlap]) -> dict[str, Any]:
+def summary(fusion: Fusion) -> dict[str, Any]:
     """The fusion as a whole, and its rows, ready for JSON."""
+    rows = fusion.overlaps
     return {
-        "adapters": [source.name for source in combination.sources],
-        "weights": list(combination.weights),
-        "method": combination.method,
-        "density": combination.density,
-        "seed": combination.seed,
-        "modules": len(combination.slices),
-        "channels": sum(len(chosen.indices) for chosen in combination.slices.values()),
+        "adapters": [source.name for source in fusion.sources],
+        "weights": list(fusion.weights),
+        "method": fusion.method,
+        "density": fusion.density,
+        "seed": fusion.seed,
+        "modules": len(fusion.slices),
+        "channels": sum(len(chosen.indices) for chosen in fusion.slices.values()),
         "shared": sum(row.shared for row in rows),
         "rows": [asdict(row) for row in rows],
     }
@@ -93,16 +94,16 @@ def draw(rows: list[Overlap], png: Path) -> None:
     figure.savefig(png, dpi=120)
 
 
-def _pairs(combination: Combination, module: str) -> list[tuple[int, int]]:
-    holders = [number for number, source in enumerate(combination.sources) if module in source.slices]
+def _pairs(fusion: Fusion, module: str) -> list[tuple[int, int]]:
+    holders = [number for number, source in enumerate(fusion.sources) if module in source.slices]
     return list(combinations(holders, 2))
 
 
-def _overlap(combination: Combination, module: str, first: int, second: int) -> Overlap:
-    slices = [combination.sources[number].slices[module] for number in (first, second)]
+def _overlap(fusion: Fusion, module: str, first: int, second: int) -> Overlap:
+    slices = [fusion.sources[number].slices[module] for number in (first, second)]
     counts = [len(chosen.indices) for chosen in slices]
     common = np.intersect1d(slices[0].indices, slices[1].indices, assume_unique=True)
-    meeting = (None, None, 0.0, 0.0) if not len(common) else _meeting(combination, module, (first, second), common)
+    meeting = (None, None, 0.0, 0.0) if not len(common) else _meeting(fusion, module, (first, second), common)
     cosine, sign_conflict, on_first, on_second = meeting
     return Overlap(
         module=module,
@@ -122,11 +123,11 @@ def _overlap(combination: Combination, module: str, first: int, second: int) -> 
 
 
 def _meeting(
-    combination: Combination, module: str, numbers: tuple[int, int], common: Indices
+    fusion: Fusion, module: str, numbers: tuple[int, int], common: Indices
 ) -> tuple[float | None, float | None, float | None, float | None]:
     """Cosine, sign conflict, interference on the first and on the second."""
-    weights = [abs(combination.weights[number]) for number in numbers]
-    sources = [combination.sources[number] for number in numbers]
+    weights = [abs(fusion.weights[number]) for number in numbers]
+    sources = [fusion.sources[number] for number in numbers]
     deltas = [source.delta(module).cpu() for source in sources]
     a, b = (_at(delta, source.slices[module], common).double() for delta, source in zip(deltas, sources, strict=True))
     return (
@@ -147,6 +148,5 @@ def _norm(delta: Tensor) -> float:
 
 
 def _at(delta: Tensor, chosen: Slice, channels: Indices) -> Tensor:
-    return delta.index_select(
-        1 if chosen.side == "in" else 0, torch.from_numpy(np.searchsorted(chosen.indices, channels))
-    )
+    """The delta's values on some of its channels."""
+    return delta.index_select(chosen.dim, torch.from_numpy(np.searchsorted(chosen.indices, channels)))

@@ -55,7 +55,7 @@ def fuse(
     console = Console()
     with console.status("reading ..."):
         fusion = plan(adapters, numbers, method, density, seed)
-        facts = summary(fusion.combination, fusion.overlaps)
+        facts = summary(fusion)
     for number, adapter in enumerate(adapters):
         console.print(f"adapter {number}: {adapter}", highlight=False, markup=False, soft_wrap=True)
     if fusion.overlaps:

@@ -40,6 +40,25 @@ class Slice:
         runs = np.split(self.indices, breaks)
         return f"{self.side} " + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
+    @property
+    def dim(self) -> int:
+        """Along which dimension of a weight [out_features, in_features], and of a delta, the channels lie."""
+        return 1 if self.side == "in" else 0
+
+    @property
+    def channels(self) -> Tensor:  # [channels], int64
+        """The indices as a tensor."""
+        return torch.from_numpy(self.indices)
+
+    def of(self, weight: Tensor) -> Tensor:  # [out_features, in_features] → [out_features, s] or [s, in_features]
+        """The channels' values in a weight, as a copy.
+
+        Example:
+            >>> Slice.parse("in 0,2").of(torch.arange(6).view(2, 3)).tolist()
+            [[0, 2], [3, 5]]
+        """
+        return weight.index_select(self.dim, self.channels.to(weight.device))
+
     @staticmethod
     def parse(text: str) -> Slice:
         """Raises `S2FTError` unless `text` is a side and ascending channels."""

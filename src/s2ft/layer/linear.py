@@ -275,3 +275,9 @@ def _write_anew(layer: nn.Module, _: Any) -> None:
     if layer.base_weight.adapters:
         layer.take_out()
         layer.settle()
+
+
+def sliced_layers(model: nn.Module, adapter_name: str) -> dict[str, S2FTLinear]:
+    """Path in `model` → layer, of the layers that have a slice of the adapter."""
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, S2FTLinear))
+    return {path: layer for path, layer in layers if adapter_name in layer.s2ft_block}

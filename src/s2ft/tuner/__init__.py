@@ -1,10 +1,10 @@
-"""The live PEFT model: adapters are loaded, combined, switched and pooled.
+"""The live PEFT model: adapters are loaded, fused, switched and pooled.
 
 model      `S2FTModel`: the PEFT tuner
 loaders    wraps PEFT's and transformers' loaders: a load is checked, and all or nothing
 incoming   checks that what is loaded is the adapter, and nothing else
 rollback   undoes a change of a live model that failed half-way
-weighted   `add_weighted_adapter` on a live model
+fusion     `add_weighted_adapter`: fusion on a live model
 switching  `switch` between the adapters of a live model
 pool       `AdapterPool`: more adapters than fit on the device
 """

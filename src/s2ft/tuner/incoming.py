@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,7 +24,7 @@ from s2ft.format.names import bare, is_base_copy, part_name
 from s2ft.format.slices import Slice
 from s2ft.format.validation import DELTA_DTYPES, finite
 from s2ft.format.weight_file import Header
-from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.linear import S2FTLinear, sliced_layers
 
 
 def check_and_adopt(model: nn.Module, config: S2FTConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -36,7 +36,8 @@ def check_and_adopt(model: nn.Module, config: S2FTConfig, adapter_name: str, ten
     Raises:
         S2FTError: with every problem, before anything is changed.
     """
-    layers, auxiliaries = _layers(model, adapter_name), [*_auxiliaries(model, adapter_name)]
+    layers = {_path(name): layer for name, layer in sliced_layers(model, adapter_name).items()}
+    auxiliaries = [*_auxiliaries(model, adapter_name)]
     expected = _slice_tensors(layers, adapter_name)
     expected |= {f"{_path(name)}.{saved}": module.state_dict()[held] for name, module, saved, held in auxiliaries}
     aliases = {f"{_path(name)}.{held}": f"{_path(name)}.{saved}" for name, _, saved, held in auxiliaries}
@@ -59,7 +60,7 @@ def check_and_adopt_state(
     base = tuner.model
     assert isinstance(base, nn.Module)
     for adapter_name, config in configs.items():
-        layers = {name: layer for name, layer in base.named_modules() if _holds_slice(layer, adapter_name)}
+        layers = sliced_layers(base, adapter_name)
         names = {name: f"{prefix}model.{part_name(name, adapter_name)}." for name in layers}
         held = {f"{names[name]}weight": layer.block(adapter_name).weight for name, layer in layers.items()}
         given = {name: state[name] for name in held if name in state}
@@ -106,15 +107,6 @@ def warn_of_overflow(deltas: Mapping[Any, Tensor]) -> None:  # layer → [out_fe
                 stacklevel=3,
             )
             return
-
-
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, S2FTLinear]:
-    """Path → layer, of those that the adapter has a slice of."""
-    return {_path(name): module for name, module in model.named_modules() if _holds_slice(module, adapter_name)}
-
-
-def _holds_slice(module: nn.Module, adapter_name: str) -> TypeGuard[S2FTLinear]:
-    return isinstance(module, S2FTLinear) and adapter_name in module.s2ft_block
 
 
 def _slice_tensors(layers: Mapping[str, S2FTLinear], adapter_name: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from s2ft.adapters.combination import DENSITY
+from s2ft.adapters.blending import DENSITY
 from s2ft.adapters.compatibility import resolved
 from s2ft.common.errors import S2FTError, raise_by_place, raise_together
 from s2ft.format.checksum import note
@@ -41,10 +41,10 @@ from s2ft.layer.adapted import (
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import MixedBatch
 from s2ft.training.depth import stop_below
+from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
 from s2ft.tuner.loaders import INCOMING, guard
 from s2ft.tuner.rollback import rolled_back
-from s2ft.tuner.weighted import add_weighted, name_problem
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
@@ -158,10 +158,10 @@ class S2FTModel(BaseTuner):
             seed: Of the entries that `dare` drops.
 
         Raises:
-            S2FTError: before anything is changed, if a name is not loaded or the adapters cannot be combined.
+            S2FTError: before anything is changed, if a name is not loaded or the adapters cannot be fused.
         """
         with self.shared.turns.alone():
-            add_weighted(self, adapters, weights, adapter_name, combination_type, density, seed)
+            add_weighted(self, adapters, weights, adapter_name, method=combination_type, density=density, seed=seed)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT, in every layer or in none; while adapters are disabled, it shows when they are enabled again.

@@ -139,7 +139,7 @@ class AdapterPool:
         raise_together(_beside(adapter))
         warn_of_overflow({self._tuner.model.get_submodule(module): delta for module, delta in adapter.deltas.items()})
         return {
-            module: _on_host(LooseSlice(chosen.side, torch.from_numpy(chosen.indices), adapter.deltas[module]))
+            module: _on_host(LooseSlice(chosen.side, chosen.channels, adapter.deltas[module]))
             for module, chosen in adapter.slices.items()
         }
 

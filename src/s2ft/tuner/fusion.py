@@ -1,53 +1,53 @@
-"""`add_weighted_adapter`: adapters of a live model, combined into a new one on the same model.
+"""Fusion on a live model: adapters of it are blended into a new one (PEFT's `add_weighted_adapter`).
 
-The arithmetic is `adapters/combination.py`'s, which also fuses files: both give the same bits.
+Checks and arithmetic are those of files (`adapters/fusion.py`): both give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from s2ft.adapters.combination import Combination, combine
+from s2ft.adapters.fusion import Fusion, plan_fusion
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice, all_finite
 from s2ft.layer.adapted import not_loaded
-from s2ft.layer.block import S2FTBlock
-from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.linear import S2FTLinear, sliced_layers
+
+RESERVED = ("__base__",)  # a row without an adapter, in `adapter_names`
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """One adapter of a live model, to be combined."""
+    """One adapter of a live model, to be fused."""
 
     name: str
     model: nn.Module
     config: S2FTConfig
-    blocks: Mapping[str, S2FTBlock]
-    slices: Mapping[str, Slice]
+    layers: dict[str, S2FTLinear]
+    slices: dict[str, Slice]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Module → shape of its delta."""
-        return {module: tuple(block.weight.shape) for module, block in self.blocks.items()}
+        return {module: tuple(self.delta(module).shape) for module in self.layers}
 
     def delta(self, module: str) -> Tensor:  # [out_features, s] on the input side, [s, in_features] on the output side
         """The module's delta, as it is now."""
-        return self.blocks[module].weight.detach()
+        return self.layers[module].block(self.name).weight.detach()
 
     def others(self) -> dict[str, Tensor]:
-        """The whole modules and token rows that the adapter keeps beside its slices."""
+        """Modules to save and token rows, by their paths on the model."""
         return {
             f"{path}.{name}": tensor
-            for path, wrapper in _wrappers(self.model)
-            if self.name in wrapper._adapters
-            for name, tensor in wrapper.adapter_state_dict(self.name, wrapper.state_dict()).items()  # type: ignore[call-arg]
+            for path, wrapper in _wrappers(self.model, self.name)
+            for name, tensor in _state(wrapper, self.name).items()
         }
 
 
@@ -56,9 +56,7 @@ def add_weighted(
     adapters: Sequence[str],
     weights: Sequence[float] | None,
     adapter_name: str,
-    method: str,
-    density: float,
-    seed: int,
+    **how: Any,  # method, density, seed
 ) -> None:
     """Adds the adapter `adapter_name` to the tuner's model; raises `S2FTError` before anything is changed."""
     raise_together([*_name_problems(tuner, adapters, adapter_name)])
@@ -66,50 +64,49 @@ def add_weighted(
     raise_together(
         f"adapter {source.name!r}: the delta of {module} holds values that are not finite"
         for source in sources
-        for module, block in source.blocks.items()
-        if not all_finite(block.weight)
+        for module in source.slices
+        if not all_finite(source.delta(module))
     )
-    combination = combine(sources, weights, method, density, seed)
-    deltas = {module: combination.delta(module) for module in combination.slices}
-    tuner.peft_config[adapter_name] = combination.config
+    fusion = plan_fusion(sources, weights, **how)
+    deltas = {module: fusion.delta(module) for module in fusion.slices}
+    tuner.peft_config[adapter_name] = fusion.config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except BaseException:
         tuner.peft_config.pop(adapter_name, None)
         raise
-    _fill(tuner.model, adapter_name, deltas, combination)
+    _fill(tuner.model, adapter_name, deltas, fusion)
 
 
 def _loaded(tuner: BaseTuner, name: str) -> LoadedAdapter:
-    blocks = {
-        path: cast(S2FTBlock, layer.s2ft_block[name])
-        for path, layer in tuner.model.named_modules()
-        if isinstance(layer, S2FTLinear) and name in layer.s2ft_block
-    }
-    slices = {path: Slice.parse(block.slice_text) for path, block in blocks.items()}
+    layers = sliced_layers(tuner.model, name)
+    slices = {path: Slice.parse(layer.slice_text(name)) for path, layer in layers.items()}
     config: S2FTConfig = tuner.peft_config[name]
-    return LoadedAdapter(name, tuner.model, config, blocks, slices)
+    return LoadedAdapter(name, tuner.model, config, layers, slices)
 
 
-def _fill(model: nn.Module, adapter_name: str, deltas: dict[str, Tensor], combination: Combination) -> None:
-    for module, delta in deltas.items():
-        block = cast(S2FTLinear, model.get_submodule(module)).s2ft_block[adapter_name]
-        assert isinstance(block, S2FTBlock)
-        block.weight.data = delta.to(block.weight.device)
+def _fill(model: nn.Module, adapter_name: str, deltas: dict[str, Tensor], fusion: Fusion) -> None:
+    for module, layer in sliced_layers(model, adapter_name).items():
+        block = layer.block(adapter_name)
+        block.weight.data = deltas[module].to(block.weight.device)
         block.weight.requires_grad_(False)
-    source = combination.sources[0].name
-    for _, wrapper in _wrappers(model):
-        if source in wrapper._adapters:
-            state = wrapper.adapter_state_dict(source, wrapper.state_dict())  # type: ignore[call-arg]
-            names = wrapper.adapter_state_dict_load_map(adapter_name)
-            wrapper.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, strict=False)
+    source = fusion.sources[0].name
+    for _, wrapper in _wrappers(model, source):
+        names = wrapper.adapter_state_dict_load_map(adapter_name)
+        state = {names.get(name, name): tensor for name, tensor in _state(wrapper, source).items()}
+        wrapper.load_state_dict(state, strict=False)
 
 
-def _wrappers(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+def _wrappers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+    """PEFT's modules to save and token rows that an adapter has."""
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            yield path, module
 
 
-RESERVED = ("__base__",)  # a row without an adapter, in `adapter_names`
+def _state(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = wrapper.adapter_state_dict(adapter_name, wrapper.state_dict())  # type: ignore[call-arg]
+    return state
 
 
 def name_problem(adapter_name: str) -> str | None:
