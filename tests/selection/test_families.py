@@ -2,17 +2,20 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as hf
+from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from families import VOCABULARY, tokens
 from permuting import head_order, permute_projection
-from s2ft import S2FTConfig, S2FTError, select
+from s2ft import S2FTConfig, S2FTError, in_place, select
 from s2ft.layer.linears import linear_layer
+from s2ft.selection import families
 from s2ft.selection.structure import Structure, find_structures
 from s2ft.training.obstacles import find_obstacles
 
@@ -270,3 +273,71 @@ def test_bert_by_target_modules_is_sliced_by_heads() -> None:
         assert chosen.side == ("in" if path.endswith("output.dense") else "out")
         heads = chosen.indices.reshape(-1, 6)
         assert (heads == heads[:, :1] // 6 * 6 + range(6)).all(), re.sub(r"\d", "*", path)
+
+
+class _NewAttention(nn.Module):
+    """A family that nobody has heard of: its layers' names are in no row."""
+
+    def __init__(self, size: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim, self.heads = head_dim, heads
+        for name in ("query_map", "key_map", "value_map"):
+            self.add_module(name, nn.Linear(size, heads * head_dim, bias=False))
+        self.back_map = nn.Linear(heads * head_dim, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [batch, length, size], as is the result
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query_map, self.key_map, self.value_map)
+        )
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.back_map(heads.transpose(1, 2).flatten(2))
+
+
+class _NewMLP(nn.Module):
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(size, channels), nn.Linear(channels, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [batch, length, size], as is the result
+        return self.narrow(torch.relu(self.wide(x)))
+
+
+class _NewModel(hf.PreTrainedModel):
+    config_class = hf.PreTrainedConfig
+
+    def __init__(self, config: hf.PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(VOCABULARY, 24)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attend": _NewAttention(24, heads=4, head_dim=6), "mix": _NewMLP(24, 44)}) for _ in "ab"
+        )
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:  # [batch, length] → [batch, length, size]
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = x + block["attend"](x)
+            x = x + block["mix"](x)
+        return (x,)
+
+
+def test_a_row_in_the_table_is_all_that_a_new_family_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its channels are chosen, nothing of it is left out, and it computes the same in place."""
+    model = _NewModel(hf.PreTrainedConfig())
+    assert find_structures(model) == []
+    with pytest.raises(S2FTError, match=r"attend \(2 _NewAttention, .*\): its layers are known neither as"):
+        select(model, S2FTConfig(ratios=0.5))
+    names = families.AttentionNames("query_map", "key_map", "value_map", ("back_map",))
+    monkeypatch.setattr(families, "ATTENTION", (*families.ATTENTION, names))
+    monkeypatch.setattr(families, "MLP", (*families.MLP, families.MLPNames("wide", "narrow")))
+    ratios = {"v_proj": 0.5, "o_proj": 0.25, "up_proj": 0.5, "down_proj": 0.25}
+    selection = select(model, S2FTConfig(ratios=ratios, seed=0))
+    layers = ("attend.value_map", "attend.back_map", "mix.wide", "mix.narrow")
+    assert set(selection.slices) == {f"blocks.{block}.{name}" for block in "01" for name in layers}
+    assert selection.left_out == ""
+    tuned = get_peft_model(model, replace(selection.config, init_weights=False))
+    x = tokens(2, 5)
+    (before,) = tuned(x)
+    with in_place(tuned) as layout:
+        assert {place.how for place in layout.placements} == {"contiguous"}
+        torch.testing.assert_close(tuned(x)[0], before, rtol=1e-4, atol=1e-5)

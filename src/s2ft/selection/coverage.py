@@ -21,6 +21,10 @@ from s2ft.selection.towers import towers
 
 _WORTH_A_WORD = 0.01  # of the model's parameters: a router or a gate is left out without one
 _ADDED = re.compile(rf"{PREFIX}|(^|\.)modules_to_save\.|\.trainable_tokens_|\.lora_")  # by PEFT: not the model's own
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 EXPERTS = "experts are stacked in one parameter, and s2ft slices linear layers"
 TOWER = "it stands beside the language model; to train it, name its layers in target_modules"
@@ -93,7 +97,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     for path, module in model.named_modules():
         name = f"{path}.weight".lstrip(".")
         shares = name in shared and name not in counts  # a tied weight counts once
-        is_own = "weight" in {**module._parameters, **module._buffers} and not shares and not _ADDED.search(name)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        is_own = "weight" in dict(own) and not shares and not _ADDED.search(name)
         if is_own and (linear := linear_layer(module)) is module:
             inputs, outputs = features(linear)
             counts[name] = inputs * outputs  # also of a weight that is packed, or a buffer
@@ -141,7 +146,7 @@ def _unreached(
 
 def _is_stacked(module: nn.Module, parameter: Tensor) -> bool:
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) >= 3 and not isinstance(module, nn.modules.conv._ConvNd)
+    return len(shape) >= 3 and not isinstance(module, _CONVOLUTIONS)
 
 
 def _of_all(reason: str) -> str:

@@ -1,5 +1,6 @@
 """By which names attention and MLP blocks are known, and how heads lie in their layers: a family of models is added here.
 
+This is the one place that knows names of model code; what is read off a model beside them is shapes and what modules compute.
 One row for each way in which model code writes a block. A name is looked for among the module's children, a dotted one
 goes through a child (BERT: `attention.self.query`); the first row that is all there is taken. Layers that share a name are
 fused: they hold their parts one after the other, in the row's order. What s2ft takes from a row is then checked against the
@@ -8,6 +9,7 @@ shapes (`selection/structure.py`), and in training in place against the model's 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -86,6 +88,24 @@ HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_di
 VALUE_SIZES = ("v_head_dim",)
 """Where a head's value, and with it what it feeds into o, has a size of its own."""
 
+HEAD_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+"""Norms over the channels of all heads of a projection: a permutation of the heads takes them along."""
+
+SHARED_NORM = re.compile(r"^\w*(norm|ln)\w*\.(weight|bias)$")
+"""Weights of one norm that every head goes through, by their path in the attention module; not a list of norms."""
+
+POSITIONS = re.compile(r"(^|\.)(masked_)?(bias|mask)$")
+"""Buffers over positions, of which there may be as many as channels."""
+
+ACTIVATIONS = ("act_fn", "activation_fn", "act")
+"""What an MLP calls its activation."""
+
+RMS_NORM = "RMSNorm"
+"""How the names of classes end that may be an RMSNorm; what they compute decides (`training/lean.py`)."""
+
+NORM_EPSILONS = ("variance_epsilon", "eps")
+"""What an RMSNorm calls its ε."""
+
 
 def attention_names(module: nn.Module, linears: dict[str, nn.Module]) -> tuple[AttentionNames, str] | None:
     """The row that `module` is written by, and the name of its o."""
@@ -108,3 +128,15 @@ def dotted_names() -> dict[str, set[str]]:
     names |= {name for row in MLP for name in (row.up, row.down, row.gate or row.up)}
     dotted = sorted(name for name in names if "." in name)
     return {child: {n for n in dotted if n.startswith(f"{child}.")} for child in {n.partition(".")[0] for n in dotted}}
+
+
+def looked_for() -> str:
+    """What blocks are known by, in words.
+
+    Example:
+        >>> looked_for()[:56]
+        'an attention block by its layer q_proj, q_lin, wq, q, se'
+    """
+    attention = ", ".join(dict.fromkeys(row.q for row in ATTENTION))
+    mlp = ", ".join(dict.fromkeys(row.down for row in MLP))
+    return f"an attention block by its layer {attention} (and their partners), an MLP by its layer {mlp}"

@@ -199,9 +199,7 @@ def _mlp(model: nn.Module, module: nn.Module, path: str, linears: dict[str, nn.M
 def _stack(
     path: str, linears: dict[str, nn.Module], names: dict[str, str], units: dict[str, int], widths: dict[str, int]
 ) -> Iterator[Projection]:
-    """The output-side projections, one after the other where they share a fused layer; checks that they fill each
-    layer.
-    """
+    """The output-side projections, one after the other where they share a fused layer; they must fill each layer."""
     filled = dict.fromkeys(names.values(), 0)
     for canonical, name in names.items():
         yield Projection(canonical, _join(path, name), "out", units[canonical], widths[canonical], filled[name])

@@ -18,6 +18,7 @@ from s2ft.common.errors import S2FTError, raise_together
 from s2ft.format.config import S2FTConfig, chosen_layers
 from s2ft.layer.linears import layer_stack, linear_layer
 from s2ft.selection.coverage import coverage
+from s2ft.selection.families import looked_for
 from s2ft.selection.structure import Reading, Structure, Target, read_structures, single_linear
 from s2ft.selection.towers import towers
 
@@ -76,12 +77,9 @@ def _why_missing(model: nn.Module, structures: Sequence[Structure]) -> str:
     """What of the model is not read, and why; where nothing is, the names that are looked for."""
     partial = next((s.partial for s in structures if s.partial), None)
     reasons = [*([partial] if partial else []), *map(str, coverage(model, [], by_name=False).left_out)]
-    if reasons:
-        return f"Not read: {'; '.join(reasons)}."
-    return (
-        "It looks for modules that hold q_proj, k_proj, v_proj (or qkv_proj, c_attn) and o_proj, or up_proj (or "
-        "gate_up_proj, c_fc, fc1) and down_proj, under their usual names."
-    )
+    not_read = [f"Not read: {'; '.join(reasons)}."] if reasons else []
+    known = [] if structures else [f"s2ft knows {looked_for()}."]
+    return " ".join([*not_read, *known])
 
 
 def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]) -> list[Structure]:

@@ -22,6 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from s2ft.layer.linears import features, linear_layer
+from s2ft.selection.families import ACTIVATIONS, NORM_EPSILONS, RMS_NORM
 from s2ft.selection.structure import read_structures
 
 Activation = str  # "silu" | "gelu_tanh" | "gelu"
@@ -152,14 +153,14 @@ def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Modu
         if path in mlps:
             names = {p.name: p.module.removeprefix(f"{path}.") for p in mlps[path].projections}
             yield module, partial(_recognise_mlp, names=names)
-        elif type(module).__name__.endswith("RMSNorm"):
+        elif type(module).__name__.endswith(RMS_NORM):
             yield module, _recognise_norm
 
 
 def _recognise_norm(norm: nn.Module) -> Callable[..., Tensor] | None:
     """The lean forward that computes what `norm` does, for input in its own dtype and in others."""
     weight = getattr(norm, "weight", None)
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps = next((getattr(norm, name) for name in NORM_EPSILONS if hasattr(norm, name)), None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or weight.is_meta or not isinstance(eps, float):
         return None
     samples = [
@@ -186,7 +187,7 @@ def _recognise_mlp(mlp: nn.Module, names: dict[str, str]) -> Callable[..., Tenso
     """The lean forward that computes what a gated MLP does: down(act(gate(x)) · up(x))."""
     if "gate_proj" not in names:
         return None
-    activations = (_name(getattr(mlp, child, None)) for child in ("act_fn", "activation_fn", "act"))
+    activations = (_name(getattr(mlp, child, None)) for child in ACTIVATIONS)
     activation = next(filter(None, activations), None)
     up = linear_layer(mlp.get_submodule(names["up_proj"]))
     if activation is None or up is None or up.weight.is_meta:

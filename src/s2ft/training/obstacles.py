@@ -6,7 +6,6 @@ permuted structure is run, see `training/probe.py`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -14,12 +13,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from s2ft.layer.linears import linear_layer, why_not_plain
+from s2ft.selection.families import HEAD_NORMS, POSITIONS, SHARED_NORM
 from s2ft.selection.structure import Projection, Structure
-
-HEAD_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}  # norms over all heads' channels, which move along
-
-_SHARED_NORM = re.compile(r"^\w*(norm|ln)\w*\.(weight|bias)$")  # that every head goes through: one, not a list of them
-_MASK = re.compile(r"(^|\.)(masked_)?(bias|mask)$")  # buffers over positions, which may be as many as channels
 
 Norms = dict[str, list[nn.Module]]  # module → the norms over its output that take its order
 
@@ -72,7 +67,7 @@ def _own_order(model: nn.Module, structure: Structure, norms: Norms, live: bool)
     """Why the structure's units have an order of their own: something besides its projections knows them one by one."""
     sizes = {size for p in structure.projections for size in (p.units, p.units * p.width)}
     for name, tensor in _others(model, structure):
-        shared = tuple(tensor.shape) == (structure.projections[0].width,) and _SHARED_NORM.search(name)
+        shared = tuple(tensor.shape) == (structure.projections[0].width,) and SHARED_NORM.search(name)
         if shared or not sizes & set(tensor.shape) or _moves_along(model, structure, name, norms, live):
             continue
         return (
@@ -107,7 +102,7 @@ def _others(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Tenso
     inner = set(paths.values()) | {paths[p.module].rpartition(".")[0] for p in structure.projections if p.side == "in"}
     if structure.kind == "mlp":
         inner |= {n for n, m in root.named_children() if any(linear_layer(part) is not None for part in m.modules())}
-    masks = {name for name, _ in root.named_buffers() if _MASK.search(name)}
+    masks = {name for name, _ in root.named_buffers() if POSITIONS.search(name)}
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         if name not in masks and not any(name.startswith(f"{path}.") for path in inner if path):
             yield name, tensor
