@@ -5,7 +5,7 @@ Read `targets`, then `export`.
 targets      the registry: what there is to export to
 export       `export`: adapters for other engines
 lora         a slice as an exact LoRA, in PEFT's format
-vllm         within what vLLM serves
+vllm         a LoRA within the limits of vLLM
 sglang       what SGLang needs
 gguf         llama.cpp's adapter file
 patch        the changed entries of a checkpoint
