@@ -13,9 +13,10 @@ from families import FAMILIES, build, tokens
 from live import same
 from s2ft import S2FTError
 from s2ft.finetune import galore
-from s2ft.finetune.baselines import METHODS, equal_rank, lora_config, lora_targets
 from s2ft.finetune.lisa import Lisa, draw, find_blocks
-from s2ft.finetune.options import OPTIONS_OF, parse_options, read_config, to_yaml
+from s2ft.finetune.lora import equal_rank, lora_config, lora_targets
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import parse_options, read_config, to_yaml
 from s2ft.finetune.resume import _check_whole
 from s2ft.finetune.train import train
 from tiny_runs import interrupt_at, skip_without, weights
@@ -236,11 +237,11 @@ def test_a_model_that_cannot_be_read_gets_lora_on_all_linear_layers():
 # What is refused
 
 
-@pytest.mark.parametrize("method", OPTIONS_OF)
+@pytest.mark.parametrize("method", METHODS)
 def test_options_of_other_methods_are_refused_by_name_and_together(method):
     values = {"ratios": 0.5, "strategy": "random", "calibration": 0.5, "lora_rank": 4, "galore_rank": 4}
     values |= {"lisa_layers": 1, "optim": "sgd", "target_modules": "q_proj"}
-    foreign = [name for name in values if name not in OPTIONS_OF[method]]
+    foreign = [name for name in values if name not in METHODS[method].options]
     with pytest.raises(S2FTError) as caught:
         parse_options({**PATHS, "method": method, **values})
     for name in values:
@@ -256,11 +257,11 @@ def test_a_foreign_option_is_reported_beside_other_problems():
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(S2FTError, match="method='lore': input should be 's2ft', 'full'"):
+    with pytest.raises(S2FTError, match="method='lore': unknown; choose from s2ft, full, lora, dora"):
         parse_options({**PATHS, "method": "lore"})
 
 
-@pytest.mark.parametrize("method", OPTIONS_OF)
+@pytest.mark.parametrize("method", METHODS)
 def test_options_survive_their_yaml(tmp_path, method):
     options = parse_options({**PATHS, "method": method, "epochs": 2})
     path = tmp_path / "run.yaml"

@@ -13,7 +13,7 @@ from live import same
 from s2ft import S2FTError
 from s2ft.data.examples import load_examples
 from s2ft.data.tokens import hold_out, tokenize
-from s2ft.finetune.baselines import METHODS
+from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import parse_options, read_config
 from s2ft.finetune.train import train
 from s2ft.finetune.trainer import Flow, Trainer
@@ -126,14 +126,14 @@ def test_held_out_examples_never_train_and_all_others_do(run, base, data, monkey
             trained.add(tuple(ids[mask.bool()].tolist()))
         return step(self, model, inputs, *args, **kwargs)
 
-    def choose(options, digest, model, dataset, tokenizer):
-        calibrated.append(rows(dataset))
-        return choose_channels(options, digest, model, dataset, tokenizer)
+    def choose(options, model, examples):
+        calibrated.append(rows(examples.tokens))
+        return choose_channels(options, model, examples)
 
     from s2ft.finetune.channels import choose_channels
 
     monkeypatch.setattr(Trainer, "training_step", watched)
-    monkeypatch.setattr("s2ft.finetune.baselines.choose_channels", choose)
+    monkeypatch.setattr("s2ft.finetune.channels.choose_channels", choose)
     run(strategy="activation", max_steps=None, epochs=1, train_seed=3)
     left, held_out = (rows(part) for part in parts(base, data, seed=3))
     assert trained == left

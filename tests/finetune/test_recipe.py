@@ -13,7 +13,8 @@ from live import same
 from s2ft import S2FTConfig, S2FTError
 from s2ft.demo import base_path
 from s2ft.demo.skills import STUDY_SKILLS
-from s2ft.finetune.options import LEARNING_RATES, OPTIONS_OF, TrainOptions, parse_options, read_config
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import TrainOptions, parse_options, read_config
 from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.finetune.resume import as_before, check_same_run
 from s2ft.finetune.train import train
@@ -90,11 +91,11 @@ def test_the_rate_falls_with_the_root_of_channels_and_steps():
     assert settle_rate(options(max_steps=1, batch_size=1), 9, 1).options.learning_rate == 0.02  # the most
 
 
-@pytest.mark.parametrize("method", OPTIONS_OF)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_papers_rates_are_one_word_away_and_a_given_rate_stays(method):
     paper = settle_rate(options(method=method, recipe="paper"), 200, 39 if method == "s2ft" else None).options
     expected = {"s2ft": 2e-4, "full": 1e-5, "lora": 5e-5, "dora": 5e-5, "galore": 1e-5, "lisa": 1e-5}
-    assert paper.learning_rate == expected[method] == LEARNING_RATES[method]
+    assert paper.learning_rate == expected[method] == METHODS[method].learning_rate
     assert settle_rate(options(method=method, learning_rate=3), 200, None).options.learning_rate == 3
 
 

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from s2ft import S2FTError
 from s2ft.cli.app import app
+from s2ft.finetune import galore
 from s2ft.lab.bench import training
-from s2ft.lab.bench.contestants import ABLATION, AS_TRAINED, METHODS, UPPER_HALF, Contestant
+from s2ft.lab.bench.contestants import ABLATION, AS_TRAINED, CONTESTANTS, UPPER_HALF, Contestant
 from s2ft.lab.bench.saved import own_tensors, saved_bytes
 from s2ft.lab.bench.training import PRESETS, Cell, bench_training, training_line
 from s2ft.lab.bench.training_plot import draw_training
@@ -33,7 +34,7 @@ KEYS = {
     "method", "batch_size", "seq_len", "trainable", "step_ms", "step_ms_p20", "step_ms_p80", "floor_ratio", "saved_bytes",
     "peak_bytes", "model",
 }  # fmt: skip
-INSTALLED = {name: run for name, run in METHODS.items() if name != "galore" or find_spec("galore_torch")}
+INSTALLED = {name: run for name, run in CONTESTANTS.items() if name != "galore" or find_spec("galore_torch")}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,9 @@ def test_what_is_trained_as_usual_is_fp32_and_the_base_comes_back(base):
 def test_less_is_kept_for_the_upper_half_and_nothing_but_activations(base):
     kept = {}
     for name in ("floor", "s2ft", "last:50%"):
-        with {**METHODS, **UPPER_HALF}[name](copy.deepcopy(base), round(SHARE * base.num_parameters())) as contestant:
+        with {**CONTESTANTS, **UPPER_HALF}[name](
+            copy.deepcopy(base), round(SHARE * base.num_parameters())
+        ) as contestant:
             batch = ids(4, 16)
             kept[name] = saved_bytes(lambda c=contestant, b=batch: c.body(b), own_tensors(contestant.model))
     assert kept["last:50%"] < 0.7 * kept["s2ft"]
@@ -258,7 +261,7 @@ def hungry(base, parameters):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().step(batch)
 
-    with METHODS["s2ft"](base, parameters) as inner:
+    with CONTESTANTS["s2ft"](base, parameters) as inner:
         yield Hungry(inner.model, inner.optimizer)
 
 
@@ -296,9 +299,9 @@ def test_the_7b_preset_has_the_shapes_lengths_and_batches_that_it_names():
 
 
 def test_a_method_whose_package_is_missing_is_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(galore, "find_spec", lambda name: None)
     preset = replace(PRESETS["7b"], models={"tiny": TINY}, cells=CELLS[2:], share=SHARE, device="cpu")
-    report = bench_training(preset, methods={name: METHODS[name] for name in ("floor", "galore")})
+    report = bench_training(preset, methods={name: CONTESTANTS[name] for name in ("floor", "galore")})
     assert {row["method"] for row in report.rows} == {"floor", "s2ft"}
     assert "pip install 's2ft[baselines]'" in report.settings["left_out"]["galore"]
 

@@ -2,12 +2,14 @@
 
 Read `options`, then `train`.
 
+    methods     S²FT and what it is compared with: where a method is added
     options     every option, once
+    values      how an option's value is read, and what is refused
     inputs      checks that the files and folders of the options exist
     launch      several processes: what is supported
     recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains
-    baselines   the methods that S²FT is compared with
+    lora        LoRA and DoRA: config, targets, rank
     lisa        LISA, as a callback
     galore      GaLore: import, targets, checkpoints
     layout      in place or indexed, with the reason

@@ -5,26 +5,37 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from s2ft.finetune.options import AT_ONCE, TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.selection.scores import SCORES
 from s2ft.selection.select import select
 from s2ft.selection.weight_scores import Batch
 
+if TYPE_CHECKING:
+    from s2ft.finetune.options import TrainOptions
+
 log = logging.getLogger("s2ft")
 
 
-def choose_channels(
-    options: TrainOptions, digest: str, model: PreTrainedModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> S2FTConfig:
-    """The resolved config for these options on tokenised examples whose source has this digest."""
-    config = options.s2ft_config(seed=seed_from(digest))
-    batches = _calibration(options, dataset, tokenizer) if SCORES[config.strategy].needs_data else None
+@dataclass(frozen=True)
+class Examples:
+    """The training data, for methods that look at it before they train."""
+
+    tokens: Dataset  # columns input_ids and labels
+    digest: str  # of what was tokenised
+    tokenizer: PreTrainedTokenizerBase
+
+
+def choose_channels(options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> S2FTConfig:
+    """The resolved config for these options, on the training data; without it, for strategies that need none."""
+    config = options.s2ft_config(seed=seed_from(examples.digest) if examples else 0)
+    batches = _calibration(options, examples) if examples and SCORES[config.strategy].needs_data else None
     selection = select(model, config, batches)
     log.info("trained: %s", selection.trained)
     if selection.left_out:
@@ -42,12 +53,13 @@ def seed_from(digest: str) -> int:
     return int(digest[:8], 16)
 
 
-def _calibration(options: TrainOptions, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+def _calibration(options: TrainOptions, examples: Examples) -> Iterator[Batch]:
     """Batches of the calibration's share of the examples, taken at even distances, as the trainer would collate them."""
-    size = options.batch_size or AT_ONCE
+    dataset, size = examples.tokens, options.batch_size
+    assert size is not None  # settled by now
     count = min(len(dataset), max(size, math.ceil(options.calibration * len(dataset))))
     rows = [index * len(dataset) // count for index in range(count)]
-    collate = DataCollatorForLanguageModeling(pad_token_id=_pad_token_id(tokenizer))
+    collate = DataCollatorForLanguageModeling(pad_token_id=_pad_token_id(examples.tokenizer))
     for start in range(0, count, size):
         yield collate([dataset[row] for row in rows[start : start + size]])
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2ft.common.errors import S2FTError
 from s2ft.layer.linears import layer_stack
@@ -89,13 +89,3 @@ class PlaceProjections(TrainerCallback):
             projector = values.get("projector")
             if projector is not None and projector.ortho_matrix is not None:
                 projector.ortho_matrix = projector.ortho_matrix.to(parameter.device)
-
-
-def galore_optimizer(model: nn.Module, rank: int, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer that transformers' Trainer would make, for a loop of one's own."""
-    import_galore()
-    settings = {"output_dir": "unused", "learning_rate": learning_rate, "report_to": "none"}
-    arguments = TrainingArguments(**settings, **galore_arguments(model, rank))
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    optimizer: torch.optim.Optimizer = kind(options.pop("params"), **options)
-    return optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2ft.finetune.baselines import METHODS
+from s2ft.finetune.methods import METHODS
 
 _TEXT = """---
 library_name: {library}

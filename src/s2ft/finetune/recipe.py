@@ -17,7 +17,8 @@ from statistics import fmean
 from peft import PeftConfig
 
 from s2ft.finetune.arguments import total_steps
-from s2ft.finetune.options import AT_ONCE, LEARNING_RATES, PAPER, PAPER_STEP, TrainOptions
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import AT_ONCE, PAPER, PAPER_STEP, TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.runtime.processes import process_count
@@ -85,7 +86,7 @@ def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Set
     if options.learning_rate is not None:
         return Settled(options, "as asked")
     if options.recipe == PAPER or channels is None:
-        rate = LEARNING_RATES[options.method]
+        rate = METHODS[options.method].learning_rate
         return Settled(options.model_copy(update={"learning_rate": rate}), "the paper's, for commonsense")
     steps = _steps(options, rows)
     rate = float(f"{min(max(MOVE / math.sqrt(channels * steps), RATES[0]), RATES[1]):.2g}")

@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.common.files import staged
 from s2ft.data.template import turn_end
-from s2ft.finetune.baselines import METHODS
 from s2ft.finetune.card import Card, write_card
+from s2ft.finetune.methods import METHODS
 from s2ft.finetune.model_card import model_card
 from s2ft.finetune.options import TrainOptions, to_yaml
 from s2ft.selection.coverage import parameter_counts

@@ -19,9 +19,9 @@ from s2ft.adapters.file import open_adapter
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.outputs import entries
 from s2ft.common.reading import read_json
-from s2ft.finetune.baselines import METHODS
 from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
-from s2ft.finetune.options import LEARNING_RATES, TrainOptions
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import TrainOptions
 from s2ft.format.config_file import method_of
 from s2ft.format.registration import NAME
 from s2ft.runtime.processes import process_count
@@ -80,9 +80,10 @@ def as_before(checkpoint: Path, options: TrainOptions) -> TrainOptions:
 
 def settled_options(noted: dict[str, Any]) -> dict[str, Any]:
     """The options of a note or run card. Older ones left the rate open where it was the paper's."""
-    if noted.get("learning_rate") is not None:
+    method = METHODS.get(noted.get("method", "s2ft"))
+    if noted.get("learning_rate") is not None or method is None:
         return noted
-    return {**noted, "learning_rate": LEARNING_RATES.get(noted.get("method", "s2ft"))}
+    return {**noted, "learning_rate": method.learning_rate}
 
 
 def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:

@@ -36,11 +36,13 @@ from s2ft.data.template import turn_end
 from s2ft.data.tokens import Tokens, hold_out, tokenize
 from s2ft.evaluate.comparison import Checked, Scorer, check_scores
 from s2ft.finetune.arguments import longest, sft_config, total_steps, warmup_steps
-from s2ft.finetune.baselines import METHODS, adapter_of, check_head
 from s2ft.finetune.card import Card, final_loss, write_card
+from s2ft.finetune.channels import Examples
 from s2ft.finetune.inputs import input_problems
 from s2ft.finetune.launch import check_processes
 from s2ft.finetune.layout import INDEXED, choose_layout, layout
+from s2ft.finetune.lora import check_head
+from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.finetune.results import parameters, save_result, section
@@ -156,9 +158,9 @@ def _prepare(options: TrainOptions) -> _Setup:
     if options.packing:
         check_packing(model)
     if checkpoint is None or method.leaves_model:
-        config = as_leader(method.peft_config(batch.options, digest, model, tokens.dataset, tokenizer))
+        config = as_leader(method.peft_config(batch.options, model, Examples(tokens.dataset, digest, tokenizer)))
     else:
-        config = adapter_of(checkpoint)
+        config = _adapter_of(checkpoint)
     channels = mean_channels(config)
     rate = settle_rate(batch.options, rows, channels)
     options, args.learning_rate = rate.options, rate.options.learning_rate
@@ -342,6 +344,13 @@ def _selection(config: PeftConfig | None) -> Card:
         return {}
     chosen = {"seed": config.seed} if config.strategy == "random" else {"subset": config.subset}
     return {"selection": {"strategy": config.strategy, **chosen, "modules": len(config.slices or {})}}
+
+
+def _adapter_of(checkpoint: Path) -> PeftConfig:
+    """The config of a checkpoint's adapter, ready to be trained on."""
+    config: PeftConfig = PeftConfig.from_pretrained(str(checkpoint))
+    config.inference_mode = False
+    return config
 
 
 def _tell_end(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,7 +2,8 @@
 
     floor    the frozen base: forward, and gradients down to the embeddings' output. No method that trains something in
              every block can do less.
-    others   as in `finetune/baselines.py`, with as many trainable parameters as S²FT where a method has a choice
+    s2ft     inside the layout that `s2ft train` takes; variants of it are in `ABLATION` and `UPPER_HALF`
+    rivals   the other methods of `finetune/methods.py`, with as many trainable parameters where a method has a choice
 
 Rivals get their cheapest setting: bf16 weights, gradients and optimizer states, no dropout, torch's fused AdamW. The
 deltas of S²FT are fp32, as always. `AS_TRAINED` holds rivals as they are usually run, and as `s2ft train` runs them: what
@@ -18,13 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from s2ft.finetune.baselines import equal_rank, lora_config
-from s2ft.finetune.galore import galore_optimizer
-from s2ft.finetune.lisa import Lisa
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.selection.select import select
 from s2ft.training.in_place import enter, in_place
@@ -32,7 +32,6 @@ from s2ft.training.lean import lean
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 LEARNING_RATE = 1e-6  # random weights must stay finite; what a step costs does not depend on it
-GALORE_RANK, LISA_LAYERS, LISA_INTERVAL = 128, 2, 20  # as `s2ft train` has them
 
 
 @dataclass
@@ -87,35 +86,32 @@ def floor(base: PreTrainedModel, parameters: int) -> Iterator[Contestant]:
 
 
 @contextmanager
-def full(base: PreTrainedModel, parameters: int, fp32: bool = False) -> Iterator[Contestant]:
-    """Everything is trained."""
-    with _thawed(base), _in_fp32(base) if fp32 else nullcontext():
-        yield Contestant(base, _adamw(base), fp32)
+def rival(base: PreTrainedModel, parameters: int, name: str, fp32: bool = False) -> Iterator[Contestant]:
+    """A method of `s2ft train` with its usual options, but sized to train `parameters` where it has a choice.
 
+    Args:
+        name: Of the method.
+        fp32: Keeps what is trained in fp32 and computes in bf16.
+    """
+    method = METHODS[name]
+    options = TrainOptions(model="m", data=["d"], output="o", method=name, **method.of_size(base, parameters))
+    config = method.peft_config(options, base, None)
+    if isinstance(config, LoraConfig):
+        config.lora_dropout = 0.0
+    setup = _thawed(base, fp32) if config is None else _adapted(base, config, autocast_adapter_dtype=fp32)
+    with setup as model:
+        arguments = TrainingArguments(
+            "unused", learning_rate=LEARNING_RATE, report_to="none", **method.arguments(options, base)
+        )
+        optimizer = _optimizer(model, arguments)
+        callbacks, state, control = method.callbacks(options, base), TrainerState(), TrainerControl()
 
-@contextmanager
-def galore(base: PreTrainedModel, parameters: int) -> Iterator[Contestant]:
-    """Everything is trained, by GaLore's optimizer."""
-    with _thawed(base):
-        yield Contestant(base, galore_optimizer(base, GALORE_RANK, LEARNING_RATE))
+        def begin(step: int) -> None:
+            state.global_step = step
+            for callback in callbacks:
+                callback.on_step_begin(arguments, state, control, model=model, optimizer=optimizer)
 
-
-@contextmanager
-def lisa(base: PreTrainedModel, parameters: int) -> Iterator[Contestant]:
-    """Embeddings, head and two blocks are trained."""
-    schedule = Lisa(LISA_LAYERS, LISA_INTERVAL, seed=0)
-    schedule.check(base)
-    with _thawed(base):
-        optimizer = _adamw(base)
-        yield Contestant(base, optimizer, begin=partial(schedule.switch, base, optimizer))
-
-
-@contextmanager
-def lora(base: PreTrainedModel, parameters: int, dora: bool = False, fp32: bool = False) -> Iterator[Contestant]:
-    """PEFT's LoRA on all linear layers, with the rank that trains as many parameters."""
-    rank = equal_rank(base, parameters, dora)
-    with _adapted(base, lora_config(rank, 2 * rank, dora=dora), autocast_adapter_dtype=fp32) as model:
-        yield Contestant(model, _adamw(model), fp32)
+        yield Contestant(model, optimizer, fp32, begin)
 
 
 @contextmanager
@@ -161,21 +157,15 @@ def _entered(model: nn.Module, **parts: bool) -> Iterator[None]:
         layout.leave()
 
 
-METHODS: dict[str, Prepare] = {
+RIVALS = [name for name in METHODS if name != "s2ft"]
+
+CONTESTANTS: dict[str, Prepare] = {
     "floor": floor,
-    "full": full,
-    "lora": lora,
-    "dora": partial(lora, dora=True),
-    "galore": galore,
-    "lisa": lisa,
+    **{name: partial(rival, name=name) for name in RIVALS},
     "s2ft": s2ft,
 }
 
-AS_TRAINED: dict[str, Prepare] = {
-    "full": partial(full, fp32=True),
-    "lora": partial(lora, fp32=True),
-    "dora": partial(lora, dora=True, fp32=True),
-}
+AS_TRAINED: dict[str, Prepare] = {name: partial(rival, name=name, fp32=True) for name in ("full", "lora", "dora")}
 
 UPPER_HALF: dict[str, Prepare] = {"last:50%": partial(s2ft, layers="last:50%")}
 
@@ -195,23 +185,27 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
 
+def _optimizer(model: nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """AdamW, or the optimizer that transformers' Trainer makes of the method's arguments."""
+    if arguments.optim_target_modules is None:
+        return _adamw(model)
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer: torch.optim.Optimizer = kind(settings.pop("params"), **settings)
+    return optimizer
+
+
 @contextmanager
-def _thawed(base: PreTrainedModel) -> Iterator[None]:
+def _thawed(base: PreTrainedModel, fp32: bool) -> Iterator[PreTrainedModel]:
     base.requires_grad_(True)
+    if fp32:
+        base.float()
     try:
-        yield
+        yield base
     finally:
         base.zero_grad(set_to_none=True)
         base.requires_grad_(False)
-
-
-@contextmanager
-def _in_fp32(base: PreTrainedModel) -> Iterator[None]:
-    base.float()
-    try:
-        yield
-    finally:
-        base.bfloat16()
+        if fp32:
+            base.bfloat16()
 
 
 @contextmanager

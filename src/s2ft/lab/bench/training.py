@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from s2ft.common.errors import raise_together
+from s2ft.common.errors import gathered, raise_together
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import TrainOptions
 from s2ft.lab.bench.contestants import (
     ABLATION,
     AS_TRAINED,
-    GALORE_RANK,
-    LISA_INTERVAL,
-    LISA_LAYERS,
-    METHODS,
+    CONTESTANTS,
     UPPER_HALF,
     Contestant,
     Prepare,
@@ -115,7 +114,7 @@ class Group:
 def bench_training(
     preset: Preset | str = "cpu",
     liger: bool = False,
-    methods: Mapping[str, Prepare] = METHODS,
+    methods: Mapping[str, Prepare] = CONTESTANTS,
     tell: Tell = lambda done: None,
 ) -> Report:
     """Measures every method at every cell of a preset, or of the one of that name in `PRESETS`.
@@ -265,9 +264,8 @@ def _base(shape: Mapping[str, int], device: str, liger: bool) -> PreTrainedModel
 
 def _installed(methods: Mapping[str, Prepare]) -> tuple[dict[str, Prepare], dict[str, str]]:
     """The methods whose packages are there, and why the others are left out."""
-    missing = {name for name in methods if name == "galore" and find_spec("galore_torch") is None}
-    left_out = dict.fromkeys(missing, "galore-torch is not installed: pip install 's2ft[baselines]'")
-    return {name: prepare for name, prepare in methods.items() if name not in missing}, left_out
+    left_out = {name: problem for name in methods if name in METHODS for problem in gathered(METHODS[name].check)}
+    return {name: prepare for name, prepare in methods.items() if name not in left_out}, left_out
 
 
 def _check_machine(preset: Preset, liger: bool) -> None:
@@ -283,6 +281,7 @@ def _check_machine(preset: Preset, liger: bool) -> None:
 
 
 def _settings(preset: Preset, liger: bool, left_out: dict[str, str]) -> Row:
+    defaults = TrainOptions.model_fields
     return {
         **asdict(preset),
         "main": asdict(preset.cells[0]),
@@ -293,8 +292,8 @@ def _settings(preset: Preset, liger: bool, left_out: dict[str, str]) -> Row:
         "variants fp32, autocast: what is trained and its states fp32, computed in bf16",
         "optimizer": "torch's fused AdamW; galore: galore-torch's AdamW, its SVD every 200 steps falls in the warm-up",
         "lora": "on all linear layers; the rank that trains as many parameters, dora likewise",
-        "galore_rank": GALORE_RANK,
-        "lisa": {"layers": LISA_LAYERS, "interval": LISA_INTERVAL},
+        "galore_rank": defaults["galore_rank"].default,
+        "lisa": {"layers": defaults["lisa_layers"].default, "interval": defaults["lisa_interval"].default},
     }
 
 

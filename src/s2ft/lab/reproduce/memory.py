@@ -19,8 +19,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from s2ft.finetune.baselines import METHODS
 from s2ft.finetune.lisa import find_blocks
+from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions, parse_options
 from s2ft.lab.bench.saved import own_tensors, saved_bytes
 from s2ft.lab.reproduce.recipes import MODELS, Recipe
@@ -84,7 +84,7 @@ def _adapted(shape: dict[str, int], options: TrainOptions) -> tuple[PreTrainedMo
     dtype, _, _ = method.precision(torch.bfloat16, "")
     base = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
     base.train().requires_grad_(method.leaves_model)
-    config = method.peft_config(options, "0" * 64, base, None, None)  # it reads no data
+    config = method.peft_config(options, base, None)
     return base, base if config is None else get_peft_model(base, config)
 
 

@@ -26,9 +26,9 @@ from s2ft.data.examples import data_digest, load_examples
 from s2ft.data.folder import find_file, places
 from s2ft.evaluate.judge import Judge
 from s2ft.evaluate.run import EvalOptions, EvalReport, check_options, evaluate
-from s2ft.finetune.baselines import METHODS
 from s2ft.finetune.card import read_card
-from s2ft.finetune.options import LEARNING_RATES, TrainOptions, parse_options
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import TrainOptions, parse_options
 from s2ft.finetune.resume import FREE, settled_options
 from s2ft.finetune.train import train
 from s2ft.lab.reproduce.recipes import GLOBAL_BATCH, MODELS, Recipe, find_recipe
@@ -122,7 +122,7 @@ def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
             "of a step; take a power of two"
         )
     values = {
-        "learning_rate": LEARNING_RATES[recipe.method],
+        "learning_rate": METHODS[recipe.method].learning_rate,
         **recipe.options,
         **_smaller(recipe, options),
         "model": options.model or MODELS[recipe.model].hub,

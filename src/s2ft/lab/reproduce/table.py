@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from s2ft.finetune.options import LEARNING_RATES
+from s2ft.finetune.methods import METHODS
 from s2ft.lab.reproduce.duration import hours
 from s2ft.lab.reproduce.memory import Memory, parameters, training_memory
 from s2ft.lab.reproduce.recipes import MODELS, Recipe, recipes
@@ -48,5 +48,5 @@ def _row(recipe: Recipe, memory: Memory | None) -> dict[str, Any]:
     if memory is None:
         return {**row, "learning_rate": None, "memory": None, "hours": None}
     size = parameters(MODELS[recipe.model].shape)
-    rate = recipe.options.get("learning_rate", LEARNING_RATES[recipe.method])
+    rate = recipe.options.get("learning_rate", METHODS[recipe.method].learning_rate)
     return {**row, "learning_rate": rate, "memory": vars(memory), "hours": hours(recipe, size)}

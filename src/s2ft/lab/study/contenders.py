@@ -20,7 +20,9 @@ from peft import PeftConfig, ShiraConfig
 from transformers import PreTrainedModel
 
 from s2ft.demo.skills import OLD_SKILLS, SKILLS, STUDY_SKILLS, Example, Skill
-from s2ft.finetune.baselines import LORA_DROPOUT, equal_rank, lora_config
+from s2ft.finetune.lora import equal_rank
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.study.runs import Runs
 from s2ft.lab.study.training import Recipe, Tuned, accuracy, calibration, fine_tune, fresh_base, tokens_of
@@ -28,7 +30,6 @@ from s2ft.lab.study.tuning import best_rate
 from s2ft.selection.select import select
 
 TUNING_SEED = 1000  # no seed of a reported run
-ALPHA = 2  # LoRA's alpha for each rank, as in the paper's recipes
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Contender:
     """A method with its settings."""
 
     name: str
-    method: str  # vanilla, full, lora, dora, shira or s2ft
+    method: str  # vanilla, shira, or one of `s2ft train`'s: s2ft, full, lora, dora
     budget: float = 0.0
     strategy: str = "random"
     subset: str = "largest"
@@ -49,15 +50,15 @@ class Contender:
         Args:
             avoid: For s2ft: folders of adapters whose channels are not to be chosen.
         """
-        if self.method == "full":
-            return None
         if self.method == "s2ft":
             return self._channels(model, tokens, recipe, seed, avoid)
         parameters = round(self.budget * model.num_parameters())
-        rank = equal_rank(model, parameters, dora=self.method == "dora")
         if self.method == "shira":
+            rank = equal_rank(model, parameters)
             return ShiraConfig(r=rank, target_modules="all-linear", random_seed=seed, task_type="CAUSAL_LM")
-        return lora_config(rank, ALPHA * rank, LORA_DROPOUT, dora=self.method == "dora")
+        method = METHODS[self.method]
+        options = TrainOptions(model="m", data=["d"], output="o", **method.of_size(model, parameters))
+        return method.peft_config(options, model, None)
 
     def _channels(
         self, model: PreTrainedModel, tokens: Dataset, recipe: Recipe, seed: int, avoid: Sequence[str]

@@ -1,0 +1,103 @@
+"""Kinds of option values: how each is read from text, and which values are refused.
+
+The command line hands over the text that was typed, a YAML file numbers and lists; both come out the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+
+class Options(BaseModel):
+    """A group of options: no other names, no infinite numbers, and `true` is no 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses true and false where pydantic would read them as 1 and 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if annotation is not bool and _holds_boolean(value):
+            wanted = "a number" if any(kind in str(annotation) for kind in ("int", "float")) else "text"
+            raise ValueError(f"{wanted} is wanted, not true/false")
+        return value
+
+
+def _holds_boolean(value: Any) -> bool:
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return any(isinstance(member, bool) for member in members)
+
+
+def _words(value: Any) -> Any:
+    """ "a, b" → ["a", "b"]."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    """ "a" → ["a"]."""
+    return [value] if isinstance(value, str) else value
+
+
+def _word_or_words(value: Any) -> Any:
+    """ "a, b" → ["a", "b"]; a single word stays a text."""
+    return _words(value) if isinstance(value, str) and "," in value else value
+
+
+def _ratios(value: Any) -> Any:
+    """ "o_proj=0.05,down_proj=0.02" → a mapping; "0.05" → a number."""
+    if not isinstance(value, str):
+        return value
+    if "=" not in value:
+        return _number(value)
+    pairs = [word.partition("=") for word in _words(value)]
+    names = [name.strip() for name, _, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"names {', '.join(twice)} more than once; give each projection one ratio")
+    return {name: ratio.strip() for name, (_, _, ratio) in zip(names, pairs, strict=True)}
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("must be a fraction such as 0.05, or one per projection: o_proj=0.05,down_proj=0.02") from None
+
+
+def _layers(value: Any) -> Any:
+    """ "3" → 3 and "1,2" → [1, 2]; ranges such as "8-15" and "last:50%" stay text."""
+    if not isinstance(value, str):
+        return value
+    numbers = [int(word) for word in _words(value) if word.lstrip("-").isdigit()]
+    if not numbers or len(numbers) != len(_words(value)):
+        return value
+    return numbers if "," in value else numbers[0]
+
+
+def _named(value: Any) -> Any:
+    """Refuses empty names, which a path would read as the current folder, and NUL, which no path can hold."""
+    names = [value] if isinstance(value, str) else value
+    if names is not None and (not names or not all(name.strip() for name in names)):
+        raise ValueError("must not be empty")
+    return _without_nul(value)
+
+
+def _without_nul(value: Any) -> Any:
+    if value is not None and any("\0" in name for name in value):
+        raise ValueError("must not hold the character NUL")
+    return value
+
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, AfterValidator(_named)]
+Names = Annotated[list[str], BeforeValidator(_one_or_many), AfterValidator(_named)]
+CommaNames = Annotated[list[str], BeforeValidator(_words), AfterValidator(_named)]
+Ratios = Annotated[float | dict[str, float] | None, BeforeValidator(_ratios)]
+Layers = Annotated[int | list[int] | str | None, BeforeValidator(_layers)]
+Avoided = Annotated[list[str] | None, BeforeValidator(_words), AfterValidator(_without_nul)]
+Targets = Annotated[str | list[str] | None, BeforeValidator(_word_or_words), AfterValidator(_named)]
