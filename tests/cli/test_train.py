@@ -192,7 +192,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(train, base, data, tmp_path
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("s2ft.finetune.train.load_model", interrupt)
+    monkeypatch.setattr("s2ft.finetune.prepare.load_model", interrupt)
     code, _, errors = train("--model", base, "--data", data, "--output", str(tmp_path / "out"), *COMMON)
     assert code == 130
     assert "Traceback" not in errors

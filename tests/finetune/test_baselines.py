@@ -17,7 +17,7 @@ from s2ft.finetune.lisa import Lisa, draw, find_blocks
 from s2ft.finetune.lora import equal_rank, lora_config, lora_targets
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import parse_options, read_config, to_yaml
-from s2ft.finetune.resume import _check_whole
+from s2ft.finetune.resume import Paused, check_whole
 from s2ft.finetune.train import train
 from tiny_runs import interrupt_at, skip_without, weights
 
@@ -318,10 +318,10 @@ def test_a_model_in_parts_is_whole_only_with_all_of_them(run, monkeypatch):
     model.save_pretrained(checkpoint, max_shard_size="60KB")
     parts = sorted(checkpoint.glob("model-*.safetensors"))
     assert len(parts) > 1
-    _check_whole(checkpoint, is_model=True)
+    check_whole(Paused.read(checkpoint), is_model=True)
     parts[0].write_bytes(parts[0].read_bytes()[:50])
     with pytest.raises(S2FTError, match=f"{parts[0].name} is damaged"):
-        _check_whole(checkpoint, is_model=True)
+        check_whole(Paused.read(checkpoint), is_model=True)
     parts[0].unlink()
     with pytest.raises(S2FTError, match=f"incomplete: it has no {parts[0].name}"):
-        _check_whole(checkpoint, is_model=True)
+        check_whole(Paused.read(checkpoint), is_model=True)

@@ -123,7 +123,7 @@ def test_a_run_says_its_layout_and_goes_on_in_it(
         inside.append("in-place")
         return original(model)
 
-    monkeypatch.setattr("s2ft.finetune.train.choose_layout", lambda *_: (taken, f"{taken}: measured"))
+    monkeypatch.setattr("s2ft.finetune.prepare.choose_layout", lambda *_: (taken, f"{taken}: measured"))
     monkeypatch.setattr(module_under_test, "in_place", watched)
     card = train(parse_options(options)).card
     assert card["training"]["layout"] == f"{taken}: measured"
@@ -132,6 +132,6 @@ def test_a_run_says_its_layout_and_goes_on_in_it(
     assert json.loads((output / "checkpoint-2" / "run.json").read_text())["options"]["layout"] == taken
     assert read_config(str(output / "run.yaml"))["layout"] == taken
     (output / "run.json").unlink()
-    monkeypatch.setattr("s2ft.finetune.train.choose_layout", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr("s2ft.finetune.prepare.choose_layout", lambda *_: pytest.fail("tried again"))
     resumed = train(parse_options({**options, "resume": True})).card
     assert resumed["training"]["layout"] == f"{taken}, as the checkpoint's run"

@@ -16,7 +16,7 @@ from s2ft.demo.skills import STUDY_SKILLS
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
 from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate, too_short
-from s2ft.finetune.resume import as_before, check_same_run
+from s2ft.finetune.resume import Paused
 from s2ft.finetune.train import train
 from tiny_runs import interrupt_at, weights
 
@@ -151,8 +151,9 @@ def test_a_checkpoint_of_an_older_version_goes_on_at_the_papers_rate(tmp_path):
     noted = {**options().model_dump(mode="json"), "batch_size": 4, "gradient_accumulation": 16, "learning_rate": None}
     del noted["recipe"]
     (tmp_path / "run.json").write_text(json.dumps({"options": noted, "data": {"digest": "digest"}}))
-    check_same_run(tmp_path, options(), "digest")
-    before = as_before(tmp_path, options())
+    paused = Paused.read(tmp_path)
+    paused.check_same_run(options(), "digest")
+    before = paused.settle(options())
     assert (before.batch_size, before.gradient_accumulation, before.learning_rate) == (4, 16, 2e-4)
     with pytest.raises(S2FTError, match=r"learning_rate=0\.5, but .* was made with learning_rate=0\.0002$"):
-        check_same_run(tmp_path, options(learning_rate=0.5), "digest")
+        paused.check_same_run(options(learning_rate=0.5), "digest")

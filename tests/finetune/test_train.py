@@ -21,7 +21,7 @@ from s2ft.data.examples import load_examples
 from s2ft.finetune.arguments import sft_config
 from s2ft.finetune.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.finetune.recipe import settle_batch
-from s2ft.finetune.resume import check_same_run
+from s2ft.finetune.resume import Paused
 from s2ft.finetune.train import train
 from s2ft.finetune.trainer import Trainer
 from s2ft.runtime.precision import choose_precision
@@ -157,7 +157,7 @@ def test_what_was_changed_in_a_checkpoint_is_not_resumed(run, tmp_path, monkeypa
 def test_a_note_of_another_form_is_no_checkpoint(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(S2FTError, match=r"run\.json cannot be read, so this is no checkpoint"):
-        check_same_run(tmp_path, TrainOptions(model="m", data=["d"], output="o"), "digest")
+        Paused.read(tmp_path)
 
 
 def test_changed_data_is_not_resumed(run, data, tmp_path, monkeypatch):

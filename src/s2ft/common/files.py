@@ -58,9 +58,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
             return
         with _aside(target.parent / f".{target.name}{UNFINISHED}") as aside:
             yield aside
-            _flush(aside)
+            flush(aside)
             aside.rename(target)
-            _flush_names(target.parent)
+            flush_names(target.parent)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def staged(folder: Path) -> Iterator[Path]:
         _settle(target)
         with _aside(target / UNFINISHED) as aside:
             yield aside
-            _flush(aside)
+            flush(aside)
             _move_up(aside.rename(target / aside.name.replace(UNFINISHED, FINISHED)))
 
 
@@ -171,7 +171,7 @@ def _one_file(target: Path) -> Iterator[Path]:
         yield aside
         _flush_file(aside)
         aside.replace(target)
-        _flush_names(target.parent)
+        flush_names(target.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -206,13 +206,17 @@ def _move_up(done: Path) -> None:
             shutil.rmtree(target)
         entry.replace(target)
     done.rmdir()
-    _flush_names(done.parent)
+    flush_names(done.parent)
 
 
-def _flush(folder: Path) -> None:
-    """A rename must not reach the disk before the contents do."""
+def flush(folder: Path) -> None:
+    """Returns once the files in `folder` are on the disk: a rename must not reach it before the contents do.
+
+    Raises:
+        S2FTError: if a safetensors file is shorter than its tensors need.
+    """
     for path in [*folder.rglob("*"), folder]:
-        _flush_names(path) if path.is_dir() else _flush_file(path)
+        flush_names(path) if path.is_dir() else _flush_file(path)
 
 
 def _flush_file(path: Path) -> None:
@@ -230,7 +234,8 @@ def _check_whole(path: Path) -> None:
         raise S2FTError(f"{path.name} was not written whole, so it is not kept: {error}") from error
 
 
-def _flush_names(folder: Path) -> None:
+def flush_names(folder: Path) -> None:
+    """Returns once the disk knows which entries `folder` has."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)

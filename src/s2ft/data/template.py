@@ -17,8 +17,12 @@ SECONDS = 20.0  # for one conversation; milliseconds are usual
 _PROBE = "how are you"
 
 
+class RefusedTemplateError(S2FTError):
+    """The template refuses this conversation; it may take another."""
+
+
 class EndlessTemplateError(S2FTError):
-    """The template does not come to an end: no other conversation need be tried."""
+    """The template does not come to an end; no other conversation need be tried."""
 
 
 class _Stop(BaseException):
@@ -34,7 +38,8 @@ def render(
     """The conversation as the template lays it out; with `ask`, up to where the assistant's next turn begins.
 
     Raises:
-        S2FTError: if the template refuses the conversation, or does not come to an end.
+        RefusedTemplateError: if the template refuses the conversation.
+        EndlessTemplateError: if it does not come to an end.
     """
 
     def lay_out(told: Sequence[Message]) -> str:
@@ -54,7 +59,7 @@ def render(
     except Exception as error:  # a template is a program: it raises what it likes, such as "roles must alternate"
         reason = str(error)
     roles = ", ".join(message["role"] for message in messages)
-    raise S2FTError(f"the model's chat template refuses a conversation of {roles}: {reason}")
+    raise RefusedTemplateError(f"the model's chat template refuses a conversation of {roles}: {reason}")
 
 
 def chat_ids(
@@ -80,9 +85,7 @@ def left_out(
     def is_same(changed: Sequence[Message], options: dict[str, Any]) -> bool:
         try:
             return render(tokenizer, changed, options) == whole
-        except EndlessTemplateError:
-            raise
-        except S2FTError:
+        except RefusedTemplateError:
             return False
 
     for name in OPTIONS:
@@ -116,9 +119,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     try:
         text = render(tokenizer, [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}])
-    except EndlessTemplateError:
-        raise
-    except S2FTError:
+    except RefusedTemplateError:
         return None
     _, said, rest = text.rpartition(_PROBE)
     added = tokenizer.added_tokens_decoder

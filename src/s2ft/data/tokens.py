@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from s2ft.common.errors import S2FTError, raise_by_place
 from s2ft.data.chat import CALLS, REASONING, Message
 from s2ft.data.examples import conversation, is_chat
-from s2ft.data.template import EndlessTemplateError, chat_ids, left_out, turn_end
+from s2ft.data.template import RefusedTemplateError, chat_ids, left_out, turn_end
 
 IGNORED = -100  # the label that no loss falls on
 
@@ -96,9 +96,7 @@ def _cut(
     try:
         prompt, whole = _encode(example, tokenizer)
         problems = _lost(example, tokenizer)
-    except EndlessTemplateError:
-        raise
-    except S2FTError as error:
+    except RefusedTemplateError as error:
         problems = [str(error)]
     row = _labelled(prompt, whole)
     parted = not isinstance(example["prompt"], str) and whole[: len(prompt)] != prompt

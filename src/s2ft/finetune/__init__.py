@@ -14,7 +14,9 @@ Read `options`, then `train`.
     galore      GaLore: import, targets, checkpoints
     layout      in place or indexed, with the reason
     arguments   options → TRL's `SFTConfig`
-    trainer     TRL's `SFTTrainer` with complete checkpoints and an orderly stop
+    trainer     TRL's `SFTTrainer` with an orderly stop
+    checkpoints  which of a run's checkpoints are complete, and which are kept
+    prepare     from options to a run that is ready to start
     train       fine-tuning in one call
     resume      finds the newest checkpoint, and checks that it belongs to this run
     results     the files that a run writes into its folder

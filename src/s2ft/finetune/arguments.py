@@ -13,8 +13,6 @@ from s2ft.common.errors import S2FTError
 from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, TrainOptions
 from s2ft.runtime.models import positions
 
-KEPT_CHECKPOINTS = 2  # the older one is whole while the newer one is written
-
 
 def sft_config(options: TrainOptions, max_length: int, autocast: bool = False, **of_method: Any) -> SFTConfig:
     """The trainer's settings, with those of the method.
@@ -55,7 +53,6 @@ def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_steps": options.save_every,
-        "save_total_limit": KEPT_CHECKPOINTS,
         "report_to": "none",
         "disable_tqdm": False,
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -11,8 +11,8 @@ and those of the paper are one number (docs/training.md, "Batch and rate").
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 from peft import PeftConfig
 
@@ -31,8 +31,7 @@ LEAST_MOVE = MOVE / 10  # below which little was seen to be learned
 FEWEST_STEPS, FEW_STEPS = 10, 50  # of S²FT, and of the other methods, whose rates do not follow the run
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(NamedTuple):
     """Options whose batch or rate is no longer open, and why it is what it is."""
 
     options: TrainOptions

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.common.files import staged
 from s2ft.data.template import turn_end
-from s2ft.finetune.card import Card, write_card
+from s2ft.finetune.card import Card, final_loss, write_card
+from s2ft.finetune.checkpoints import step_of
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.model_card import model_card
 from s2ft.finetune.options import TrainOptions, to_yaml
+from s2ft.finetune.prepare import Setup
+from s2ft.format.config import S2FTConfig
+from s2ft.runtime.environment import environment, peak_memory
+from s2ft.runtime.processes import process_count
 from s2ft.selection.coverage import parameter_counts
 
 
@@ -72,3 +78,78 @@ def command(options: TrainOptions, resume: bool = False) -> str:
 def _stored_dtype(base: str) -> torch.dtype:
     dtype = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def run_card(setup: Setup, steps: int, metrics: dict[str, float]) -> Card:
+    """What the run was and what came out, but for its scores and the size of its files.
+
+    Args:
+        setup: After the training.
+        steps: As planned.
+        metrics: From transformers' `Trainer.train`.
+    """
+    options, state, tokens = setup.options, setup.trainer.state, setup.data.tokens
+    trainable, total = parameters(setup.trainer.model)
+    card = {
+        "options": options.model_dump(mode="json"),
+        "environment": environment(),
+        "data": {
+            "digest": setup.data.digest,
+            "format": setup.data.format,
+            "examples": len(tokens.dataset),
+            "without_response": tokens.empty,
+            "response_beyond_max_length": tokens.too_long,
+            "shortened": tokens.shortened,
+            "without_end": tokens.endless,
+        },
+        **_selection(setup.config),
+        section(options): {
+            "trainable_parameters": trainable,
+            "model_parameters": total,
+            "share": trainable / total,
+        },
+        "training": _training(setup, steps, metrics["train_runtime"]),
+        "loss_curve": _points(state.log_history, "loss"),
+    }
+    if setup.data.held_out is not None:
+        card["held_out_curve"] = _points(state.log_history, "eval_loss")
+    return card
+
+
+def _training(setup: Setup, steps: int, seconds: float) -> Card:
+    options, state, reasons = setup.options, setup.trainer.state, setup.reasons
+    started = 0 if setup.checkpoint is None else step_of(setup.checkpoint)
+    tokens = max((entry.get("num_tokens", 0) for entry in state.log_history if entry["step"] > started), default=0)
+    training = {
+        "method": options.method,
+        "learning_rate": options.learning_rate,
+        "learning_rate_reason": reasons["learning_rate"],
+        "batch": reasons["batch"],
+        "precision": reasons["precision"],
+        **({"processes": process_count()} if process_count() > 1 else {}),
+        **({"layout": reasons["layout"]} if "layout" in reasons else {}),
+        "max_length": setup.data.tokens.max_length,
+        "warmup_steps": int(setup.trainer.args.warmup_steps),
+        "steps": state.global_step,
+        "planned_steps": steps,
+        "resumed_from": None if setup.checkpoint is None else setup.checkpoint.name,
+        "seconds": round(seconds, 3),
+        "tokens": int(tokens),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "final_loss": final_loss(_points(state.log_history, "loss")),
+    }
+    if setup.data.held_out is not None:
+        best = {"best_step": state.best_global_step, "best_loss": state.best_metric}
+        training |= {"held_out": len(setup.data.held_out), **best}
+    return training | peak_memory()
+
+
+def _points(history: Sequence[dict[str, float]], name: str) -> list[tuple[int, float]]:  # (step, value)
+    return [(int(entry["step"]), entry[name]) for entry in history if name in entry]
+
+
+def _selection(config: PeftConfig | None) -> Card:
+    if not isinstance(config, S2FTConfig):
+        return {}
+    chosen = {"seed": config.seed} if config.strategy == "random" else {"subset": config.subset}
+    return {"selection": {"strategy": config.strategy, **chosen, "modules": len(config.slices or {})}}

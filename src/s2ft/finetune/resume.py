@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import get_last_checkpoint
 
 from s2ft.adapters.file import open_adapter
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.outputs import entries
 from s2ft.common.reading import read_json
+from s2ft.finetune.checkpoints import is_unfinished, whole_checkpoints
 from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
@@ -29,10 +30,10 @@ from s2ft.runtime.processes import process_count
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 MODEL_FILES = ("model.safetensors", "config.json")  # or, for a large model, the parts that its index names
 INDEX = "model.safetensors.index.json"
-STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run.json")
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 NOTE = "run.json"  # in a checkpoint: options and data; in the output folder: the whole run card
 SETTLED = ("batch_size", "gradient_accumulation", "learning_rate")  # by the run, where they were left open
-FREE = {
+FREE = {  # options that do not change the weights
     "output",
     "resume",
     "log_every",
@@ -40,11 +41,73 @@ FREE = {
     "evaluate",
     "eval_data",
     "eval_limit",
-}  # options that do not change the weights
+}
 
 
-def check_output(options: TrainOptions) -> Path | None:
-    """The checkpoint to go on from; None for a new run, whose output folder must be free.
+@dataclass(frozen=True)
+class Paused:
+    """A checkpoint and what it says of its run."""
+
+    checkpoint: Path
+    options: dict[str, Any]  # with a learning rate, which older notes left open
+    digest: str  # of the data
+    processes: int
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Paused:
+        """Reads what `note_run` wrote.
+
+        Raises:
+            S2FTError: if it is not there, or of another form.
+        """
+        path = checkpoint / NOTE
+        if not path.is_file():
+            raise _incomplete(checkpoint, [NOTE])
+        note = _read(path)
+        options, data, processes = note.get("options"), note.get("data"), note.get("processes", 1)
+        if not isinstance(options, dict) or not isinstance(data, dict) or not isinstance(data.get("digest"), str):
+            raise _unreadable(path, "expected an object with options and data, with its digest")
+        if processes not in range(1, 1 << 16):
+            raise _unreadable(path, f"processes is {processes!r}")
+        return cls(checkpoint, settled_options(options), data["digest"], processes)
+
+    @property
+    def method(self) -> str:
+        """The method of its run."""
+        return str(self.options.get("method", "s2ft"))
+
+    @property
+    def layout(self) -> str | None:
+        """The layout that its run trains in: layouts round differently, so the run goes on in its own."""
+        layout = self.options.get("layout")
+        return layout if layout in (IN_PLACE, INDEXED) else None
+
+    def settle(self, options: TrainOptions) -> TrainOptions:
+        """The options, with what they leave open settled as in its run."""
+        open_ones = [name for name in SETTLED if getattr(options, name) is None]
+        return options.model_copy(update={name: self.options.get(name) for name in open_ones})
+
+    def check_same_run(self, options: TrainOptions, digest: str) -> None:
+        """Raises `S2FTError` with every option that differs from its run, or if processes or data do."""
+        defaults = {name: field.default for name, field in TrainOptions.model_fields.items() if not field.is_required()}
+        before = {**defaults, **self.options}  # a note may be older than an option
+        now = self.settle(options).model_dump(mode="json")
+        if options.layout == AUTO:
+            now["layout"] = before.get("layout")
+        problems = [
+            f"{name}={now[name]!r}, but {self.checkpoint} was made with {name}={before.get(name)!r}"
+            for name in now
+            if name not in FREE and before.get(name) != now[name]
+        ]
+        if not problems and self.processes != process_count():
+            problems = [f"processes: {process_count()} here, but {self.checkpoint} was made with {self.processes}"]
+        if not problems and self.digest != digest:
+            problems = [f"data={options.data!r} has changed since {self.checkpoint} was made"]
+        raise_together(problems)
+
+
+def check_output(options: TrainOptions) -> Paused | None:
+    """The run to go on with; None for a new one, whose output folder must be free.
 
     Raises:
         S2FTError: if there is something in the folder, or nothing to resume.
@@ -52,30 +115,17 @@ def check_output(options: TrainOptions) -> Path | None:
     output = Path(options.output)
     if options.resume:
         return _newest(output, options)
-    if output.is_dir() and entries(output):
-        can_resume = get_last_checkpoint(str(output)) is not None
-        hint = "; add --resume to go on from its newest checkpoint" if can_resume else ""
+    if output.is_dir() and any(not is_unfinished(path) for path in entries(output)):
+        hint = "; add --resume to go on from its newest checkpoint" if whole_checkpoints(output) else ""
         raise S2FTError(f"output={options.output!r} exists and is not empty; name another folder{hint}")
     return None
 
 
-def note_run(checkpoint: Path, options: TrainOptions, digest: str, words: str) -> None:
-    """Writes down which run a checkpoint is of; `words` is the format of its prompts."""
-    data = {"digest": digest, "format": words}
+def note_run(checkpoint: Path, options: TrainOptions, digest: str, prompts: str) -> None:
+    """Writes down which run a checkpoint is of; `prompts` is the format of its prompts."""
+    data = {"digest": digest, "format": prompts}
     note = {"options": options.model_dump(mode="json"), "data": data, "processes": process_count()}
     (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def noted_layout(checkpoint: Path) -> str | None:
-    """The layout that the checkpoint's run trains in: layouts round differently, so the run goes on in its own."""
-    layout = _read_note(checkpoint / NOTE)["options"].get("layout")
-    return layout if layout in (IN_PLACE, INDEXED) else None
-
-
-def as_before(checkpoint: Path, options: TrainOptions) -> TrainOptions:
-    """The options with what they leave open settled as in the checkpoint's run."""
-    before = settled_options(_read_note(checkpoint / NOTE)["options"])
-    return options.model_copy(update={name: before.get(name) for name in SETTLED if getattr(options, name) is None})
 
 
 def settled_options(noted: dict[str, Any]) -> dict[str, Any]:
@@ -86,37 +136,20 @@ def settled_options(noted: dict[str, Any]) -> dict[str, Any]:
     return {**noted, "learning_rate": method.learning_rate}
 
 
-def check_same_run(checkpoint: Path, options: TrainOptions, digest: str) -> None:
-    """Raises `S2FTError` with every option that differs from the checkpoint's run, and if the data does."""
-    note = _read_note(checkpoint / NOTE)
-    defaults = {name: field.default for name, field in TrainOptions.model_fields.items() if not field.is_required()}
-    before = {**defaults, **settled_options(note["options"])}  # a note may be older than an option
-    now = as_before(checkpoint, options).model_dump(mode="json")
-    if options.layout == AUTO:
-        now["layout"] = before.get("layout")
-    different = [name for name in now if name not in FREE and before.get(name) != now[name]]
-    problems = [
-        f"{name}={now[name]!r}, but {checkpoint} was made with {name}={before.get(name)!r}" for name in different
-    ]
-    if not problems and note.get("processes", 1) != process_count():
-        problems = [f"processes: {process_count()} here, but {checkpoint} was made with {note.get('processes', 1)}"]
-    if not problems and note["data"]["digest"] != digest:
-        problems = [f"data={options.data!r} has changed since {checkpoint} was made"]
-    raise_together(problems)
-
-
-def _newest(output: Path, options: TrainOptions) -> Path:
-    checkpoint = get_last_checkpoint(options.output) if output.is_dir() else None
+def _newest(output: Path, options: TrainOptions) -> Paused:
+    checkpoints = whole_checkpoints(output)
     if (output / NOTE).is_file() and _read(output / NOTE).get("status") == "finished":
         raise S2FTError(f"output={options.output!r} holds a finished run; there is nothing to resume")
-    if checkpoint is None:
+    if not checkpoints:
         raise S2FTError(f"output={options.output!r} has no checkpoint to resume from")
-    _check_same_method(Path(checkpoint), options)
+    paused = Paused.read(checkpoints[-1])
+    if paused.method != options.method:  # asked first: other methods leave other files, which would be missed in vain
+        raise S2FTError(f"method={options.method!r}, but {paused.checkpoint} was made with method={paused.method!r}")
     method = METHODS[options.method]
     with method.resuming():  # its optimizer may hold more than tensors
-        _check_whole(Path(checkpoint), method.leaves_model)
-    _check_best(Path(checkpoint))
-    return Path(checkpoint)
+        check_whole(paused, method.leaves_model)
+    _check_best(paused.checkpoint)
+    return paused
 
 
 def _check_best(checkpoint: Path) -> None:
@@ -128,25 +161,15 @@ def _check_best(checkpoint: Path) -> None:
         )
 
 
-def _check_same_method(checkpoint: Path, options: TrainOptions) -> None:
-    """Asked first: other methods leave other files, which would be missed in vain."""
-    if not (checkpoint / NOTE).is_file():
-        return
-    before = _read_note(checkpoint / NOTE)["options"].get("method", "s2ft")
-    if before != options.method:
-        raise S2FTError(f"method={options.method!r}, but {checkpoint} was made with method={before!r}")
-
-
-def _check_whole(checkpoint: Path, is_model: bool) -> None:
-    """Checkpoints appear whole, but what is copied or edited by hand may not be."""
+def check_whole(paused: Paused, is_model: bool) -> None:
+    """Raises `S2FTError` for files that are missing or damaged: a checkpoint may have been copied or edited by hand."""
+    checkpoint = paused.checkpoint
     weights, config = MODEL_FILES if is_model else ADAPTER_FILES
     parts = _parts(checkpoint) if is_model and (checkpoint / INDEX).is_file() else [weights]
-    states = [*STATE_FILES, *_random_states(checkpoint)]
+    states = [*STATE_FILES, *_random_states(paused.processes)]
     missing = [name for name in (*parts, config, *states) if not (checkpoint / name).is_file()]
     if missing:
-        raise S2FTError(
-            f"{checkpoint} is incomplete: it has no {', '.join(missing)}; remove it to resume from the one before"
-        )
+        raise _incomplete(checkpoint, missing)
     for part in parts:
         try:
             with safe_open(checkpoint / part, framework="pt") as tensors:
@@ -160,10 +183,9 @@ def _check_whole(checkpoint: Path, is_model: bool) -> None:
         open_adapter(checkpoint)  # what is neither a slice nor declared would be loaded into the base
 
 
-def _random_states(checkpoint: Path) -> list[str]:
-    """Without them a run would go on with other random numbers; one for each process that wrote the checkpoint."""
-    count = _read_note(checkpoint / NOTE).get("processes", 1) if (checkpoint / NOTE).is_file() else process_count()
-    return [f"rng_state_{rank}.pth" for rank in range(count)] if count in range(2, 1 << 16) else ["rng_state.pth"]
+def _random_states(processes: int) -> list[str]:
+    """Files with the states of the random number generators, one for each process."""
+    return [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
 
 
 def _check_state(checkpoint: Path, name: str) -> None:
@@ -179,6 +201,11 @@ def _check_state(checkpoint: Path, name: str) -> None:
                 raise S2FTError("it holds no state of an optimizer")
     except Exception as error:  # as many kinds as there are ways for an archive or a pickle to be broken
         raise _damaged(checkpoint, name, error) from None
+
+
+def _incomplete(checkpoint: Path, missing: list[str]) -> S2FTError:
+    text = f"{checkpoint} is incomplete: it has no {', '.join(missing)}"
+    return S2FTError(f"{text}; remove it to resume from the one before")
 
 
 def _damaged(checkpoint: Path, name: str, error: Exception) -> S2FTError:
@@ -199,15 +226,6 @@ def _read(path: Path) -> dict[str, Any]:
         return read_json(path)
     except S2FTError as error:
         raise _unreadable(path, str(error)) from None
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    """What `note_run` wrote."""
-    note = _read(path)
-    options, data = note.get("options"), note.get("data")
-    if not isinstance(options, dict) or not isinstance(data, dict) or not isinstance(data.get("digest"), str):
-        raise _unreadable(path, "expected an object with options and data, with its digest")
-    return note
 
 
 def _unreadable(path: Path, reason: str) -> S2FTError:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with what a run here needs besides: whole checkpoints, a polite end, and nothing sent anywhere."""
+"""TRL's SFTTrainer with what a run here needs besides: a polite end, checkpoints that are whole, and nothing sent anywhere."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
 from s2ft.common.errors import S2FTError
-from s2ft.common.files import staged
-from s2ft.runtime.processes import anywhere, as_leader
+from s2ft.finetune.checkpoints import is_checkpoint, mark, remove_unfinished
+from s2ft.runtime.processes import anywhere
 from s2ft.training.rounding import round_steps
 
 Logs = dict[str, Any] | None
@@ -30,38 +29,50 @@ _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 class DivergedError(S2FTError):
-    """The loss of a training is no number any more."""
+    """Training loss became NaN or infinite."""
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer whose checkpoints appear by one rename: a checkpoint folder that is there is whole."""
+    """SFTTrainer that marks a checkpoint while it is written, and measures without moving the random numbers.
 
-    pure_bf16 = False
-    annotate: Callable[[Path], None] | None = None  # adds files of ours to a checkpoint
-    _aside: Path | None = None
+    Args:
+        pure_bf16: Trains bf16 deltas, in steps that are rounded stochastically.
+    """
+
+    def __init__(self, *args: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
+        with _no_telemetry():
+            super().__init__(*args, **kwargs)
+        self.pure_bf16 = pure_bf16
+        if pure_bf16:
+            self.add_callback(_PureBf16())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the line of the bar is ended, whatever ends the training, so that a message has its own."""
+        """As in transformers; ends the lines of the progress bars, and leaves no half-written checkpoint if it fails."""
         try:
             return super().train(*args, **kwargs)
+        except BaseException:
+            if self.is_world_process_zero():
+                remove_unfinished(Path(self.args.output_dir))
+            raise
         finally:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, Progress):
+                if isinstance(callback, LossBar):
                     callback.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; with `pure_bf16`, over bf16 deltas, in steps that are rounded stochastically."""
-        self._purify()
+        if self.pure_bf16:
+            _to_bf16(self.model)
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.pure_bf16:
             round_steps(optimizer)
         return optimizer
 
-    def _purify(self) -> None:
-        """With `pure_bf16`, bf16 deltas: PEFT brings what it loads from a checkpoint to fp32."""
-        for parameter in self.model.parameters() if self.pure_bf16 else ():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As in transformers, which would take one step too many after a run that was killed at its last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; training goes on with the random numbers that it would have had without."""
@@ -69,75 +80,55 @@ class Trainer(SFTTrainer):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
-        self._place_best()  # a folder may have moved since its checkpoints were written
-        return trained
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, which would take a step more after a run that was killed at its last checkpoint."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        """An interrupted run leaves the weights that it has come to; the best are for its end."""
-        if self.state.global_step >= self.state.max_steps:
-            super()._load_best_model()
-            self._purify()
-
-    def _place_best(self) -> None:
-        """transformers takes the best checkpoint to lie where it was written: aside."""
-        if self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output = Path(self.args.output_dir)
-        leads = self.is_world_process_zero()
-        with staged(output) if leads else nullcontext(output) as aside:
-            aside = as_leader(aside)  # it is there, and all write into it
-            self._aside = aside
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._aside = None
-            self.accelerator.wait_for_everyone()  # every process has written its part
-            self._place_best()
-            if leads:
-                self._finish(aside)
-        if leads:
-            self._rotate(str(output))
-        self.accelerator.wait_for_everyone()  # the checkpoint is in its place
-
-    def _rotate(self, output: str) -> None:
-        """Keeps the newest checkpoints, and the best one besides."""
-        best = self.state.best_model_checkpoint
-        kept = {*sort_checkpoints(output)[-self.args.save_total_limit :], *([best] if best else [])}
-        rotate_checkpoints(output, len(kept), best)
-
-    def _finish(self, aside: Path) -> None:
-        for checkpoint in aside.iterdir():
-            self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))  # once more, with the place of the best
-            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
-            if self.annotate is not None:
-                self.annotate(checkpoint)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, where it is the first to write into a checkpoint."""
+        if output_dir is not None and is_checkpoint(Path(output_dir)):
+            mark(Path(output_dir))
+        super().save_model(output_dir, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: the run writes its own card, which says how to load the adapter."""
 
-    def _send_telemetry(self) -> None:
-        """Left out: nothing about a run leaves the machine."""
+
+@contextmanager
+def _no_telemetry() -> Iterator[None]:
+    """TRL reports each trainer that is made to the Hub; nothing about a run is to leave the machine."""
+    before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
-class Progress(ProgressCallback):
+def _to_bf16(model: nn.Module) -> None:
+    """PEFT brings the deltas that it loads from a checkpoint to fp32; this brings them back."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
+class _PureBf16(TrainerCallback):
+    """Keeps the deltas bf16 when the best ones have been loaded at the end."""
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        _to_bf16(model)
+
+
+class LossBar(ProgressCallback):
     """The trainer's progress bar, with the loss beside it rather than in lines of its own."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any
     ) -> None:
+        """Shows the loss beside the bar."""
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{(logs or {})['loss']:.3f}")
 
@@ -149,7 +140,7 @@ class Progress(ProgressCallback):
 
 
 class Flow(TrainerCallback):
-    """Stops after the step that is under way, with a checkpoint, when asked to; and at a loss that is no number.
+    """Stops after the current step, with a checkpoint, when interrupted; stops at once when the loss becomes NaN.
 
     Args:
         save_every: Steps between two checkpoints before the held-out loss is measured; from then on, each measurement has one.
@@ -161,12 +152,14 @@ class Flow(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Decides whether a checkpoint is due and whether the run is over."""
         finished = state.global_step >= state.max_steps
         if self.save_every is not None and args.load_best_model_at_end and state.global_step < args.eval_delay:
             control.should_save = state.global_step % self.save_every == 0
         self.interrupted = anywhere(self.interrupted)  # all stop at the same step
         if self.interrupted and not finished:
             control.should_save = control.should_training_stop = True
+            args.load_best_model_at_end = False  # the run leaves the weights that it has come to
         if finished:
             control.should_save = args.load_best_model_at_end  # else the adapter itself is written next
             self.interrupted = False
@@ -177,6 +170,7 @@ class Flow(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any
     ) -> None:
+        """Raises `DivergedError` if the loss is not finite."""
         logs = logs or {}
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and not math.isfinite(loss):

@@ -42,3 +42,9 @@ def anywhere(said: bool) -> bool:
     if process_count() > 1:
         said = bool(gather(torch.tensor([int(said)], device=PartialState().device)).any())
     return said
+
+
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    if process_count() > 1:
+        PartialState().wait_for_everyone()

@@ -1,0 +1,226 @@
+"""From options to a run that is ready to start: data, model, method, trainer. Nothing is written yet.
+
+    options ─→ checkpoint? ─→ data ─→ model ─→ batch ─→ adapter ─→ rate ─→ trainer ─→ layout
+
+What was left open is settled on the way, each with its reason (`Setup.reasons`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig
+
+from s2ft.data.examples import data_digest, load_examples, prompt_format
+from s2ft.data.packing import check_packing
+from s2ft.data.template import turn_end
+from s2ft.data.tokens import Tokens, hold_out, tokenize
+from s2ft.evaluate.comparison import Checked, check_scores
+from s2ft.finetune.arguments import longest, sft_config
+from s2ft.finetune.channels import Examples
+from s2ft.finetune.checkpoints import Checkpoints
+from s2ft.finetune.layout import INDEXED, choose_layout
+from s2ft.finetune.lora import check_head
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate
+from s2ft.finetune.resume import Paused, check_output, note_run
+from s2ft.finetune.trainer import Flow, LossBar, Trainer
+from s2ft.format.config import S2FTConfig
+from s2ft.format.terms import PURE
+from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.runtime.precision import choose_precision
+from s2ft.runtime.processes import as_leader
+
+log = logging.getLogger("s2ft")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training data, read and tokenised."""
+
+    tokens: Tokens  # to train on
+    held_out: Dataset | None
+    digest: str
+    format: str  # of the prompts, from `prompt_format`
+    tokenizer: PreTrainedTokenizerBase
+
+    def rows(self, packed_to: int | None) -> int:
+        """What the loader draws from: the examples, or about so many rows packed to this length."""
+        if packed_to is None:
+            return len(self.tokens.dataset)
+        return math.ceil(sum(map(len, self.tokens.dataset["input_ids"])) / packed_to)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to start."""
+
+    options: TrainOptions  # with nothing left open
+    checkpoint: Path | None
+    data: Data
+    config: PeftConfig | None  # resolved; None if the model's own weights are trained
+    reasons: dict[str, str]  # for precision, batch, learning_rate and, with S²FT, layout
+    trainer: Trainer
+    flow: Flow
+    questions: Checked | None  # for the run card
+
+
+def prepare(options: TrainOptions) -> Setup:
+    """Loads, checks and settles everything.
+
+    Raises:
+        S2FTError: for anything wrong with data, model or checkpoint.
+    """
+    method, paused = METHODS[options.method], check_output(options)
+    examples = load_examples(options.data, options.limit)
+    digest = data_digest(examples)
+    if paused is not None:
+        paused.check_same_run(options, digest)
+        options = paused.settle(options)
+    questions = _questions(options, prompt_format(examples))
+
+    tokenizer, reasons = load_tokenizer(options.model), {}
+    dtype, autocast, reasons["precision"] = method.precision(*choose_precision(options.precision))
+    log.info("precision: %s", reasons["precision"])
+    model = load_model(options.model, dtype)
+    max_length = longest(options, model)
+    data = _tokenized(options, examples, digest, tokenizer, max_length)
+    rows = data.rows(max_length if options.packing else None)
+
+    options, reasons["batch"] = settle_batch(options, rows)
+    args = sft_config(options, max_length, autocast, **method.arguments(options, model))
+    model.to(args.device)
+    if options.packing:
+        check_packing(model)
+    config = _adapter(options, paused, model, data)
+    options, reasons["learning_rate"] = settle_rate(options, rows, mean_channels(config))
+    args.learning_rate = options.learning_rate
+    if paused is None:
+        log.info("batch: %s", reasons["batch"])
+        log.info("learning rate: %g, %s", options.learning_rate, reasons["learning_rate"])
+
+    flow = Flow(options.save_every)
+    trainer = _trainer(options, args, model, data, config, [flow, *method.callbacks(options, model)])
+    if isinstance(config, S2FTConfig):
+        options, reasons["layout"] = _settle_layout(options, paused, trainer)
+    else:
+        options = options.model_copy(update={"layout": INDEXED})  # nothing is sliced
+    trainer.add_callback(Checkpoints(partial(note_run, options=options, digest=digest, prompts=data.format)))
+    checkpoint = None if paused is None else paused.checkpoint
+    return Setup(options, checkpoint, data, config, reasons, trainer, flow, questions)
+
+
+def _questions(options: TrainOptions, prompts: str) -> Checked | None:
+    """What base and result are asked; who trained on prompts of their own has none for our questions."""
+    if options.evaluate is None:
+        return None
+    asked = "chat" if prompts == "chat" else "alpaca"
+    return check_scores(options.evaluate, str(options.eval_data), options.eval_limit, asked)
+
+
+def _tokenized(
+    options: TrainOptions, examples: Dataset, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Data:
+    tokens, prompts = tokenize(examples, tokenizer, max_length), prompt_format(examples)
+    _warn_of_dropped(tokens, len(examples))
+    if prompts == "chat":
+        _tell_end(tokenizer)
+        _warn_of_parted(tokens)
+    left, held_out = hold_out(tokens, options.holdout, options.train_seed)
+    return Data(left, held_out, digest, prompts, tokenizer)
+
+
+def _adapter(options: TrainOptions, paused: Paused | None, model: PreTrainedModel, data: Data) -> PeftConfig | None:
+    """The config of the method's adapter, or of the checkpoint's; None if the model's own weights are trained."""
+    method = METHODS[options.method]
+    if paused is None or method.leaves_model:
+        examples = Examples(data.tokens.dataset, data.digest, data.tokenizer)
+        config = as_leader(method.peft_config(options, model, examples))
+    else:
+        config = PeftConfig.from_pretrained(str(paused.checkpoint))
+        config.inference_mode = False
+    if config is not None:
+        check_head(config, model)
+    return config
+
+
+def _trainer(
+    options: TrainOptions,
+    args: SFTConfig,
+    model: PreTrainedModel,
+    data: Data,
+    config: PeftConfig | None,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    set_seed(args.seed)  # an adapter may start from random values
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.tokens.dataset,
+        eval_dataset=data.held_out,
+        processing_class=data.tokenizer,
+        peft_config=config,
+        callbacks=list(callbacks),
+        pure_bf16=options.precision == PURE,
+    )
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(LossBar())
+    return trainer
+
+
+def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: Trainer) -> tuple[TrainOptions, str]:
+    """The options with the layout that is taken, so that whoever runs them again takes the same; and the reason."""
+    if paused is not None and paused.layout is not None:
+        taken, reason = paused.layout, f"{paused.layout}, as the checkpoint's run"
+    else:
+        with torch.random.fork_rng(devices=[]):  # looking at a batch must not move the order of the run's
+            batch = next(iter(trainer.get_train_dataloader()))
+        measured = choose_layout(trainer.model, batch, options.layout)
+        taken, reason = as_leader(measured)  # each process might choose another
+        log.info("layout: %s", reason)
+    return options.model_copy(update={"layout": taken}), reason
+
+
+def _tell_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    end, usual = turn_end(tokenizer), tokenizer.eos_token
+    if end is not None and end != tokenizer.eos_token_id:
+        name = tokenizer.convert_ids_to_tokens(end)
+        log.info("answers end with %s, as the chat template writes it, not with the tokenizer's %s", name, usual)
+
+
+def _warn_of_parted(tokens: Tokens) -> None:
+    if tokens.parted:
+        text = (
+            "%d of %d prompts are laid out differently by the chat template once the answer follows, so the model is trained "
+            "in another context than it is asked in (as where a template opens the answer with <think>)"
+        )
+        log.warning(text, tokens.parted, len(tokens.dataset))
+
+
+def _warn_of_dropped(tokens: Tokens, count: int) -> None:
+    if tokens.empty:
+        log.warning("%d of %d examples have no response and are left out", tokens.empty, count)
+    if tokens.too_long:
+        log.warning("%d of %d examples have their response beyond max_length and are left out", tokens.too_long, count)
+    if tokens.endless:
+        text = "%d of %d responses hold no token that ends an answer, so the model will not learn to stop there: %s"
+        reason = "the model's chat template ends no turn of the assistant by a token of its own"
+        log.warning(text, tokens.endless, count, reason)
