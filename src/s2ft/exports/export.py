@@ -56,12 +56,6 @@ def export(
     Raises:
         S2FTError: before anything is written, if the adapter is not whole, is for another base, or holds what the engine
             cannot take.
-
-    Example:
-        >>> export("nowhere", "onnx", "out")
-        Traceback (most recent call last):
-            ...
-        s2ft.common.errors.S2FTError: to='onnx' is unknown; choose from lora, vllm, sglang, gguf, patch
     """
     target, writer = find_target(to)
     output = Path(output)

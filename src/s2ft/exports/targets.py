@@ -61,10 +61,10 @@ def find_target(name: str) -> tuple[Target, Writer]:
         S2FTError: if there is none of that name.
 
     Example:
-        >>> find_target("onnx")
+        >>> find_target("onnx")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        s2ft.common.errors.S2FTError: to='onnx' is unknown; choose from lora, vllm, sglang, gguf, patch
+        s2ft.common.errors.S2FTError: to='onnx' is unknown; choose from lora, vllm, ...
     """
     if name not in TARGETS:
         raise S2FTError(f"to={name!r} is unknown; choose from {', '.join(TARGETS)}")

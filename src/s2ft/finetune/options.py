@@ -139,12 +139,12 @@ def parse_options(values: Mapping[str, Any]) -> TrainOptions:
         S2FTError: with all problems at once, each as `option=value: what is allowed`; then with inputs that are not there, too.
 
     Example:
-        >>> parse_options({"model": "m", "data": "d", "output": "o", "epochs": "0", "strategy": "best"})
+        >>> parse_options({"model": "m", "data": "d", "output": "o", "epochs": "0", "layers": "x"})
         Traceback (most recent call last):
             ...
         s2ft.common.errors.S2FTError: 2 problems:
           - epochs='0': input should be greater than 0
-          - strategy='best' is unknown; choose from random, weight, activation, product, gradient, lift, saliency
+          - layers='x' is not an index, a list of them, 'A-B', 'first:N', 'last:N' or 'last:P%'
     """
     problems = _option_problems(values)
     if problems:
