@@ -14,7 +14,7 @@ from torch import nn
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
-from s2ft.format.config import chosen_layers
+from s2ft.format.choice import chosen_layers
 from s2ft.format.slices import Slice
 from s2ft.format.terms import STRATEGIES
 from s2ft.selection.budget import spread

@@ -1,6 +1,7 @@
 """What an adapter is: its config, its channels, its tensors, and how it is checked.
 
 terms         the method's own words: projections, strategies
+choice        how much, which, where: fields that need no library to be checked
 config        `S2FTConfig`: how much, which, where
 unknown       answers to unknown keywords, LoRA's among them
 slices        the chosen channels of one layer, and how they are written

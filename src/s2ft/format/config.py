@@ -8,8 +8,7 @@ PEFT saves the resolved config beside the deltas, so that an adapter can be rebu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.format.checksum import taken
+from s2ft.format.choice import choice_problems, pattern_problems
 from s2ft.format.config_file import (
     FORMAT_VERSION,
     check_method,
@@ -30,14 +30,13 @@ from s2ft.format.config_file import (
     version_problem,
 )
 from s2ft.format.registration import peft_type, register_config
-from s2ft.format.terms import ALLOCATIONS, OWN, PROJECTIONS, STRATEGIES, SUBSETS
+from s2ft.format.terms import ALLOCATIONS, STRATEGIES, SUBSETS
 from s2ft.format.unknown import explain_unknown
 from s2ft.format.validation import check_adapter
 
 HOW_TO_LOAD = (
     "An adapter of the method S2FT: `pip install s2ft`, and `import s2ft` before PEFT or transformers load it."
 )
-_LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
 
 
 @explain_unknown
@@ -135,20 +134,9 @@ class S2FTConfig(PeftConfig):
         raise_together(self._problems())
 
     def _problems(self) -> Iterator[str]:
-        yield from _ratio_problems(self.ratios)
-        if self.budget is not None and not _is_fraction(self.budget):
-            yield f"budget={self.budget!r} is outside (0, 1]"
-        if self.ratios is not None and self.budget is not None:
-            yield f"ratios={self.ratios!r} and budget={self.budget!r} are both given; give one"
-        yield from _choice_problems(self)
-        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**63):
-            yield f"seed={self.seed!r} is not an integer from 0 to 2**63 - 1"
-        if self.layers is not None and not _is_layers(self.layers):
-            yield f"layers={self.layers!r} is not an index, a list of them, 'A-B', 'first:N', 'last:N' or 'last:P%'"
+        yield from choice_problems(self)
         yield from _layer_list_problems(self)
-        yield from _pattern_problems(self)
-        if not _is_list_of_text(self.avoid):
-            yield f"avoid={self.avoid!r} is not a list of adapters: names on the model, folders, or Hub names"
+        yield from pattern_problems("exclude_modules", self.exclude_modules)
         for name in ("slices", "base_digest", "checksums"):
             if not _is_text_by_module(getattr(self, name)):
                 yield f"{name} is not a mapping from modules to text; it is filled in, not written by hand"
@@ -236,64 +224,6 @@ class S2FTConfig(PeftConfig):
         return self
 
 
-def chosen_layers(layers: int | str | list[int] | None, count: int) -> set[int]:
-    """The blocks that `S2FTConfig.layers` names in a model of `count` blocks.
-
-    Example:
-        >>> sorted(chosen_layers("last:50%", 6)), sorted(chosen_layers("1-2", 6)), sorted(chosen_layers([-1], 6))
-        ([3, 4, 5], [1, 2], [5])
-    """
-    if layers is None:
-        return set(range(count))
-    wanted = _layer_indices(layers, count)
-    outside = [index for index in wanted if not -count <= index < count]
-    if outside:
-        raise S2FTError(f"layers={layers!r} names layer {outside[0]}; the model has layers 0 to {count - 1}")
-    return {index % count for index in wanted}
-
-
-def _layer_indices(layers: int | str | list[int], count: int) -> Sequence[int]:
-    if isinstance(layers, int):
-        return [layers]
-    if isinstance(layers, list | tuple):
-        return layers
-    match = _LAYERS_PATTERN.fullmatch(layers)
-    assert match is not None  # checked when the config was made
-    if match["lo"]:
-        lowest, highest = int(match["lo"]), int(match["hi"])
-        return range(lowest, highest + 1) if highest < count else [highest]
-    number = float(match["count"])
-    size = max(1, round(count * number / 100)) if match["percent"] else int(number)
-    if size > count:
-        return [size - 1]
-    return range(count - size, count) if match["end"] == "last" else range(size)
-
-
-def _choice_problems(config: S2FTConfig) -> Iterator[str]:
-    if config.strategy == OWN and config.slices is None:
-        yield f"strategy={OWN!r} is filled in by s2ft.select(model, config, batches, scores=...); use the config it returns"
-    strategies = (OWN,) if config.strategy == OWN else tuple(STRATEGIES)
-    for name, allowed in (("strategy", strategies), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
-        if getattr(config, name) not in allowed:
-            yield f"{name}={getattr(config, name)!r} is unknown; choose from {', '.join(allowed)}"
-
-
-def _ratio_problems(ratios: Any) -> Iterator[str]:
-    if ratios is None:
-        return
-    if not isinstance(ratios, dict):
-        if not _is_fraction(ratios):
-            yield f"ratios={ratios!r} is outside (0, 1]"
-        return
-    if not ratios:
-        yield "ratios={} names no projection; choose from " + ", ".join(PROJECTIONS)
-    for name, ratio in ratios.items():
-        if name not in PROJECTIONS:
-            yield f"ratios names the projection {name!r}, which is unknown; choose from {', '.join(PROJECTIONS)}"
-        if not _is_fraction(ratio):
-            yield f"ratios[{name!r}]={ratio!r} is outside (0, 1]"
-
-
 def _layer_list_problems(config: S2FTConfig) -> Iterator[str]:
     if config.layers is not None and config.layers_to_transform is not None:
         given = f"layers={config.layers!r} and layers_to_transform={config.layers_to_transform!r}"
@@ -304,42 +234,6 @@ def _layer_list_problems(config: S2FTConfig) -> Iterator[str]:
                 yield f"{name} cannot be used when target_modules={config.target_modules!r} is a string (a pattern)"
     if config.layers_pattern and not config.layers_to_transform and config.layers_to_transform != 0:
         yield f"layers_pattern={config.layers_pattern!r} needs layers_to_transform"
-
-
-def _pattern_problems(config: S2FTConfig) -> Iterator[str]:
-    """A text that names modules is a regular expression, as in PEFT."""
-    for name in ("target_modules", "exclude_modules"):
-        given = getattr(config, name)
-        try:
-            re.compile(given if isinstance(given, str) else "")
-        except re.error as error:
-            yield f"{name}={given!r} is no regular expression: {first_line(error)}"
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def _is_layers(value: Any) -> bool:
-    if isinstance(value, str):
-        match = _LAYERS_PATTERN.fullmatch(value)
-        if match is None:
-            return False
-        if match["lo"]:
-            return int(match["lo"]) <= int(match["hi"])
-        number = float(match["count"])
-        return 0 < number <= 100 if match["percent"] else number >= 1 and number.is_integer()
-    if isinstance(value, list | tuple):
-        return bool(value) and all(_is_integer(index) for index in value)
-    return _is_integer(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list_of_text(value: Any) -> bool:
-    return value is None or (isinstance(value, list | tuple | set) and all(isinstance(item, str) for item in value))
 
 
 def _is_text_by_module(value: Any) -> bool:

@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 
 from s2ft.common.errors import S2FTError, raise_together
-from s2ft.format.config import S2FTConfig, chosen_layers
+from s2ft.format.choice import chosen_layers
+from s2ft.format.config import S2FTConfig
 from s2ft.layer.linears import layer_stack, linear_layer
 from s2ft.selection.coverage import coverage
 from s2ft.selection.families import looked_for
