@@ -88,7 +88,7 @@ class Checkpoint:
     @property
     def index_file(self) -> Path:
         """Where the index of a sharded checkpoint is."""
-        return self.folder / SAFE_WEIGHTS_INDEX_NAME
+        return self.folder.joinpath(SAFE_WEIGHTS_INDEX_NAME)
 
     @property
     def is_sharded(self) -> bool:
@@ -233,7 +233,7 @@ def _folder(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    return (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+    return any(folder.joinpath(name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
 
 
 def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from s2ft.adapters.overlap import Overlap, overlaps
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.files import new_folder
 from s2ft.common.outputs import check_free
-from s2ft.format.checksum import checksum, note
+from s2ft.format.checksum import checksum
 from s2ft.format.config import S2FTConfig
 from s2ft.format.digest import agree, bases_differ_knowingly, digest_parts, join_digests
 from s2ft.format.names import delta_name, indices_name
@@ -125,7 +125,7 @@ class Fusion:
         tensors = self.tensors()
         with new_folder(output) as aside:
             save_file(tensors, aside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-            note(self.config, tensors)
+            self.config.note(tensors)
             self.config.save_pretrained(str(aside))
         return output
 

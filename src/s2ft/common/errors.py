@@ -99,11 +99,11 @@ def _also(places: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, printable, since it may repeat a file's text; its kind where it says nothing.
+    r"""What an error of a library says first, printable, since it may repeat a file's text; its kind where it says nothing.
 
     Example:
-        >>> first_line(OSError("not found\\nsee the docs")), first_line(KeyError()), first_line(ValueError("no \\x1b[2J"))
-        ('not found', 'KeyError', 'no \\\\x1b[2J')
+        >>> first_line(OSError("not found\nsee the docs")), first_line(KeyError()), first_line(ValueError("no \x1b[2J"))
+        ('not found', 'KeyError', 'no \\x1b[2J')
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

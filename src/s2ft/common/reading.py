@@ -53,21 +53,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_clean(text: str) -> bool:
-    """Whether a name can be shown and stored: no control characters (a terminal obeys them), no halves of characters.
+    r"""Whether a name can be shown and stored: no control characters (a terminal obeys them), no halves of characters.
 
     Example:
-        >>> is_clean("layers.0.größe"), is_clean("layers.0\\x1b[2J"), is_clean("\\ud800")
+        >>> is_clean("layers.0.größe"), is_clean("layers.0\x1b[2J"), is_clean("\ud800")
         (True, False, False)
     """
     return text.isprintable()
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value from a file as messages repeat it: printable, and cut where it is long.
+    r"""A value from a file as messages repeat it: printable, and cut where it is long.
 
     Example:
-        >>> shown("\\x1b[2J"), shown("x" * 100, 10)
-        ("'\\\\x1b[2J'", "'xxxxxx...")
+        >>> shown("\x1b[2J"), shown("x" * 100, 10)
+        ("'\\x1b[2J'", "'xxxxxx...")
     """
     try:
         text = repr(value)

@@ -3,7 +3,7 @@
     adapter_config.json    "checksums": {"model.layers.0.mlp.down_proj.s2ft_block.weight": "3f…", ...}
 
 A checksum is SHA-256 over dtype, shape and bytes, cut to 128 bits. PEFT takes the tensors from the model first and saves the
-config afterwards: they are noted in between (`note`), and leave with the config (`taken`). A file without them is read as
+config afterwards: they are noted in between (`S2FTConfig.note`). A file without them is read as
 well, unchecked; a tool that changes tensors on purpose removes the field.
 """
 
@@ -40,20 +40,18 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {bare(name): checksum(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
 
 
-class _Noted(dict[str, "ref[Tensor]"]):
-    """What is about to be saved; held weakly, and gone from copies and pickles."""
+class Noted(dict[str, "ref[Tensor]"]):
+    """Tensors that are about to be saved, by their bare names; held weakly, and gone from copies and pickles."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Noted:
+        """Notes tensors for as long as somebody holds them."""
+        return cls((bare(name), ref(tensor)) for name, tensor in tensors.items())
+
+    def checksums(self) -> dict[str, str] | None:
+        """Of those that are still held; None where there are none."""
+        held = {name: tensor for name, where in self.items() if (tensor := where()) is not None}
+        return checksums(held) or None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Noted, ()
-
-
-def note(config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Remembers what is about to be saved beside `config`, for as long as somebody holds it."""
-    config._noted = _Noted((bare(name), ref(tensor)) for name, tensor in tensors.items())
-
-
-def taken(config: Any) -> dict[str, str] | None:
-    """The checksums of what was noted last, once: a config that is saved without tensors vouches for none."""
-    noted, config._noted = getattr(config, "_noted", {}), _Noted()
-    held = {name: tensor for name, where in noted.items() if (tensor := where()) is not None}
-    return checksums(held) or None
+        return Noted, ()

@@ -15,9 +15,10 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 
 from s2ft.common.errors import S2FTError, first_line, raise_together
-from s2ft.format.checksum import taken
+from s2ft.format.checksum import Noted
 from s2ft.format.choice import choice_problems, pattern_problems
 from s2ft.format.config_file import (
     FORMAT_VERSION,
@@ -124,6 +125,7 @@ class S2FTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        self._noted = Noted()
         self._filled_in: list[str] = []  # the fields that the user left open and a model has filled in since
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -155,7 +157,8 @@ class S2FTConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         found = read_fields(folder) if folder.is_dir() else None  # else a name on the Hub
         if found is None or is_foreign(found):
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            config: S2FTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            return config
         return cls.from_folder(folder, found)
 
     @classmethod
@@ -187,9 +190,14 @@ class S2FTConfig(PeftConfig):
         """The fields of a config file that this version knows (PEFT's hook, for files here and on the Hub)."""
         return kwargs if is_foreign(kwargs) else readable(kwargs, [one.name for one in fields(cls)])
 
+    def note(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remembers what is about to be saved beside the config, for its checksums."""
+        self._noted = Noted.of(tensors)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; with the checksums of the tensors that are saved beside."""
-        self.checksums, self.how_to_load, self.format_version = taken(self), HOW_TO_LOAD, FORMAT_VERSION
+        self.checksums, self._noted = self._noted.checksums(), Noted()  # saved without tensors, it vouches for none
+        self.how_to_load, self.format_version = HOW_TO_LOAD, FORMAT_VERSION
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")  # PEFT's, written before; it says nothing of this method
         if card.is_file() and "import s2ft" not in (text := card.read_text(encoding="utf-8", errors="replace")):

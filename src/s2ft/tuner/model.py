@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from s2ft.adapters.blending import DENSITY
 from s2ft.adapters.compatibility import resolved
 from s2ft.common.errors import S2FTError, raise_by_place, raise_together
-from s2ft.format.checksum import note
 from s2ft.format.config import S2FTConfig
 from s2ft.format.names import PREFIX as FILE_PREFIX
 from s2ft.format.names import bare, is_base_copy
@@ -78,9 +77,9 @@ class S2FTModel(BaseTuner):
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         refuse_inside(model, f"adding the adapter {adapter_name!r}")
-        if (getattr(model, "_tp_size", None) or 1) > 1:
+        if (devices := getattr(model, "tp_size", None) or 1) > 1:
             raise S2FTError(
-                f"the model is split over {model._tp_size} devices by tensor parallelism; s2ft chooses channels of whole "
+                f"the model is split over {devices} devices by tensor parallelism; s2ft chooses channels of whole "
                 "layers. Load it without tp_plan"
             )
         raise_together(filter(None, [name_problem(adapter_name)]))
@@ -243,13 +242,11 @@ class S2FTModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         slices = {cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in found.items()}
-        note(config, {**slices, **auxiliary_tensors(model, adapter_name, state_dict)})
+        config.note({**slices, **auxiliary_tensors(model, adapter_name, state_dict)})
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Before any module below takes what is its own: all slices are looked at, and base weights that hold something else
-        must not be loaded into.
-        """
+        """Before any module below loads: all slices are checked, and base weights must hold their own values."""
         check_and_adopt_state(self, self.peft_config, state_dict, prefix)
         if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
             require_own(self.model, "loading base weights")

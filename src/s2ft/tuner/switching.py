@@ -8,8 +8,6 @@ A switch moves s columns or rows of each adapted weight: 2 s d numbers out and i
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -26,7 +24,7 @@ from s2ft.layer.adapted import (
     turns_of,
 )
 from s2ft.layer.block import S2FTBlock
-from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.linear import S2FTLinear, sliced_layers
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:
@@ -80,7 +78,7 @@ def park(model: nn.Module, adapter: str) -> None:
     with turns_of(model).alone():
         layers = adapted_layers(model)
         raise_together(not_loaded([adapter], _loaded(layers)))
-        for block in (cast(S2FTBlock, layer.s2ft_block[adapter]) for layer in layers if adapter in layer.s2ft_block):
+        for block in (layer.block(adapter) for layer in sliced_layers(model, adapter).values()):
             for tensor in (block.weight, block.indices):
                 host = tensor.data.cpu()
                 tensor.data = host.pin_memory() if torch.cuda.is_available() else host
@@ -90,22 +88,19 @@ def park(model: nn.Module, adapter: str) -> None:
 def _refuse(model: nn.Module, layers: list[AdaptedLayer], adapter: str | None) -> None:
     if adapter is None:
         return
-    chosen = {
-        path: (layer, cast(S2FTBlock, layer.s2ft_block[adapter]))
-        for path, layer in model.named_modules()
-        if isinstance(layer, S2FTLinear) and adapter in layer.s2ft_block
-    }
-    raise_together(not_loaded([] if chosen else [adapter], _loaded(layers)))
+    sliced = sliced_layers(model, adapter)
+    raise_together(not_loaded([] if sliced else [adapter], _loaded(layers)))
     whole = [path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if whole:
         raise S2FTError(
             f"{whole[0]} is kept whole by an adapter; `switch` writes slices only: use `set_adapter` on this model"
         )
-    problems = ((path, _layer_problem(*of_layer, adapter)) for path, of_layer in chosen.items())
+    problems = ((path, _layer_problem(layer, adapter)) for path, layer in sliced.items())
     raise_by_place((path, problem) for path, problem in problems if problem)
 
 
-def _layer_problem(layer: S2FTLinear, block: S2FTBlock, adapter: str) -> str | None:
+def _layer_problem(layer: S2FTLinear, adapter: str) -> str | None:
+    block = layer.block(adapter)
     if layer.weight.is_meta or block.weight.is_meta:
         return f"no values here, the base's or those of {adapter!r} (device meta: offloaded, or not loaded yet)"
     if problem := layer.why_unwritable([adapter]):
@@ -116,7 +111,7 @@ def _layer_problem(layer: S2FTLinear, block: S2FTBlock, adapter: str) -> str | N
 def _is_finite(block: S2FTBlock) -> bool:
     """Looks once, and again after the delta was changed: on a GPU, looking waits for it."""
     delta = block.weight
-    state = None if delta.is_inference() else (delta.data_ptr(), delta._version)
+    state = None if delta.is_inference() else (delta.data_ptr(), delta._version)  # noqa: SLF001 - torch counts writes there alone
     if state is None or block.finite_at != state:
         if not all_finite(delta):
             return False
