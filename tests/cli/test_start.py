@@ -27,18 +27,37 @@ def run(program: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["eval", "--help"], ["train", "--lerning-rate", "1"]]
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["--show-completion", "bash"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["train", "--lerning-rate", "1"],
+        ["train", "--ratios", "1.5", "--layers", "x"],
+        ["train", "-m", "no-such-folder", "-d", "nowhere.json", "-o", "new"],
+        ["train", "-m", "no-such-folder", "-d", "data.json", "-o", "new"],
+        ["train", "-m", "./no-such-folder", "-d", "data.json", "-o", "new", "--evaluate", "boolq", "--eval-data", "a"],
+        ["inspect", "nowhere"],
+        ["fuse", "nowhere", "nowhere"],
+        ["merge", "nowhere", "-o", "new"],
+        ["export", "nowhere", "--to", "lora", "-o", "new"],
+    ],
 )
-def test_help_and_a_misspelt_option_need_no_heavy_library(words: list[str]) -> None:
+def test_help_a_misspelt_option_and_a_missing_file_need_no_heavy_library(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("[]")
     program = (
-        f"import sys; sys.argv = ['s2ft', *{words}]\n"
+        f"import os, sys; os.chdir({str(tmp_path)!r}); sys.argv = ['s2ft', *{words}]\n"
         "import s2ft_command\n"
         "try: s2ft_command.main()\n"
-        "except SystemExit: print('loaded:', *sys.modules)"
+        "except SystemExit as left: print('left:', left.code, 'loaded:', *sys.modules)"
     )
-    loaded = set(run(program).rpartition("loaded:")[2].split())
-    assert "s2ft.finetune.options" in loaded
-    assert loaded & HEAVY == set()
+    code, _, loaded = run(program).rpartition("left:")[2].partition("loaded:")
+    plain = {"--help", "--version", "--show-completion"} & set(words)
+    assert int(code) == (0 if plain else 2)
+    assert "s2ft.finetune.options" in loaded.split()
+    assert set(loaded.split()) & HEAVY == set()
 
 
 def test_the_package_leaves_what_only_commands_need() -> None:

@@ -104,18 +104,19 @@ def test_another_method_leaves_a_model_and_says_so(train, base, data, tmp_path):
     ("words", "parts"),
     [
         (["--model", "m", "--output", "o", "--method", "lora", "--ratios", "0.1", "--lisa-layers", "2"], [
-            "2 problems", "ratios='0.1' is no option of method=lora; it belongs to s2ft", "lisa_layers='2' is no option",
+            "2 problems", "--ratios='0.1' is no option of --method=lora; it belongs to s2ft", "--lisa-layers='2' is no option",
         ]),
         (["--epochs", "0", "--ratios", "o_proj=2,x_proj=.1", "--strategy", "best"], [
-            "6 problems", "model is missing", "output is missing", "epochs='0'", "ratios['o_proj']=2.0 is outside (0, 1]",
-            "'x_proj', which is unknown; choose from q_proj", "strategy='best' is unknown; choose from random, weight",
+            "6 problems", "--model is missing", "--output is missing", "--epochs='0'",
+            "--ratios['o_proj']=2.0 is outside (0, 1]",
+            "'x_proj', which is unknown; choose from q_proj", "--strategy='best' is unknown; choose from random, weight",
         ]),
-        (["--ratios", "lots"], ["ratios='lots': must be a fraction such as 0.05, or one per projection"]),
+        (["--ratios", "lots"], ["--ratios='lots': must be a fraction such as 0.05, or one per projection"]),
         (["--no-such-flag"], ["No such option", "--no-such-flag"]),
-        (["--config", "nowhere.yaml"], ["config='nowhere.yaml' cannot be read"]),
+        (["--config", "nowhere.yaml"], ["--config='nowhere.yaml' cannot be read"]),
         (["--model", "m", "--output", "o", "--json", "nowhere/r.json"], ["there is no folder 'nowhere'"]),
-        (["--model", "m", "--output", "o", "--json", "."], ["json='.' is a folder; name a file"]),
-        (["--model", "./nowhere", "--output", "o"], ["model='./nowhere' is not a folder"]),
+        (["--model", "m", "--output", "o", "--json", "."], ["--json='.' is a folder; name a file"]),
+        (["--model", "./nowhere", "--output", "o"], ["--model='./nowhere' is not a folder"]),
     ],
 )  # fmt: skip
 def test_bad_input_exits_with_2_and_writes_nothing(train, data, tmp_path, monkeypatch, words, parts):

@@ -8,6 +8,7 @@ import typer
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
 from s2ft.exports.targets import TARGETS
+from s2ft.format.folder import check_folder
 
 _FORMS = "; ".join(f"{name}, for {target.taker}" for name, target in TARGETS.items())
 _FILES = ", ".join(f"a new {target.suffix} file for {name}" for name, target in TARGETS.items() if target.suffix)
@@ -28,6 +29,7 @@ def export(
     Example: s2ft export runs/quickstart --to vllm --output runs/for-vllm
     """
     check_writable(json_file)
+    check_folder(adapter)
     from rich.console import Console
     from rich.progress import track
 

@@ -11,6 +11,7 @@ from s2ft.cli.tables import print_table
 from s2ft.common.errors import S2FTError
 from s2ft.common.files import replaced_file, write_json
 from s2ft.common.outputs import check_free, check_writable
+from s2ft.format.folder import check_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +45,8 @@ def fuse(
     """
     check_writable(png, "png", suffix=".png")
     check_writable(json_file)
+    for adapter in adapters:
+        check_folder(adapter)
     numbers = None if weights is None else _numbers(weights)
     from rich.console import Console
 

@@ -10,6 +10,7 @@ import typer
 from s2ft.cli.tables import print_table
 from s2ft.common.files import replaced_file, write_json
 from s2ft.common.outputs import check_writable
+from s2ft.format.folder import check_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +38,7 @@ def inspect(
     """
     check_writable(png, "png", suffix=".png")
     check_writable(json_file)
+    check_folder(adapter)
     from rich.console import Console
 
     from s2ft.adapters.file import read_adapter

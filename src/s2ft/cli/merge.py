@@ -7,6 +7,7 @@ import typer
 
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
+from s2ft.format.folder import check_folder
 
 
 def merge(
@@ -25,6 +26,7 @@ def merge(
     Example: s2ft merge runs/quickstart --base src/s2ft/demo/base --output runs/merged
     """
     check_writable(json_file)
+    check_folder(adapter)
     from rich.console import Console
     from rich.progress import track
 

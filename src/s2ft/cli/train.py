@@ -16,7 +16,9 @@ from pydantic.fields import FieldInfo
 from s2ft.cli.codes import INTERRUPTED
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
+from s2ft.finetune.launch import check_run
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
+from s2ft.runtime.lookup import check_hub
 
 _SHORT = {"model": "-m", "data": "-d", "output": "-o", "config": "-c"}
 
@@ -34,6 +36,8 @@ def command(**values: Any) -> int:
     typed = {name: value for name, value in values.items() if value not in (None, [])}
     options = parse_options({**(read_config(config) if config else {}), **typed})
     check_writable(json_file)
+    check_run(options)  # also asked by `train`, for others; here it is said before torch is loaded
+    check_hub(options.model)
     return _run(options, json_file)
 
 

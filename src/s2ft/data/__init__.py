@@ -1,5 +1,6 @@
 """Training data and questions: records from files and the Hub, chat templates, tokens.
 
+sources   what a name stands for, a file, a folder or a data set on the Hub; is it there?
 records   records from files and the Hub, each with its file and line for error messages
 examples  one form for the three layouts of training data
 chat      conversations: what a record may hold, which turns are learned

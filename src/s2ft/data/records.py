@@ -15,11 +15,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES  # no public list of them
 
 from s2ft.common.errors import S2FTError, first_line
+from s2ft.data.sources import SUFFIXES, check_hub_name, check_source
 
-FORMATS = frozenset(_PACKAGED_DATASETS_MODULES)  # "text", "json", "csv", "imagefolder", ...
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 
@@ -45,16 +44,6 @@ def read_records(source: str) -> Iterator[Record]:
         return _read_file(path)
     check_source(source)
     return _rows(_from_hub(source), source)
-
-
-def check_source(source: str) -> None:
-    """Raises `S2FTError` for a path where nothing is, and for what is neither a path nor a name on the Hub."""
-    path = Path(source)
-    if path.exists():
-        return
-    if path.suffix in READERS or source.startswith((".", "/", "~")):
-        raise S2FTError(f"data={source!r}: there is no such file")
-    check_hub_name(source)
 
 
 def _read_file(path: Path) -> Iterator[Record]:
@@ -118,20 +107,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         yield Record(f"{path}, row {number}", _given(value))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def check_hub_name(name: str) -> None:
-    """Raises `S2FTError` for a name that `datasets` takes for a format, reading such files from the current folder."""
-    if name.removeprefix("hf://datasets/") in FORMATS:
-        raise S2FTError(
-            f"data={name!r} names no data set, but a format, and `datasets` would read the current folder's files of it; "
-            "name a file, a folder or a data set on the Hub"
-        )
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = dict(
+    zip(SUFFIXES, (_read_json, _read_jsonl, _read_parquet), strict=True)
+)
 
 
 def _from_hub(name: str) -> Dataset:

@@ -12,7 +12,8 @@ from typing import Any
 
 from s2ft.common.errors import S2FTError, raise_by_place
 from s2ft.data.prompts import alpaca_example
-from s2ft.data.records import Record, check_hub_name, read_records
+from s2ft.data.records import Record, read_records
+from s2ft.data.sources import check_hub_name
 from s2ft.evaluate.tasks import Task, data_places, find_data, missing
 
 Message = dict[str, str]  # {"role", "content"}

@@ -31,7 +31,7 @@ from s2ft.evaluate.tally import macro, tally
 from s2ft.evaluate.tasks import AUTO, DECODING, PROMPTS, Decoding, Task, find_tasks, missing
 from s2ft.runtime.environment import environment
 from s2ft.runtime.failures import clear_failures
-from s2ft.runtime.models import check_folder
+from s2ft.runtime.lookup import check_folder
 from s2ft.runtime.precision import choose_precision
 
 log = logging.getLogger("s2ft")

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from s2ft.common.errors import gathered, raise_together
-from s2ft.data.records import check_source
+from s2ft.data.sources import check_source
 from s2ft.evaluate.tasks import find_tasks, missing
-from s2ft.runtime.models import check_folder
+from s2ft.runtime.lookup import check_folder
 
 
 def input_problems(values: Mapping[str, Any]) -> list[str]:

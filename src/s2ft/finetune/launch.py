@@ -1,10 +1,15 @@
-"""What several processes can train together, and what they are refused."""
+"""Can a run start? Its inputs, its output, and what several processes can train together; asked before torch is loaded."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
+from pathlib import Path
 
-from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.errors import S2FTError, gathered, raise_together
+from s2ft.common.outputs import check_place
+from s2ft.finetune.inputs import input_problems
+from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
 from s2ft.format.terms import PURE
 from s2ft.runtime.processes import process_count
@@ -15,6 +20,19 @@ SHARDING = {  # as launchers call it → what it does
     "MEGATRON_LM": "Megatron-LM keeps parts of layers, or some layers, in each process",
     "PARALLELISM_CONFIG": "a parallelism config (tensor, context, sequence) splits layers or sequences over processes",
 }
+
+
+def check_run(options: TrainOptions) -> None:
+    """Raises `S2FTError` with all that is wrong as far as can be said without loading anything."""
+    problems = gathered(
+        METHODS[options.method].check, partial(check_processes, options), partial(check_place, options.output)
+    )
+    problems += input_problems(options.model_dump())
+    if problems and (options.resume or Path(options.output).exists()):
+        from s2ft.finetune.resume import check_output  # asked in any case, once no other run writes there
+
+        problems += gathered(partial(check_output, options))
+    raise_together(problems)
 
 
 def check_processes(options: TrainOptions) -> None:

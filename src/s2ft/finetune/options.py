@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.finetune.methods import METHODS, MethodOptions, S2FTOptions, foreign_options
 from s2ft.finetune.values import CommaNames, Name, Names, Positive, PositiveFloat, Seed
+from s2ft.format.choice import choice_problems
 from s2ft.format.terms import PURE
 from s2ft.format.unknown import hint
 
@@ -238,8 +239,4 @@ def _foreign(name: str, value: Any, method: str) -> str:
 def _config_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
     """What an `S2FTConfig` made from these values would be refused for."""
     readable = {name: value for name, value in values.items() if name in S2FTOptions.model_fields and name not in wrong}
-    try:
-        S2FTOptions.model_validate(readable).s2ft_config()
-    except S2FTError as error:
-        return error.problems
-    return []
+    return list(choice_problems(S2FTOptions.model_validate(readable)))

@@ -8,29 +8,24 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from s2ft.common.errors import gathered, raise_together
 from s2ft.common.files import sole_writer
 from s2ft.common.locks import no_empty_folders
-from s2ft.common.outputs import check_place
 from s2ft.evaluate.comparison import Scorer
 from s2ft.finetune.arguments import total_steps, warmup_steps
 from s2ft.finetune.card import Card, write_card
 from s2ft.finetune.checkpoints import remove_unfinished
-from s2ft.finetune.inputs import input_problems
-from s2ft.finetune.launch import check_processes
+from s2ft.finetune.launch import check_run
 from s2ft.finetune.layout import layout
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.finetune.prepare import Setup, prepare
 from s2ft.finetune.recipe import mean_channels, too_short
 from s2ft.finetune.results import run_card, save_result
-from s2ft.finetune.resume import check_output
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.failures import clear_failures
 from s2ft.runtime.processes import leads
@@ -60,7 +55,7 @@ def train(options: TrainOptions) -> TrainResult:
             memory or disk, with what to lower.
     """
     output = Path(options.output)
-    _check(options)
+    check_run(options)
     alone = sole_writer(output) if leads() else nullcontext()
     with no_empty_folders(output), alone:  # the trainer makes the folder at once
         if leads():
@@ -75,17 +70,6 @@ def _advice(options: TrainOptions) -> str:
     """What to lower where the memory does not suffice."""
     size, length = options.batch_size or AT_ONCE, options.max_length or LONGEST
     return f"lower batch_size={size} or max_length={length}, or set gradient_checkpointing"
-
-
-def _check(options: TrainOptions) -> None:
-    """Raises `S2FTError` with all that is wrong as far as can be said without loading anything."""
-    problems = gathered(
-        METHODS[options.method].check, partial(check_processes, options), partial(check_place, options.output)
-    )
-    problems += input_problems(options.model_dump())
-    if problems:
-        problems += gathered(partial(check_output, options))  # asked in any case, once no other run writes there
-    raise_together(problems)
 
 
 def _run(setup: Setup) -> TrainResult:

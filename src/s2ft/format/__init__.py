@@ -9,6 +9,7 @@ digest        recognises the base that an adapter was made for
 sketch        64 numbers that recognise weights after quantisation
 checksum      checksums of the saved tensors
 names         the names of the tensors in an adapter's file
+folder        is there an adapter in a folder?
 config_file   the config as a file: method, format version, kinds of values
 weight_file   opens the weight file
 validation    the one check of an adapter's files, for every reader

@@ -21,7 +21,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
 from s2ft.common.errors import S2FTError, gathered, raise_together
-from s2ft.common.reading import check_regular, is_clean, read_json, shown
+from s2ft.common.reading import is_clean, read_json, shown
+from s2ft.format.folder import check_folder
 from s2ft.format.registration import NAME
 from s2ft.format.slices import Runs
 
@@ -35,9 +36,7 @@ _VERSION = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
 def read_fields(folder: Path) -> dict[str, Any]:
     """What the adapter config in `folder` holds; raises `S2FTError` if there is no readable one."""
     path = folder / CONFIG_NAME
-    check_regular(path)
-    if not path.is_file():
-        raise S2FTError(f"{folder} holds no adapter: there is no {CONFIG_NAME}")
+    check_folder(folder)
     return read_json(path)
 
 

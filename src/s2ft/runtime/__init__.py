@@ -1,5 +1,6 @@
 """The machine and the models on it: precision, processes, failures, timing.
 
+lookup       is there a model of a name, here or on the Hub?
 models       base model and tokenizer, from a folder or the Hub
 precision    bf16 or fp32, and why
 processes    several processes: which one is first, and how they agree

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from s2ft.common.errors import S2FTError, first_line
 from s2ft.runtime.failures import is_out_of_memory
+from s2ft.runtime.lookup import check_folder
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 
@@ -71,15 +72,6 @@ def positions(model: PreTrainedModel) -> int | None:
     """How many positions the model was made for; None where it does not say."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
-
-
-def check_folder(name: str) -> None:
-    """Raises `S2FTError` for a folder that holds no model, and for a path where there is none."""
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise S2FTError(f"model={name!r} is a folder without config.json, so it holds no model")
-    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~"))):
-        raise S2FTError(f"model={name!r} is not a folder; name the folder of a model, or a model on the Hub")
 
 
 def _unloadable(name: str, part: str, error: Exception) -> str:

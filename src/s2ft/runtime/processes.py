@@ -1,16 +1,13 @@
 """Several processes that train one model, as `accelerate launch` or `torchrun` start them: who leads, and how they agree.
 
-The leading process writes and talks; what a process measures or draws for itself, all take from the leading one.
+The leading process writes and talks; what a process measures or draws for itself, all take from the leading one. Who leads is
+asked before torch is loaded, so what is slow to import is imported where processes talk to each other.
 """
 
 from __future__ import annotations
 
 import os
 from typing import TypeVar
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather
 
 T = TypeVar("T")
 
@@ -33,6 +30,8 @@ def _launched(name: str, alone: int) -> int:
 def as_leader(value: T) -> T:
     """The leading process's value, in every process: all call this."""
     if process_count() > 1:
+        from accelerate.utils import broadcast_object_list
+
         value = broadcast_object_list([value])[0]
     return value
 
@@ -40,6 +39,10 @@ def as_leader(value: T) -> T:
 def anywhere(said: bool) -> bool:
     """Whether any process says so: all call this."""
     if process_count() > 1:
+        import torch
+        from accelerate import PartialState
+        from accelerate.utils import gather
+
         said = bool(gather(torch.tensor([int(said)], device=PartialState().device)).any())
     return said
 
@@ -47,4 +50,6 @@ def anywhere(said: bool) -> bool:
 def wait_for_all() -> None:
     """Until every process has come here."""
     if process_count() > 1:
+        from accelerate import PartialState
+
         PartialState().wait_for_everyone()
