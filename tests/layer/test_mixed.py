@@ -213,7 +213,7 @@ class TestModel:
 
     def test_plans_once_and_packs_once_while_generating(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, made, packed = self.model(), [], []
-        monkeypatch.setattr("s2ft.tuner.model.MixedBatch", lambda names: made.append(1) or MixedBatch(names))
+        monkeypatch.setattr("s2ft.tuner.mixing.MixedBatch", lambda names: made.append(1) or MixedBatch(names))
         original = pack.pack_slices
         monkeypatch.setattr(pack, "pack_slices", lambda *args: packed.append(args[0]) or original(*args))
         model.generate(

@@ -4,6 +4,7 @@ model      `S2FTModel`: the PEFT tuner
 loaders    wraps PEFT's and transformers' loaders: a load is checked, and all or nothing
 incoming   checks that what is loaded is the adapter, and nothing else
 rollback   undoes a change of a live model that failed half-way
+mixing     one adapter for each row: `adapter_names`
 fusion     `add_weighted_adapter`: fusion on a live model
 switching  `switch` between the adapters of a live model
 pool       `AdapterPool`: more adapters than fit on the device

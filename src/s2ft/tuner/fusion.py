@@ -19,8 +19,7 @@ from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice, all_finite
 from s2ft.layer.adapted import not_loaded
 from s2ft.layer.linear import S2FTLinear, sliced_layers
-
-RESERVED = ("__base__",)  # a row without an adapter, in `adapter_names`
+from s2ft.tuner.mixing import BASE
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +111,7 @@ def _state(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> dict[str, Te
 
 def name_problem(adapter_name: str) -> str | None:
     """What is wrong with the name of a new adapter: it becomes a key of a module, and a folder when it is saved."""
-    if adapter_name in RESERVED or (isinstance(adapter_name, str) and hasattr(nn.ModuleDict, adapter_name)):
+    if adapter_name == BASE or (isinstance(adapter_name, str) and hasattr(nn.ModuleDict, adapter_name)):
         return f"adapter_name={adapter_name!r} has another meaning in PEFT or torch; take another name"
     if isinstance(adapter_name, str) and adapter_name and not set(adapter_name) & set("./\\"):
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftMixedModel, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.adapters.blending import DENSITY
@@ -38,14 +38,12 @@ from s2ft.layer.adapted import (
     suspended,
 )
 from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.pack import MixedBatch
 from s2ft.training.depth import stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
 from s2ft.tuner.loaders import INCOMING, guard
+from s2ft.tuner.mixing import BASE, mixed_rows
 from s2ft.tuner.rollback import rolled_back
-
-BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
 
 class S2FTModel(BaseTuner):
@@ -187,13 +185,13 @@ class S2FTModel(BaseTuner):
         require_own(self.model, "merging", allowed=["merged"])
         names = self.active_adapters if adapter_names is None else adapter_names
         raise_together(not_loaded(names, self.peft_config))
-        raise_together(self._kept_whole(names))
+        raise_together(self._inactive_modules(names))
         paths = {layer: path for path, layer in self.model.named_modules()}
         problems = ((paths[layer], layer.why_unwritable(names)) for layer in layers)
         raise_by_place((path, problem) for path, problem in problems if problem)
 
-    def _kept_whole(self, names: Sequence[str]) -> Iterator[str]:
-        """Modules that adapters keep whole are not merged: the active adapter's runs, which must be one of `names`."""
+    def _inactive_modules(self, names: Sequence[str]) -> Iterator[str]:
+        """`modules_to_save` are not merged: the active adapter's runs, so that must be one of `names`."""
         for path, wrapper in self.model.named_modules():
             if isinstance(wrapper, ModulesToSaveWrapper):
                 kept = [
@@ -322,43 +320,14 @@ class S2FTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hands `adapter_names` (one per row of the batch) to every adapted layer for the time of one call."""
+        """Around each call: it takes its turn, and hands `adapter_names` to every adapted layer."""
         names = kwargs.pop("adapter_names", None)
         with ExitStack() as stack:
             if not torch.compiler.is_compiling():
                 stack.enter_context(self.shared.turns.together() if names is None else self.shared.turns.alone())
             if names is not None:
-                self._check_adapter_names(names)
-                beams = kwargs.get("num_beams") or 1
-                encoder = self.model.get_encoder() if beams > 1 and _is_encoder_decoder(self.model) else None
-                once = set() if encoder is None else set(encoder.modules())  # beams repeat the decoder's rows only
-                if self.pool is not None:
-                    require_own(self.model, "`adapter_names`", allowed=["merged"])
-                    self.pool.bring(names)
-                alone, beamed = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))
-                for module in self.modules():
-                    if isinstance(module, S2FTLinear | AuxiliaryTrainingWrapper):
-                        rows = alone if module in once else beamed
-                        if isinstance(module, AuxiliaryTrainingWrapper):  # a pool's adapters have nothing of it
-                            rows = MixedBatch(BASE if self.pool and name in self.pool else name for name in rows)
-                        stack.callback(module.register_forward_pre_hook(_give(rows), with_kwargs=True).remove)
+                stack.enter_context(mixed_rows(self, names, kwargs.get("num_beams") or 1))
             yield
-
-    def _check_adapter_names(self, names: list[str]) -> None:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if not isinstance(names, list | tuple):
-            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        unknown = sorted(set(names) - {BASE} - set(self.peft_config) - set(self.pool or ()))
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-
-
-def _give(names: list[str]) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": names}
-
-    return hook
 
 
 def _wrapped_already(model: nn.Module) -> str | None:
@@ -369,10 +338,6 @@ def _wrapped_already(model: nn.Module) -> str | None:
         f"the model is a {type(model).__name__} with adapters already: {held}. S²FT goes onto the model inside: give it after "
         "`model = model.merge_and_unload()` or `model.unload()`; a further S²FT adapter is added by `model.add_adapter`"
     )
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 register_tuner(S2FTModel)

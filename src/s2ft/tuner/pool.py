@@ -27,7 +27,8 @@ from s2ft.layer.adapted import require_own
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import LooseSlice
 from s2ft.tuner.incoming import warn_of_overflow
-from s2ft.tuner.model import BASE, S2FTModel
+from s2ft.tuner.mixing import BASE
+from s2ft.tuner.model import S2FTModel
 
 Slices = dict[str, LooseSlice]  # module → the adapter's slice of it
 
