@@ -19,7 +19,7 @@ from s2ft.format import weight_file
 from s2ft.format.digest import agree, slice_digest
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
-from s2ft.training.in_place import planned
+from s2ft.training.plan import planned
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch import nn
 from s2ft.adapters.file import Adapter
 from s2ft.common.extras import from_extra
 from s2ft.layer.linears import layer_index, layer_stack
-from s2ft.training.in_place import planned
+from s2ft.training.plan import planned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What an adapted layer runs, and what stands in its base weight for it.
+"""The state of an adapted layer: what it computes, and what its base weight holds.
 
     ordinary    y = base(x) + the active adapters' slices                  PEFT's way
     merged      y = base(x)                                                base holds W + ΔW of every merged adapter
@@ -6,13 +6,13 @@
     disabled    y = base(x)                                                base holds W, for as long as that lasts
     in place    y = base(x)                                                base holds W + ΔW of the adapter that trains
 
-What should stand in the weight follows from the layer's state. After every change of it, `settle` makes the weight hold that
-(`layer/base_weight.py`); in place, the forward pass does (`layer/slot.py`). What needs the weight's own values asks
-`require_own`. A layer without a slice of an adapter takes part all the same: it runs its base. All layers of a model share
-`Shared`, so that they agree where PEFT asks them one by one.
+What the weight should hold follows from the layer's state. After every change of the state, `settle` makes it so
+(`layer/base_weight.py`); in place, the forward pass does (`layer/slot.py`). Whatever needs the weight's own values calls
+`require_own`. A layer that has no slice of an adapter still follows its state, and runs its base. All layers of a model share
+one `Shared`, so that they agree although PEFT asks them one by one.
 
 The forward pass of a switched model reads one flag, the same for every adapter and for none: a compiled model is compiled once.
-`switch` in `tuner/switching.py` is what people call.
+People call `switch` in `tuner/switching.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from weakref import WeakSet
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
-from torch import Tensor, nn
+from torch import nn
 
 from s2ft.common.errors import S2FTError, raise_together
+from s2ft.format.slices import all_finite
 from s2ft.layer.base_weight import BaseWeight, add_delta, plain_matrix, shared_weights, take_slice
+from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linears import why_not_plain
 from s2ft.layer.turns import Turns
 
-_STATE = ("merged_adapters", "_disable_adapters", "is_switched", "switched_to")  # decides what stands in the weight
+_STATE = ("merged_adapters", "_disable_adapters", "is_switched", "switched_to")  # decides what the weight holds
 
 
 class Shared:
@@ -43,7 +45,7 @@ class Shared:
         self.turns = Turns()
 
     def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
-        """For copies and pickles: layers that are copied join anew."""
+        """Copies and pickles start empty; copied layers join them."""
         return Shared, ()
 
     @property
@@ -53,7 +55,7 @@ class Shared:
 
 
 class AdaptedLayer(BaseTunerLayer):
-    """What `S2FTLinear` is besides: a layer whose base weight can take adapters in, and give them back."""
+    """The part of `S2FTLinear` that PEFT's calls change: which adapters are active, merged, switched to, or disabled."""
 
     is_switched = False
     switched_to: str | None = None
@@ -62,12 +64,12 @@ class AdaptedLayer(BaseTunerLayer):
     base_layer: nn.Module
     s2ft_block: nn.ModuleDict
     training: bool
-    merged_adapters: list[str]  # in their order; also those without a slice here
+    merged_adapters: list[str]  # in the order of merging; also those that have no slice of this layer
     shared: Shared
     base_weight: BaseWeight
 
     def join(self, shared: Shared) -> None:
-        """Becomes one of a model's layers: active, merged and disabled is what is so in the others."""
+        """Becomes one of a model's layers, in the state of the others."""
         peer = next(iter(shared.layers), None)
         if peer is not None:
             self._active_adapter, self._disable_adapters = peer.active_adapter, peer.disable_adapters
@@ -78,23 +80,32 @@ class AdaptedLayer(BaseTunerLayer):
 
     @property
     def standing(self) -> tuple[str, ...]:
-        """The adapters that should stand in the base weight."""
+        """The adapters that the base weight should hold."""
         if self.disable_adapters:
             return ()
         return tuple(self.merged_adapters) or (() if self.switched_to is None else (self.switched_to,))
 
     def settle(self) -> None:
-        """Makes the base weight hold what should stand in it; if anything is raised, it holds its own values."""
+        """Makes the base weight hold what it should; if anything is raised, it holds its own values."""
         if self.standing != self.base_weight.adapters:
             slices = {name: self.block(name) if name in self.s2ft_block else None for name in self.standing}
             with self._onloaded():
                 self.base_weight.hold(self.get_base_layer(), slices)
 
     def take_out(self) -> None:
-        """The base weight's own values again, until the layer settles anew."""
+        """Restores the base weight, until `settle` is called again."""
         if self.base_weight.adapters or not self.base_weight.is_own:
             with self._onloaded():
                 self.base_weight.restore(self.get_base_layer())
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Runs the base layer by itself; unlike `enable_adapters`, touches neither the weight nor what trains."""
+        before, self._disable_adapters = self._disable_adapters, True
+        try:
+            yield
+        finally:
+            self._disable_adapters = before
 
     def _onloaded(self) -> AbstractContextManager[Any]:
         """With the base weight's values here, where accelerate has offloaded them."""
@@ -103,28 +114,29 @@ class AdaptedLayer(BaseTunerLayer):
     # ---- merging -----------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the active (or named) adapters' slices into the base weight; while adapters are disabled, from then on.
+        """Adds the active (or named) adapters' slices to the base weight; if adapters are disabled, once they are enabled.
 
         Args:
             safe_merge: Check that the new values are finite.
+            adapter_names: The adapters to merge; None: the active ones.
 
         Raises:
-            S2FTError: and the weight is what it was.
+            S2FTError: if they cannot be merged; the weight is what it was before.
         """
         names = list(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
         self.refuse_merging(names)
         with all_or_nothing([self]):
             self.merged_adapters = [*self.merged_adapters, *names]
             self.settle()
-            for name in names if safe_merge else ():
-                if name in self.s2ft_block and not self._merged_values(name).isfinite().all():
-                    raise S2FTError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            broken = [name for name in names if safe_merge and not self._merges_finite(name)]
+            if broken:
+                raise S2FTError(f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken")
 
     def refuse_merging(self, names: Sequence[str]) -> None:
         """Raises `S2FTError` where these adapters cannot be merged."""
         self.require_own("merging", allowed=["merged"])
         elsewhere = [name for name in names if name not in self.s2ft_block]
-        if elsewhere:  # to ask all layers takes its time
+        if elsewhere:  # `shared.adapters` goes through all layers
             raise_together(not_loaded(elsewhere, self.shared.adapters))
         if problem := self.why_unwritable(names):
             raise S2FTError(f"the layer cannot be merged into: {problem}")
@@ -134,28 +146,33 @@ class AdaptedLayer(BaseTunerLayer):
         reason = why_not_plain(self.get_base_layer()) if any(name in self.s2ft_block for name in names) else None
         return f"its weight {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
-    def _merged_values(self, name: str) -> Tensor:  # [out_features, s] or [s, in_features]
+    def _merges_finite(self, name: str) -> bool:
+        """Whether the slice's channels are finite with the adapter in them, which a disabled one will be later."""
+        if name not in self.s2ft_block:
+            return True
         block = self.block(name)
         weight = plain_matrix(self.get_base_layer(), "merging")
         values = take_slice(weight, block.dim, block.indices.to(weight.device))
-        return values if name in self.base_weight.adapters else add_delta(values, block.weight.data.to(weight.device))
+        if name not in self.base_weight.adapters:
+            values = add_delta(values, block.weight.data.to(weight.device))
+        return all_finite(values)
 
     def unmerge(self) -> None:
-        """The base weight's own values again: bit for bit what they were."""
+        """Restores the base weight, bit for bit."""
         self.merged_adapters = []
         self.settle()
 
     # ---- PEFT's own calls --------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT; it ends the switched state."""
+        """As in PEFT; ends the switched state."""
         names = list(dict.fromkeys([adapter_names] if isinstance(adapter_names, str) else adapter_names))
         self.refuse_beside_layout(names)
         end_switch([self])
         self._activate(names, inference_mode)
 
     def refuse_beside_layout(self, names: Sequence[str]) -> None:
-        """Raises `S2FTError` inside `in_place`, where other adapters than its own would be active."""
+        """Raises `S2FTError` inside `in_place`, unless `names` are the adapter that it trains."""
         if self.layout is not None and list(names) != [self.layout.adapter]:
             raise S2FTError(
                 f"inside `s2ft.in_place(model)` its adapter {self.layout.adapter!r} is active; "
@@ -170,7 +187,7 @@ class AdaptedLayer(BaseTunerLayer):
                 self.block(name).is_parked = False
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As in PEFT; what stands in the base weight goes out of it while adapters are disabled, and comes back after."""
+        """As in PEFT; while adapters are disabled, the base weight has its own values."""
         with all_or_nothing([self]):
             if not self.is_switched:
                 super().enable_adapters(enabled)
@@ -178,9 +195,9 @@ class AdaptedLayer(BaseTunerLayer):
             self.settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; a layer that is switched to the adapter gets its base weight back first.
+        """As in PEFT; a layer that is switched to the adapter is switched to its base.
 
-        Where it was the only active one, the next is chosen among the model's adapters, not among this layer's.
+        If it was the only active adapter, another of the model's becomes active, whether it has a slice of this layer or not.
         """
         self.require_own(f"deleting the adapter {adapter_name!r}", allowed=["merged", "switched"])
         if adapter_name in self.merged_adapters:
@@ -193,7 +210,7 @@ class AdaptedLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _successors(self, adapter_name: str) -> list[str]:
-        """Who is active after the adapter is gone; PEFT's rule, for the model as a whole."""
+        """The adapters that are active once this one is deleted: PEFT's rule, applied to the model as a whole."""
         others = [name for name in self.active_adapters if name != adapter_name]
         if not others:
             others = [name for name in self.shared.adapters if name != adapter_name][:1]
@@ -204,14 +221,14 @@ class AdaptedLayer(BaseTunerLayer):
                 )
         return others
 
-    # ---- refusing ----------------------------------------------------------------------------------------------------
+    # ---- what a state does not allow ---------------------------------------------------------------------------------
 
     def why_not_own(self, what: str, allowed: Collection[str] = ()) -> str | None:
-        """Why `what` is not possible: the base weight does not hold its own values.
+        """Why `what`, which needs the base weight's own values, is not possible; None if it is.
 
         Args:
-            what: How the reason begins, such as "merging".
-            allowed: States that are no reason: "merged", "switched".
+            what: The subject of the message, such as "merging".
+            allowed: States in which it is possible nevertheless: "merged", "switched".
         """
         if self.layout is not None:
             return (
@@ -230,11 +247,11 @@ class AdaptedLayer(BaseTunerLayer):
         return None
 
     def require_own(self, what: str, allowed: Collection[str] = ()) -> None:
-        """Raises `S2FTError` with that reason."""
+        """Raises `S2FTError` if `what` is not possible; see `why_not_own`."""
         raise_together(filter(None, [self.why_not_own(what, allowed)]))
 
     def check_switched_forward(self, adapter_names: list[str] | None) -> None:
-        """Raises `S2FTError` for a mixed batch while an adapter stands in the base weight, and for training."""
+        """Raises `S2FTError` for training, and for a mixed batch while the base weight holds an adapter."""
         if adapter_names is not None:
             self.require_own("`adapter_names`", allowed=["merged"])
         if self.training and torch.is_grad_enabled():
@@ -243,30 +260,32 @@ class AdaptedLayer(BaseTunerLayer):
                 "`model.set_adapter(name)` to train, or `model.eval()` to run it"
             )
 
-    def block(self, adapter_name: str) -> Any:  # S2FTBlock
+    def block(self, adapter_name: str) -> S2FTBlock:
         """The adapter's slice of this layer."""
-        return self.s2ft_block[adapter_name]
+        block = self.s2ft_block[adapter_name]
+        assert isinstance(block, S2FTBlock)
+        return block
 
 
 def not_loaded(names: Iterable[str], loaded: Collection[str]) -> Iterator[str]:
-    """A problem for each name that is no loaded adapter's."""
+    """A problem for each name that is not a loaded adapter's."""
     for name in names:
         if name not in loaded:
             yield f"adapter {name!r} is not loaded; loaded are {', '.join(map(repr, loaded)) or 'none'}"
 
 
 def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
-    """The model's S²FT layers, in its own order."""
+    """The model's S²FT layers, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, AdaptedLayer)]
 
 
 def turns_of(model: nn.Module) -> Turns:
-    """The lock of a model with S²FT layers; one without gets one of its own."""
+    """The lock of the model; a new one if it has no S²FT layers."""
     return next((layer.shared.turns for layer in adapted_layers(model)), Turns())
 
 
 def mark_shared(model: nn.Module) -> None:
-    """Tells each layer whether its weight is read by another module too; before slices are put into it."""
+    """Tells each layer whether another module uses its weight too; called before adapters are written into weights."""
     shared = shared_weights(model)
     for layer in adapted_layers(model):
         if layer.base_weight.is_own:
@@ -276,7 +295,7 @@ def mark_shared(model: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
-    """What is merged, disabled and switched; if anything is raised, all layers are as they were before."""
+    """If the block raises, all layers are merged, disabled and switched as they were before."""
     before = [tuple(getattr(layer, name) for name in _STATE) for layer in layers]
     try:
         yield
@@ -289,7 +308,7 @@ def all_or_nothing(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
 
 
 def _settle_or_leave(layers: Sequence[AdaptedLayer]) -> None:
-    """Where what stood in the weights cannot be written either, the base by itself is always possible."""
+    """Settles the layers; if their adapters cannot be written again, leaves them with their base, which always works."""
     try:
         for layer in layers:
             layer.settle()
@@ -300,7 +319,7 @@ def _settle_or_leave(layers: Sequence[AdaptedLayer]) -> None:
 
 
 def switch_layers(layers: Sequence[AdaptedLayer], adapter_name: str | None) -> None:
-    """Switches all layers to an adapter, or to none. If anything is raised, they are as they were before."""
+    """Switches all layers to an adapter, or (None) to their base. If anything is raised, they are as they were before."""
     with all_or_nothing(layers):
         for layer in layers:
             layer.is_switched, layer.switched_to = True, adapter_name
@@ -308,7 +327,7 @@ def switch_layers(layers: Sequence[AdaptedLayer], adapter_name: str | None) -> N
 
 
 def end_switch(layers: Sequence[AdaptedLayer]) -> None:
-    """Back to the ordinary state: the base weights are their own again."""
+    """Ends the switched state: base weights are restored, and the active adapters run again."""
     for layer in layers:
         if layer.is_switched:
             layer.is_switched, layer.switched_to = False, None
@@ -317,8 +336,9 @@ def end_switch(layers: Sequence[AdaptedLayer]) -> None:
 
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
-    """Base weights of their own while adapters are added or deleted, or the base is read; afterwards what was there before,
-    as far as it still exists.
+    """Restores the base weights while adapters are added or deleted, or the base is read.
+
+    Afterwards the layers are merged and switched as before, as far as the adapters still exist.
     """
     layers = adapted_layers(model)
     switched = [layer for layer in layers if layer.is_switched]
@@ -338,7 +358,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 
 def require_own(model: nn.Module, what: str, allowed: Collection[str] = ()) -> None:
-    """Raises `S2FTError` where a base weight of the model does not hold its own values; see `AdaptedLayer.why_not_own`."""
+    """Raises `S2FTError` if `what` is not possible in a layer of the model; see `AdaptedLayer.why_not_own`."""
     raise_together(dict.fromkeys(filter(None, (layer.why_not_own(what, allowed) for layer in adapted_layers(model)))))
 
 

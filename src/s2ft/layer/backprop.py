@@ -1,8 +1,8 @@
 """Partial back-propagation: the autograd functions around a frozen linear layer.
 
-What is added around the layer (see `layer/linear.py`): a tap on its input, an addition to its output. Each saves the least
-that its backward needs, and the slice's share of the input gradient is added onto the layer's own, in place (S²FT paper,
-§3.3). What lives in its weight (see `layer/slot.py`): a node behind its output, which gives the slice its gradient.
+An adapter around the layer (`layer/linear.py`) takes a tap on its input and adds to its output. Each function saves the least
+that its backward needs, and the slice's share of the input gradient is added to the layer's own, in place (S²FT paper, §3.3).
+An adapter in the layer's weight (`layer/slot.py`) needs one function behind the output, which gives the slice its gradient.
 """
 
 from __future__ import annotations
@@ -20,31 +20,47 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 
 
 class SelectTap(Function):
-    """x → (x, x[..., idx]); backward scatters the second gradient onto the first."""
+    """Selects the activations of a slice on the input side; saves the indices alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [*, in_features]
+        indices: Tensor,  # [s], int64
+    ) -> tuple[Tensor, Tensor]:  # [*, in_features], [*, s]
+        """Returns x and x[..., indices]."""
         ctx.save_for_backward(indices)
         return x.view_as(x), x.index_select(-1, indices)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_selected: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_x: Tensor, grad_selected: Tensor) -> tuple[Tensor, None]:  # shaped like the outputs
+        """Returns grad_x with grad_selected added at the indices, in place."""
         (indices,) = ctx.saved_tensors
         return grad_x.index_add_(-1, indices, grad_selected), None
 
 
 class ProjectTap(Function):
-    """x → (x, x Vᵀ); backward adds the product's input gradient onto the first."""
+    """Multiplies the input with a slice on the output side; saves x, which the layer's neighbours save too, and V."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [*, in_features]
+        delta: Tensor,  # [s, in_features]
+    ) -> tuple[Tensor, Tensor]:  # [*, in_features], [*, s]
+        """Returns x and x Vᵀ."""
         ctx.save_for_backward(x, delta)
         return x.view_as(x), F.linear(x, delta)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_product: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any,
+        grad_x: Tensor,  # [*, in_features]
+        grad_product: Tensor,  # [*, s]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns grad_x + grad_product V, added in place, and dL/dV = grad_productᵀ x."""
         x, delta = ctx.saved_tensors
         rows = grad_product.reshape(-1, grad_product.shape[-1])
         grad_delta = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
@@ -55,10 +71,16 @@ class ProjectTap(Function):
 
 
 class AddProduct(Function):
-    """y += selected Vᵀ, in place; keeps `selected` and V."""
+    """Adds a slice on the input side to the output; saves the selected activations and V."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, selected: Tensor, delta: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        y: Tensor,  # [*, out_features]
+        selected: Tensor,  # [*, s]
+        delta: Tensor,  # [out_features, s]
+    ) -> Tensor:
+        """Adds selected Vᵀ to y, in place."""
         ctx.save_for_backward(selected, delta)
         ctx.mark_dirty(y)
         y.view(-1, y.shape[-1]).addmm_(selected.view(-1, selected.shape[-1]), delta.T)
@@ -66,7 +88,11 @@ class AddProduct(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any,
+        grad_y: Tensor,  # [*, out_features]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns grad_y, grad_y V, and dL/dV = grad_yᵀ selected."""
         selected, delta = ctx.saved_tensors
         rows = grad_y.reshape(-1, grad_y.shape[-1])
         grad_selected = (rows @ delta).view_as(selected) if ctx.needs_input_grad[1] else None
@@ -75,34 +101,42 @@ class AddProduct(Function):
 
 
 class AddAt(Function):
-    """y[..., idx] += product, in place; keeps neither."""
+    """Adds a slice on the output side to the output; saves the indices alone."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, product: Tensor, indices: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        y: Tensor,  # [*, out_features]
+        product: Tensor,  # [*, s]
+        indices: Tensor,  # [s], int64
+    ) -> Tensor:
+        """Adds the product to y[..., indices], in place."""
         ctx.save_for_backward(indices)
         ctx.mark_dirty(y)
         return y.index_add_(-1, indices, product)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:  # grad_y: [*, out_features]
+        """Returns grad_y and grad_y[..., indices]."""
         (indices,) = ctx.saved_tensors
         return grad_y, grad_y.index_select(-1, indices), None
 
 
 class SliceGradient(Function):
-    """y → y. Backward gives the delta its gradient, after `before` has made sure that the slot holds it."""
+    """Gives the delta in a base weight its gradient; saves what the caller selected of the input, and V."""
 
     @staticmethod
     def forward(
         ctx: Any,
         y: Tensor,  # [*, out_features]
         kept: Tensor,  # [*, s] selected activations (input side), or [*, in_features]
-        delta: Tensor,
+        delta: Tensor,  # [out_features, s] or [s, in_features]
         picks: Callable[[Tensor], Tensor] | None,  # output side: g → g[..., slot]
-        before: Callable[[], None] | None,
-        dirty: bool,
+        before: Callable[[], None] | None,  # called ahead of backward, so that the slot holds the delta
+        dirty: bool,  # y itself may be returned
     ) -> Tensor:
+        """Returns y as it is."""
         ctx.save_for_backward(kept, delta)
         ctx.picks, ctx.before = picks, before
         if dirty:
@@ -112,7 +146,11 @@ class SliceGradient(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
+    def backward(
+        ctx: Any,
+        grad_y: Tensor,  # [*, out_features]
+    ) -> tuple[Tensor, None, Tensor, None, None, None]:
+        """Returns grad_y as it is, and dL/dV = gᵀ kept, where g is grad_y or its part in the slot."""
         kept, delta = ctx.saved_tensors  # raises if the delta has changed since the forward pass
         if ctx.before is not None:
             ctx.before()
@@ -122,31 +160,33 @@ class SliceGradient(Function):
 
 
 class BeforeBackward(Function):
-    """y → y. Calls `before` ahead of the backward pass of what made y."""
+    """Calls `before` ahead of the backward pass of what made y."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, before: Callable[[], None]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, before: Callable[[], None]) -> Tensor:  # y: any shape
+        """Returns y as it is."""
         ctx.before = before
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:  # grad_y: shaped like y
+        """Returns grad_y as it is."""
         ctx.before()
         return grad_y, None
 
 
-def may_change(y: Tensor) -> bool:
-    """Whether the base layer's output may be added to in place: not where a hook's own Function made it, or a compiler runs.
+def may_change(y: Tensor) -> bool:  # y: [*, out_features]
+    """Whether the base layer's output may be added to in place.
 
-    Nor where autograd refuses, as with what quantised layers give: a leaf that requires its gradient, or a view that was
-    made inside a Function, without gradients, or of what has no part in the graph.
+    Not while a compiler runs, nor where a hook's own Function made it, nor where autograd refuses: quantised layers give a leaf
+    that requires its gradient, or a view that was made inside a Function, without gradients, or of what is not in the graph.
     """
     if torch.compiler.is_compiling() or not y.is_contiguous() or isinstance(y.grad_fn, BackwardCFunction):
         return False
     if y.requires_grad and y.is_leaf:
         return False
-    base = y._base
+    base = y._base  # noqa: SLF001 - torch does not say otherwise what a tensor is a view of
     return base is None or (_creation(y) == CreationMeta.DEFAULT and base.requires_grad == y.requires_grad)
 
 
@@ -156,5 +196,5 @@ def eager_grad(x: Tensor) -> bool:
 
 
 def stamp(tensor: Tensor) -> tuple[int, int]:
-    """Where the tensor lies and how often it was written to; writes to its `data` are not counted."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    """The tensor's address and version: equal while it is the same and was not written to, other than through its `data`."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch's only counter

@@ -1,4 +1,4 @@
-"""One adapter's slice of one linear layer: the delta V of its s chosen channels, and what it adds to the output."""
+"""One adapter's slice of one linear layer: the delta V of its s channels, and what it adds to the output."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from s2ft.layer.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_
 class S2FTBlock(nn.Module):
     """One adapter's slice of one layer: `weight`, the delta V, and `indices`, its channels.
 
-    A module rather than a parameter, so that names end in `.weight` below the adapter's name: TRL copies a reference
-    adapter by them.
+    A module rather than a parameter: then names end in `.weight` below the adapter's name, by which TRL copies a reference
+    adapter.
+
+    Args:
+        trained: The side of the layer, and the channels.
+        across: How many features the other side has.
+        dtype: Of the delta.
+        zero: Start from zeros; else from random values.
     """
 
     weight: nn.Parameter
     indices: Tensor  # [s], int64
-    is_parked = False  # in the host's memory, see `tuner/switching.py`
+    is_parked = False  # kept in the host's memory by `tuner/switching.py`
     finite_at: tuple[int, int] | None = None  # address and version of the delta that was last found finite
 
     def __init__(
         self,
         trained: Slice,
-        across: int,  # features on the side that is not sliced
+        across: int,
         dtype: torch.dtype = torch.float32,
         zero: bool = True,
     ) -> None:
@@ -45,8 +51,12 @@ class S2FTBlock(nn.Module):
         """The dimension of the weight matrix [out_features, in_features] that `indices` select along."""
         return 1 if self.side == "in" else 0
 
-    def tap(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # x: [*, in_features]
-        """What goes into the base layer, and what goes around it: x[..., idx] or x Vᵀ."""
+    def tap(
+        self,
+        x: Tensor,  # [*, in_features]
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # [*, in_features], [*, s]
+        """The input of the base layer, and what goes around that layer: x[..., idx] or x Vᵀ, in `dtype`."""
         if self.side == "in":
             if eager_grad(x):
                 x, selected = SelectTap.apply(x, self.indices)
@@ -59,7 +69,12 @@ class S2FTBlock(nn.Module):
             return taped
         return x, F.linear(source, delta)
 
-    def add_to(self, y: Tensor, around: Tensor, in_place: bool) -> Tensor:  # y: [*, out_features]
+    def add_to(
+        self,
+        y: Tensor,  # [*, out_features]
+        around: Tensor,  # [*, s], from `tap`
+        in_place: bool,
+    ) -> Tensor:  # [*, out_features]
         """Adds the slice's contribution to the base layer's output."""
         added: Tensor
         if self.side == "in":
@@ -70,7 +85,7 @@ class S2FTBlock(nn.Module):
         return added
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Indices follow from the config: a file that holds others is refused."""
+        """As in every module; indices that differ from the config's are refused, and values that are not finite."""
         found = state_dict.get(prefix + "indices")
         if found is not None and not found.is_meta:
             expected = Slice.parse(self.slice_text).indices
@@ -84,4 +99,5 @@ class S2FTBlock(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"side={self.side}, channels={self.indices.numel()}"

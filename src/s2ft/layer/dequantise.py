@@ -1,7 +1,6 @@
-"""The values that a quantised layer computes with, and the grid that they were rounded to.
+"""The values of a quantised weight, and a name for how it is quantised; used by digests.
 
-bitsandbytes (through PEFT), torchao, optimum-quanto: whatever of theirs has values as a tensor. Read for digests only;
-nothing is changed.
+For bitsandbytes (through PEFT), torchao and optimum-quanto.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 
 from s2ft.layer.linears import features
 
-_GRID = ("quant_type", "qtype", "blocksize", "block_size", "_group_size", "axis")  # what tells one grid from another
+_GRID = ("quant_type", "qtype", "blocksize", "block_size", "_group_size", "axis")  # attributes that say how
 
 
 def dequantised(layer: nn.Module) -> Tensor | None:  # [out_features, in_features], a copy
-    """The layer's weight as floating-point values; None where nobody says them: on meta, sharded, packed by others."""
+    """The layer's weight in floating point; None if that is not known: on device meta, sharded, or packed in another way."""
     weight: Any = layer.weight
     if weight.is_meta or getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return None
@@ -33,7 +32,7 @@ def dequantised(layer: nn.Module) -> Tensor | None:  # [out_features, in_feature
 
 
 def grid(layer: nn.Module) -> str:
-    """Names how the weight is quantised: equal for layers that one library quantised in the same way.
+    """A name for how the weight is quantised, equal for layers that one library quantised in the same way.
 
     Example:
         >>> grid(nn.Linear(2, 2))

@@ -1,6 +1,6 @@
-"""The trained slice of one linear layer: forward, partial back-propagation, merge.
+"""A linear layer with trained slices: the forward pass, and what PEFT asks of a tuner layer.
 
-The base layer stays a plain layer; the adapter adds what the delta V of its s chosen channels adds to the output.
+The base layer stays as it is; an adapter adds to its output what the delta V of its s channels contributes.
 
     input side (o, down)     y = base(x);  y += x[..., idx] Vᵀ       V: [out_features, s]    ΔW[:, idx] = V
     output side (q, ..., up) y = base(x);  y[..., idx] += x Vᵀ       V: [s, in_features]     ΔW[idx, :] = V
@@ -69,11 +69,20 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     def update_layer(
         self, adapter_name: str, trained: Slice, init_weights: bool = True, inference_mode: bool = False, **_: Any
     ) -> None:
-        """Adds an adapter with the slice `trained`."""
+        """Adds an adapter.
+
+        Args:
+            adapter_name: Its name.
+            trained: Its slice of this layer.
+            init_weights: Start from a delta of zeros, so that nothing changes; else from random values, for tests.
+            inference_mode: The adapter is not to be trained.
+
+        Raises:
+            S2FTError: inside `in_place`, or if the layer has fewer channels.
+        """
         self.require_own(f"adding the adapter {adapter_name!r}", allowed=["merged", "switched"])
-        size, across = (
-            (self.in_features, self.out_features) if trained.side == "in" else (self.out_features, self.in_features)
-        )
+        inputs, outputs = self.in_features, self.out_features
+        size, across = (inputs, outputs) if trained.side == "in" else (outputs, inputs)
         if trained.indices[-1] >= size:
             raise S2FTError(
                 f"the slice {str(trained)!r} reaches past the {size} channels of the layer's {trained.side}put side"
@@ -95,16 +104,16 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> Tensor:  # [*, out_features]
-        """The base layer's output, with what the running adapters add.
+        """The base layer's output plus what the active adapters add, or what stands for that in the layer's state.
 
         Args:
             x: The layer's input.
-            args: More that the base layer takes.
-            adapter_names: For each row of the batch its adapter, or `__base__`.
-            kwargs: More that the base layer takes.
+            args: Passed on to the base layer.
+            adapter_names: The adapter of each row of the batch, or `__base__`.
+            kwargs: Passed on to the base layer.
 
         Raises:
-            S2FTError: if the layer cannot do that in the state that it is in, such as train while it is switched.
+            S2FTError: if the layer's state does not allow it, such as training while it is switched.
         """
 
         def base(x: Tensor) -> Tensor:
@@ -124,9 +133,12 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         )
 
     def _with_slices(
-        self, base: Base, x: Tensor, blocks: list[S2FTBlock]
-    ) -> Tensor:  # [*, in_features] → [*, out_features]
-        """base(x), and what each slice adds to it."""
+        self,
+        base: Base,
+        x: Tensor,  # [*, in_features]
+        blocks: list[S2FTBlock],
+    ) -> Tensor:  # [*, out_features]
+        """base(x) plus what each slice adds."""
         dtype = self._compute_dtype(x)
         around = []
         for block in blocks:
@@ -148,7 +160,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         x: Tensor,  # [rows, *, in_features]
         adapter_names: list[str],
     ) -> Tensor:  # [rows, *, out_features]
-        """base(x), and in each row what its own adapter adds."""
+        """base(x) plus what each row's own adapter adds to it."""
         if len(x) != len(adapter_names):
             raise S2FTError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -164,11 +176,11 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     # ---- in place ----------------------------------------------------------------------------------------------------
 
     def enter_layout(self, layout: Any, channels: Tensor | None) -> None:
-        """From here on the slice of the layout's adapter stands in the base weight, or (None) is added around it.
+        """From here on the base weight holds the slice of the layout's adapter.
 
         Args:
             layout: The model's `Layout`.
-            channels: [s], where the slice's channels are in the layout's order.
+            channels: [s], where the slice's channels are in the layout's order; None: the slice is added around the layer.
         """
         self.layout = layout
         if channels is not None:
@@ -178,20 +190,19 @@ class S2FTLinear(nn.Module, AdaptedLayer):
             self.slot = Slot(linear, self.base_weight.set_aside(weight, dim, channels.to(weight.device)))
 
     def leave_layout(self) -> None:
-        """The base weight holds its own values again."""
+        """Restores the base weight."""
         if self.slot is not None:
             self.slot.close(self.get_base_layer())
         self.base_weight.restore(self.get_base_layer())
         self.slot = self.layout = None
 
     def _forward_in_place(self, base: Base, x: Tensor, adapter_names: list[str] | None) -> Tensor:  # as `forward`
-        held = self.layout.adapter
-        if adapter_names is not None or not (self.disable_adapters or self.active_adapters == [held]):
-            raise S2FTError(
-                f"inside `s2ft.in_place(model)` the model runs the adapter {held!r} or none (disable_adapter); "
-                f"asked for: {', '.join(map(str, adapter_names or self.active_adapters)) or 'none'}. Leave it first"
-            )
-        block = None if self.disable_adapters or held not in self.s2ft_block else self.block(held)
+        if adapter_names is not None:
+            self.require_own("`adapter_names`", allowed=["merged", "switched"])
+        name = self.layout.adapter
+        if not self.disable_adapters:
+            self.refuse_beside_layout(self.active_adapters)
+        block = None if self.disable_adapters or name not in self.s2ft_block else self.block(name)
         if self.slot is None:
             return self._with_slices(base, x, [] if block is None else [block])
         delta = None if block is None else block.weight
@@ -200,7 +211,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     # ---- what torch calls --------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> S2FTLinear:
-        """As in every module; what the base weight gets back later is moved and cast with it."""
+        """As in every module; the kept values of the base weight are moved and cast with it."""
         super()._apply(fn, recurse)
         self.base_weight.apply(fn)
         if self.slot is not None:
@@ -213,7 +224,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         self.shared.layers.add(self)
 
     def train(self, mode: bool = True) -> S2FTLinear:
-        """As in every module; the slot is written anew after each change of mode, and so is the table of a mixed batch."""
+        """As in every module; the slot and the table of a mixed batch are written anew, since deltas may have changed."""
         if self.slot is not None:
             self.slot.expire()
         forget(self)
@@ -225,7 +236,12 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         return self.block(adapter_name).slice_text
 
     def choose(self, adapter_name: str, indices: Indices) -> None:
-        """Gives an adapter that is about to be loaded as many other channels."""
+        """Replaces the channels of an adapter that is about to be loaded.
+
+        Args:
+            adapter_name: Its name.
+            indices: [s], as many as before.
+        """
         self.require_own("loading other channels")
         block = self.block(adapter_name)
         block.slice_text = str(Slice(block.side, indices))
@@ -238,7 +254,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's ΔW as a dense tensor, shaped like the base weight: for conversion, never on a hot path."""
+        """The adapter's ΔW as a dense tensor, shaped like the base weight; for conversions only."""
         if adapter not in self.s2ft_block:
             raise S2FTError(f"adapter {adapter!r} has no slice of this layer; it has {', '.join(self.s2ft_block)}")
         block, base = self.block(adapter), self.get_base_layer()
@@ -251,7 +267,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         return delta
 
     def take_base_dtype(self, adapter_name: str) -> None:
-        """Casts the adapter's delta to the dtype of the base layer, where that is a floating-point one."""
+        """Casts the adapter's delta to the dtype of the base weight, unless that is quantised."""
         if adapter_name in self.s2ft_block and is_plain(self.get_base_layer()):
             self.block(adapter_name).to(self.weight.dtype)
 
@@ -259,18 +275,12 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         """ΔW has rank s at most, so PEFT's `convert_to_lora` is exact from rank s on."""
         return True
 
-    def block(self, adapter_name: str) -> S2FTBlock:
-        """The adapter's slice of this layer."""
-        block = self.s2ft_block[adapter_name]
-        assert isinstance(block, S2FTBlock)
-        return block
-
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
 
 
 def _write_anew(layer: nn.Module, _: Any) -> None:
-    """After loading: what stands in the base weight has the values that were loaded."""
+    """After loading: adapters in the base weight take the values that were loaded."""
     assert isinstance(layer, S2FTLinear)
     if layer.base_weight.adapters:
         layer.take_out()

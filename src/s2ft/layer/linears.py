@@ -1,4 +1,4 @@
-"""Linear layers: what is one, how its weight lies, and which block of the model it stands in."""
+"""Linear layers: which modules are, how their weights are laid out, and which block of the model they are in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def linear_layer(module: nn.Module) -> nn.Module | None:
-    """The linear layer that `module` is, or that it wraps as a PEFT layer; None where there is none."""
+    """The linear layer that `module` is, or that it wraps as a PEFT layer; None if it is neither."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     is_linear = isinstance(module, nn.Linear | Conv1D) or (
@@ -21,15 +21,15 @@ def linear_layer(module: nn.Module) -> nn.Module | None:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """`(in_features, out_features)` of a linear layer; a Conv1D (GPT-2) keeps its weight as [in, out]."""
+    """`(in_features, out_features)` of a linear layer; the weight of a Conv1D (GPT-2) is [in_features, out_features]."""
     if isinstance(module, Conv1D):
-        shape = getattr(module.weight, "ds_shape", module.weight.shape)  # the whole shape where ZeRO-3 keeps a part
+        shape = getattr(module.weight, "ds_shape", module.weight.shape)  # DeepSpeed ZeRO-3 keeps a part of the weight
         return int(shape[0]), int(shape[1])
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the layer's weight holds its values as they are: whole, and not packed, scaled or wrapped."""
+    """Whether the layer's weight is a plain tensor of its values: whole, and not packed, scaled or wrapped."""
     return why_not_plain(module) is None
 
 
@@ -43,7 +43,7 @@ def why_not_plain(module: nn.Module) -> str | None:
         return "is a DTensor, sharded over devices (FSDP2 or tensor parallel)"
     if not weight.is_floating_point() or weight.dtype.itemsize == 1 or hasattr(weight, "quant_state"):
         return f"is quantised ({type(module).__name__}), stored as {weight.dtype}"
-    if type(weight.data) is not Tensor:  # whose dtype and shape may be those of the values it stands for
+    if type(weight.data) is not Tensor:  # its dtype and shape may be those of the dequantised values
         return f"is a {kind}, as quantisation libraries make them"
     if weight.numel() != features(module)[0] * features(module)[1]:
         return f"holds {weight.numel():,} of its values only (partitioned, as by FSDP, or packed)"
@@ -51,7 +51,7 @@ def why_not_plain(module: nn.Module) -> str | None:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], a view
-    """The weight of a linear layer in the orientation of `nn.Linear`, sharing storage with the module's own."""
+    """The weight of a linear layer in the orientation of `nn.Linear`, sharing its storage."""
     return as_matrix(module, module.weight)  # type: ignore[arg-type]
 
 
@@ -61,7 +61,7 @@ def as_matrix(module: nn.Module, weight_like: Tensor) -> Tensor:  # [out_feature
 
 
 def layer_stack(path: str) -> tuple[str, int] | None:
-    """The list of blocks that `path` lies in, and the index of its block there; None outside of any.
+    """The list of blocks that `path` is in, and the index of its block there; None if it is in none.
 
     Example:
         >>> layer_stack("model.layers.3.mlp.down_proj")
@@ -72,6 +72,6 @@ def layer_stack(path: str) -> tuple[str, int] | None:
 
 
 def layer_index(path: str) -> int | None:
-    """The index of the block that `path` lies in."""
+    """The index of the block that `path` is in; None if it is in none."""
     place = layer_stack(path)
     return place[1] if place else None

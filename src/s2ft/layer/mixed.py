@@ -1,24 +1,24 @@
-"""One batch, many adapters: every row of x has an adapter of its own, or none.
+"""One batch, many adapters: each row of x has its own adapter, or none.
 
     input side (o, down)     y[t] += Σⱼ x[t, idxⱼ] V[j, :]        j over the channels of t's adapter; V's rows: [out_features]
     output side (q, ..., up) y[t, idxⱼ] += x[t] · V[j, :]                                                 [in_features]
 
-The adapters of a layer lie one after the other in one table, a row for each channel, so that an adapter is a span of rows
-and ranks differ as they like. What then is the fastest product on a CPU? Tried at d = 4096, 32 to 72 channels, 8 and 64
-adapters, float32 and bfloat16:
+The adapters of a layer are stored one after the other in one table with a row for each channel; an adapter is a range of rows,
+and ranks may differ. Which product is fastest depends; measured on a CPU at d = 4096, 32 to 72 channels, 8 and 64 adapters,
+float32 and bfloat16:
 
-    few tokens a row     the sum above is an embedding bag: its words are table rows, its weights are x[t, idx]. One call for
-    (decoding)           all adapters, no padding, each row of the table read once, sums in float32. The other side is the
-                         derivative of that bag by its weights, a scalar product for each (token, channel). Equal ranks given,
-                         `torch.bmm` over the same table keeps up in float32, but takes two to three times as long in
-                         bfloat16 on the input side; `torch._grouped_mm` takes longer still.
-    many tokens a row    products of matrices pay: rows whose ranks differ by a quarter at most share a `torch.bmm`, over
-    (prefill), or        a copy of their tables, padded with the table's zero row. `torch._grouped_mm` needs no padding, but
-    gradients            refuses float64 and odd strides, and was no faster.
-    CUDA with Triton     `layer/mixed_triton.py`: one launch a side
+    few tokens a row     an embedding bag: its words are the table's rows, its weights are x[t, idx]. One call for all
+    (decoding)           adapters, no padding, each row of the table read once, sums in float32. The output side is the
+                         gradient of such a bag for its weights: a scalar product for each (token, channel). With equal
+                         ranks, `torch.bmm` over the same table is as fast in float32, but takes two to three times as long
+                         in bfloat16 on the input side; `torch._grouped_mm` takes longer still.
+    many tokens a row    matrix products: rows whose ranks differ by a quarter at most share a `torch.bmm` over a copy of
+    (prefill), or        their rows of the table, padded with the table's row of zeros. `torch._grouped_mm` needs no padding,
+    gradients            but refuses float64 and odd strides, and was no faster.
+    CUDA with Triton     `layer/mixed_triton.py`: one launch for each side
 
-Nothing loops over adapters, except when a new set of them is packed into a table. A table is kept with its layer until the
-batch's adapters change; what follows from names and shapes is kept with the batch, thus made once for `generate`.
+There is no loop over adapters, except when a new set of them is packed into a table. A layer keeps its table until the batch's
+adapters change; what follows from names and shapes is kept with the batch, so `generate` computes it once.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from torch import Tensor, nn
 
 from s2ft.layer.pack import MixedBatch, Pack, Step, find_slice, pack_slices, packed
 
-FEW_TOKENS = 16  # a row; where the two CPU paths take about the same time
-_SPREAD = 1.25  # largest rank over smallest in a product that pads
+FEW_TOKENS = 16  # per row; at so many, the two CPU paths take about the same time
+_SPREAD = 1.25  # the largest rank divided by the smallest in one padded product
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Every (token, channel) pair that is at work, token by token."""
+    """All (token, channel) pairs that contribute, in the order of tokens."""
 
     rows: Tensor  # [pairs], of the table
     flat: Tensor  # [pairs], the channel's place in x (input side) or y (output side), flattened
@@ -51,7 +51,7 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Batch rows whose adapters have about the same rank."""
+    """Rows of the batch whose adapters have about the same rank."""
 
     members: Tensor  # [n], batch rows
     rows: Tensor  # [n, w], of the table
@@ -60,11 +60,11 @@ class Bucket:
 
 def add_mixed(
     layer: nn.Module,  # S2FTLinear
-    y: Tensor,  # [rows, *, out_features], what the base layer made of x
+    y: Tensor,  # [rows, *, out_features], the base layer's output for x
     x: Tensor,  # [rows, *, in_features]
-    names: list[str],  # a name for each row; those without a slice of this layer add nothing
-) -> Tensor:  # [rows, *, out_features]; y itself, where that may be
-    """Adds to each row what its own adapter adds; differentiable."""
+    names: list[str],  # one for each row; an adapter without a slice of this layer adds nothing
+) -> Tensor:  # [rows, *, out_features]; y itself, if it may be changed
+    """Adds to each row what its own adapter contributes; differentiable."""
     batch = names if isinstance(names, MixedBatch) else MixedBatch(names)
     if not y.numel():
         return y
@@ -74,14 +74,14 @@ def add_mixed(
             y = _by_buckets(pack, y, x, _buckets(pack, batch.of_row, tokens, _width(pack, y, x), y.device), False)
         return y
     x, y = x.contiguous(), y.contiguous()
-    steps = batch.steps.get((layer, y.dtype)) if tokens == 1 else None  # decoding: as for the token before
+    steps = batch.steps.get((layer, y.dtype)) if tokens == 1 else None  # decoding: the same steps as for the last token
     for add, pack, plan in _steps(layer, batch, y, x, tokens) if steps is None else steps:
         y = add(pack, y, x, plan)
     return y
 
 
 def _way(x: Tensor, tokens: int) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """How to add without gradients, and what prepares it."""
+    """The function that adds without gradients, and the one that prepares its plan."""
     if x.is_cuda and x.element_size() <= 4 and _has_triton():
         from s2ft.layer.mixed_triton import add_by_kernel, tiles  # deferred: needs Triton
 
@@ -108,7 +108,7 @@ def _trains(layer: nn.Module, batch: MixedBatch) -> bool:
 
 
 def _steps(layer: nn.Module, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -> list[Step]:
-    """What to add, and how; kept for a single token a row."""
+    """What to add, and how; kept with the batch if there is one token per row, as in decoding."""
     add, prepare = _way(x, tokens)
     packs = packed(layer, batch, y)
     steps = [(add, pack, prepare(pack, batch.of_row, tokens, _width(pack, y, x), y.device)) for pack in packs]
@@ -118,7 +118,7 @@ def _steps(layer: nn.Module, batch: MixedBatch, y: Tensor, x: Tensor, tokens: in
 
 
 def _width(pack: Pack, y: Tensor, x: Tensor) -> int:
-    """Features on the side that is sliced."""
+    """The number of features on the sliced side."""
     return int((x if pack.side == "in" else y).shape[-1])
 
 
@@ -153,10 +153,10 @@ def _by_pairs(pack: Pack, y: Tensor, x: Tensor, plan: Pairs) -> Tensor:  # adds 
         return y
     if pack.side == "in":
         selected = x.take(plan.flat)
-        # As F.embedding_bag(..., mode="sum"), without the wrapper's time, which counts for a few rows
+        # As F.embedding_bag(..., mode="sum"), but without its checks, whose time matters for few rows
         sums, *_ = torch.embedding_bag(pack.table, plan.rows, plan.bags, False, 0, False, selected)
         return y.add_(sums.view_as(y))
-    product = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    product = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # noqa: SLF001 - else only through autograd
         x.view(-1, x.shape[-1]), pack.table, plan.rows, plan.bags, plan.tokens, 0
     )
     y.view(-1).index_add_(0, plan.flat, product)

@@ -1,4 +1,4 @@
-"""Several adapters' slices of one layer as one table, kept until the batch's adapters change."""
+"""The slices of several adapters of one layer as one table, kept until the batch's adapters change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from s2ft.layer.backprop import stamp
 
 
 class MixedBatch(list[str]):
-    """The name of each row's adapter, shared by all layers, with what they prepare for it.
+    """The name of each row's adapter, and what the layers have prepared for this batch.
 
     Example:
         >>> batch = MixedBatch(["b", "__base__", "a", "b"])
@@ -37,7 +37,7 @@ class MixedBatch(list[str]):
 
 @dataclass(frozen=True, eq=False)
 class LooseSlice:
-    """An adapter's slice of one layer that is no part of the model (see `tuner/pool.py`); as `S2FTBlock`."""
+    """An adapter's slice of one layer, like an `S2FTBlock`, but not part of the model (see `tuner/pool.py`)."""
 
     side: str
     indices: Tensor  # [s], int64
@@ -46,25 +46,25 @@ class LooseSlice:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One side of several adapters of a layer, one after the other."""
+    """The slices of several adapters on one side of a layer, one after the other."""
 
     side: str
-    table: Tensor  # [channels + 1, out_features or in_features]; the last row is zero
-    channels: Tensor  # [channels + 1], each row's channel of the layer; the last is 0; on the CPU
-    starts: Tensor  # [adapters], each one's first row; on the CPU
-    counts: Tensor  # [adapters], how many rows it has; on the CPU
+    table: Tensor  # [rows + 1, out_features or in_features]; the last row is zero
+    channels: Tensor  # [rows + 1], int64, on the CPU: the layer's channel that each row is of; 0 for the last
+    starts: Tensor  # [adapters], int64, on the CPU: the first row of each adapter
+    counts: Tensor  # [adapters], int64, on the CPU: how many rows it has
 
 
 Step = tuple[Callable[..., Tensor], Pack, Any]  # how to add, what, and by which plan
 
 
 def forget(layer: nn.Module) -> None:
-    """Lets go of the layer's table; it is made anew when needed."""
+    """Drops the layer's table; a new one is made when needed."""
     _tables.pop(layer, None)
 
 
 def find_slice(layer: nn.Module, name: str) -> Any:  # S2FTBlock | LooseSlice | None
-    """The adapter's slice of this layer: the model's own, or from a pool."""
+    """The adapter's slice of this layer, from the model or from a pool."""
     blocks: nn.ModuleDict = layer.s2ft_block  # type: ignore[assignment]
     return blocks[name] if name in blocks else layer.pooled.get(name)  # type: ignore[operator, union-attr]
 
@@ -73,13 +73,13 @@ _tables: WeakKeyDictionary[nn.Module, tuple[Any, list[Pack]]] = WeakKeyDictionar
 
 
 def packed(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
-    """The layer's table for this batch: what the batch has, else what the layer still holds, else a new one."""
+    """The tables for this batch: those that the batch has, else those that the layer still has, else new ones."""
     kept = batch.packs.get((layer, like.dtype))
     if kept is None:
         stamp = (like.dtype, like.device, [_stamp(find_slice(layer, name), name) for name in batch.distinct])
         table = _tables.get(layer)
         if table is None or table[0] != stamp:
-            forget(layer)  # before the new one: two need not fit
+            forget(layer)  # first, since the memory may not be enough for two
             with torch.no_grad():
                 table = _tables[layer] = (stamp, pack_slices(layer, batch, like))
         kept = batch.packs[layer, like.dtype] = table[1]
@@ -87,14 +87,14 @@ def packed(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
 
 
 def _stamp(found: Any, name: str) -> Any:
-    """Differs when the adapter's slice does."""
+    """A value that changes when the adapter's slice does."""
     if found is None:
         return name
     return name, _Identity(found.weight), stamp(found.weight)
 
 
 class _Identity:
-    """Equals that of the same tensor. Holds it weakly: a deleted adapter's memory is freed."""
+    """Equal for the same tensor. Refers to it weakly, so that the memory of a deleted adapter is freed."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -107,6 +107,7 @@ class _Identity:
 
 
 def pack_slices(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
+    """The slices of the batch's adapters as new tables, one for each side, on the device and in the dtype of `like`."""
     found = [find_slice(layer, name) for name in batch.distinct]
     sides = sorted({one.side for one in found if one is not None})
     return [_pack_side(side, [one if one and one.side == side else None for one in found], like) for side in sides]
@@ -115,7 +116,7 @@ def pack_slices(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]
 def _pack_side(side: str, found: list[Any], like: Tensor) -> Pack:
     slices = [one for one in found if one is not None]
     widths = {one.weight.shape[0 if side == "in" else 1] for one in slices}
-    if len(widths) > 1:  # the readers see to it; a table of other widths would be read past its end
+    if len(widths) > 1:  # readers of adapters check it; here it would be read past the table's end
         raise S2FTError(f"slices of one layer have {', '.join(map(str, sorted(widths)))} features on their other side")
     deltas = [one.weight.T if side == "in" else one.weight for one in slices]
     rows = [delta.to(like.device, like.dtype) for delta in deltas]

@@ -1,9 +1,9 @@
-"""Threads on one live model: passes of the model as it stands together, whatever changes it alone.
+"""The lock by which threads share a live model: passes run together, changes run alone.
 
     together   forward passes and generation            any number of threads
-    alone      switch, merge, set_adapter, a mixed batch (its names hang on the layers), a pool's moves, entering in_place ...
+    alone      switch, merge, set_adapter, a mixed batch (whose hooks are on the layers), a pool's moves, entering in_place ...
 
-A thread may go deeper: a pass inside of what it does alone, a change inside of its own pass once it is the only one.
+Calls of one thread may nest: a pass inside a change, and a change inside a pass, once no other thread has one under way.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Turns:
     def __init__(self) -> None:
         self._changed = Condition()
         self._passes: Counter[int] = Counter()  # thread → its passes under way
-        self._owner: int | None = None  # the thread that is alone
-        self._depth = 0
-        self._waiting = 0  # threads that want to be alone; new passes let them go first
-        self._from_a_pass: int | None = None  # the one of them that is in a pass of its own
+        self._owner: int | None = None  # the thread that makes a change
+        self._depth = 0  # of its nested changes
+        self._waiting = 0  # threads that wait to make a change; new passes let them go first
+        self._from_a_pass: int | None = None  # the one of them that waits inside a pass of its own
 
     def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
-        """For copies and pickles: nobody works on theirs."""
+        """Copies and pickles start as new: no thread uses them yet."""
         return Turns, ()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Beside other passes. Compiled code takes no turns."""
+        """For a forward pass. Does nothing in compiled code."""
         if torch.compiler.is_compiling():
             yield
             return
@@ -49,15 +49,15 @@ class Turns:
         finally:
             with self._changed:
                 self._passes[me] -= 1
-                self._passes += Counter()  # without those at zero
+                self._passes += Counter()  # drops those at zero
                 self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While no other thread has a pass or a change under way.
+        """For a change: waits until no other thread has a pass or a change under way.
 
         Raises:
-            S2FTError: in a pass of this thread, while another thread waits in a pass of its own: neither could go on.
+            S2FTError: inside a pass, if another thread is waiting inside a pass too: neither could go on.
         """
         me = get_ident()
         with self._changed:

@@ -3,9 +3,9 @@
     blocks     0 1 2 3 | 4 5 6 7        layers="last:50%": autograd stops below block 4 by itself,
     trained            | * * * *        unless the model's input was made to require gradients
 
-transformers, PEFT and TRL make it so whenever checkpointing is on, and checkpoint every block: backward then runs every block
-forward again and through to the embeddings. `stop_below(model)` undoes that: only the blocks from the lowest trained one up are
-checkpointed, and where checkpoints are reentrant, which needs inputs with gradients, that block's input gets them.
+With checkpointing, transformers, PEFT and TRL make the input require gradients and checkpoint every block: backward then runs
+every block forward again, and goes through to the embeddings. `stop_below(model)` undoes that: only the blocks from the lowest
+trained one up are checkpointed. Reentrant checkpoints need an input with gradients; there, that block's input gets them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from s2ft.layer.linears import layer_stack
 
-_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # as transformers and PEFT call theirs
+Blocks = list[tuple[str, Any]]  # path and module, which carries checkpointing's attributes and ours
+_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # the names in transformers and in PEFT
 
 
 def stop_below(model: nn.Module) -> int | None:
     """Confines checkpointing and gradients to the blocks from the lowest trained one up.
 
-    Does nothing where the blocks are no single list, where the lowest trained one is the first, or where something
-    outside the blocks trains that may lie below them.
+    Does nothing if the blocks are in several lists, if the first block trains, or if something outside the blocks trains,
+    which may be below them.
 
     Returns:
         The lowest trained block, if anything was confined to the blocks from it up.
@@ -32,9 +33,9 @@ def stop_below(model: nn.Module) -> int | None:
     lowest = lowest_trained(model, blocks) or 0
     for index, (_, block) in enumerate(blocks):
         if index < lowest and getattr(block, "gradient_checkpointing", False):
-            block.gradient_checkpointing, block.s2ft_confined = False, True  # type: ignore[assignment]
+            block.gradient_checkpointing, block.s2ft_confined = False, True
         elif index >= lowest and getattr(block, "s2ft_confined", False):  # it trains again
-            block.gradient_checkpointing, block.s2ft_confined = True, False  # type: ignore[assignment]
+            block.gradient_checkpointing, block.s2ft_confined = True, False
     if not lowest:
         return None
     if any(getattr(block, "gradient_checkpointing", False) for _, block in blocks):
@@ -43,8 +44,8 @@ def stop_below(model: nn.Module) -> int | None:
     return lowest
 
 
-def lowest_trained(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> int | None:
-    """The index of the lowest block that trains a parameter; None without blocks or if others train too."""
+def lowest_trained(model: nn.Module, blocks: Blocks) -> int | None:
+    """The index of the lowest block that trains a parameter; None if nothing trains, or something outside the blocks."""
     trained = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
     places = [
         next((index for index, (prefix, _) in enumerate(blocks) if path.startswith(f"{prefix}.")), None)
@@ -53,9 +54,9 @@ def lowest_trained(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> int
     return min(place for place in places if place is not None) if places and None not in places else None
 
 
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _blocks(model: nn.Module) -> Blocks:
     """The model's one list of blocks; empty where it has several (an encoder and a decoder)."""
-    lists: dict[str, list[tuple[str, nn.Module]]] = {}
+    lists: dict[str, Blocks] = {}
     for path, module in model.named_modules():
         stack = layer_stack(path)
         if stack is not None and path == f"{stack[0]}.{stack[1]}".lstrip("."):
@@ -66,14 +67,15 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _release_input(model: nn.Module) -> None:
     """Removes the hooks that make the embeddings' output require gradients, however many were added."""
     for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "") in _HOOKS:
-                module._forward_hooks.pop(key)
+        hooks = module._forward_hooks  # noqa: SLF001 - PEFT keeps no handle, by which hooks are removed otherwise
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _HOOKS]:
+            hooks.pop(key)
 
 
-def _mark_input(block: nn.Module) -> None:
-    if _needs_input_grad not in block._forward_pre_hooks.values():
+def _mark_input(block: Any) -> None:
+    if not getattr(block, "s2ft_marks_input", False):
         block.register_forward_pre_hook(_needs_input_grad, with_kwargs=True)
+        block.s2ft_marks_input = True
 
 
 def _needs_input_grad(

@@ -1,10 +1,10 @@
-"""Activations that save the least: recompute the cheap, keep the small.
+"""Activations that save less for backward: what is cheap is computed again.
 
-    gated activation   h = act(g) · u               autograd keeps g, act(g), u;     here g and u
-    RMSNorm            y = w · x / sqrt(mean x² + ε)   autograd keeps x in fp32;        here x as it came, and one number a row
+    gated activation   h = act(g) · u                  autograd saves g, act(g), u;     here g and u
+    RMSNorm            y = w · x / sqrt(mean x² + ε)   autograd saves x in fp32;        here x as it came, and one number a row
 
-`lean(model)` gives these to every module of a model that computes them: recognised by what it computes on random input, not
-by its class. On a GPU, Liger's kernels do the same where they are installed.
+`lean(model)` gives these to every module that computes them, which it finds out on random input, not by the module's class.
+On a GPU, Liger's kernels do the same where they are installed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from torch.autograd.function import once_differentiable
 from s2ft.layer.linears import features, linear_layer
 from s2ft.selection.families import ACTIVATIONS, NORM_EPSILONS, RMS_NORM
 from s2ft.selection.structure import read_structures
+from s2ft.training.probe import unnoticed
 
 Activation = str  # "silu" | "gelu_tanh" | "gelu"
 NormKind = str
 NORM_KINDS = ("llama", "olmo", "gemma")
+Forward = Callable[..., Tensor]  # of a module, which it takes first
+Recognise = Callable[[nn.Module], Forward | None]
 
 _FORWARD: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -42,17 +45,24 @@ _BACKWARD: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class GatedActivation(Function):
-    """(g, u) → act(g) · u; keeps g and u."""
+    """act(gate) · up; saves gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # both [*, channels]
+    def forward(
+        ctx: Any,
+        gate: Tensor,  # [*, channels]
+        up: Tensor,  # [*, channels]
+        activation: Activation,
+    ) -> Tensor:  # [*, channels]
+        """Returns act(gate) · up."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return _FORWARD[activation](gate) * up
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # grad: [*, channels]
+        """Returns act′(gate) · up · grad and act(gate) · grad, the activation computed again."""
         gate, up = ctx.saved_tensors
         grad_gate = _BACKWARD[ctx.activation](grad * up, gate) if ctx.needs_input_grad[0] else None
         grad_up = _FORWARD[ctx.activation](gate).mul_(grad) if ctx.needs_input_grad[1] else None
@@ -60,13 +70,20 @@ class GatedActivation(Function):
 
 
 class RMSNorm(Function):
-    """x → w · x / sqrt(mean x² + ε), computed in fp32; keeps x as it came. How it is rounded depends on the family:
+    """x̂ = x / sqrt(mean x² + ε), times w, computed in fp32; saves x as it came. How it is rounded depends on the family.
 
     "llama"   w · round(x̂)        "olmo"   round(w · x̂)        "gemma"   round((1 + w) · x̂)
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kind: NormKind) -> Tensor:  # x: [*, channels]
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [*, channels]
+        weight: Tensor,  # [channels]
+        eps: float,
+        kind: NormKind,
+    ) -> Tensor:  # [*, channels]
+        """Returns w · x̂, as the family `kind` rounds it."""
         exact = x.to(_wide(x))
         scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -78,7 +95,8 @@ class RMSNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # grad: [*, channels]
+        """Returns (h - x̂ · mean(h x̂)) / sqrt(mean x² + ε), where h is grad · w, and the sum of grad · x̂ over the rows."""
         x, weight, scale = ctx.saved_tensors
         normed = x.to(_wide(x)) * scale
         grad_weight = None
@@ -95,6 +113,7 @@ class RMSNorm(Function):
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """The dtype to compute in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -110,7 +129,7 @@ class Patches:
         self.forwards[module] = forward
 
     def undo(self) -> None:
-        """Gives every module its own forward back, unless somebody else has replaced ours since."""
+        """Gives every module its own forward back, unless it was replaced again since."""
         for module, forward in self.forwards.items():
             if vars(module).get("forward") is forward:
                 del module.forward
@@ -118,9 +137,10 @@ class Patches:
 
 
 def lean(model: nn.Module) -> Patches:
-    """Replaces what saves too much; `undo()` puts everything back. Modules that somebody else has patched are left alone.
+    """Replaces the forward of modules that save too much; `undo()` of the result puts everything back.
 
-    Each module is asked by itself, in training mode: what has dropout, or scales of its own, is left alone too.
+    Modules that are patched already are left alone. Each module is tried by itself, in training mode: one that has dropout, or
+    scales of its own, gives something else and is left alone too.
     """
     patches = Patches()
     for module, recognise in _candidates(model):
@@ -130,22 +150,17 @@ def lean(model: nn.Module) -> Patches:
     return patches
 
 
-def _ask(module: nn.Module, recognise: Callable[[nn.Module], Any]) -> Any:
-    """What `recognise` finds; None if the module cannot be run like that."""
-    modes = {part: part.training for part in module.modules()}
+def _ask(module: nn.Module, recognise: Recognise) -> Forward | None:
+    """What `recognise` finds; None if the module cannot be run on random input."""
     try:
-        for part in modes:
-            part.training = True
-        with torch.no_grad(), torch.random.fork_rng():
+        with unnoticed(module, training=True):
             return recognise(module)
     except Exception:
         return None
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Module], Any]]]:
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Recognise]]:
+    """Modules that may compute a gated activation or an RMSNorm, and that nobody has patched."""
     mlps = {s.path: s for s in read_structures(model).structures if s.kind == "mlp"}
     for path, module in model.named_modules():
         if "forward" in vars(module):
@@ -157,7 +172,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Modu
             yield module, _recognise_norm
 
 
-def _recognise_norm(norm: nn.Module) -> Callable[..., Tensor] | None:
+def _recognise_norm(norm: nn.Module) -> Forward | None:
     """The lean forward that computes what `norm` does, for input in its own dtype and in others."""
     weight = getattr(norm, "weight", None)
     eps = next((getattr(norm, name) for name in NORM_EPSILONS if hasattr(norm, name)), None)
@@ -173,17 +188,19 @@ def _recognise_norm(norm: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def _norm_forward(norm: nn.Module, *args: Any, eps: float, kind: NormKind, **kwargs: Any) -> Tensor:
+    y: Tensor
     if len(args) != 1 or kwargs:
-        return type(norm).forward(norm, *args, **kwargs)
-    (x,), weight = args, norm.weight
-    if kind != "olmo" and _liger(x):
+        y = type(norm).forward(norm, *args, **kwargs)
+    elif kind != "olmo" and _liger(args[0]):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        return LigerRMSNormFunction.apply(x, weight, eps, float(kind == "gemma"), kind, False)
-    return RMSNorm.apply(x, weight, eps, kind)
+        y = LigerRMSNormFunction.apply(args[0], norm.weight, eps, float(kind == "gemma"), kind, False)
+    else:
+        y = RMSNorm.apply(args[0], norm.weight, eps, kind)
+    return y
 
 
-def _recognise_mlp(mlp: nn.Module, names: dict[str, str]) -> Callable[..., Tensor] | None:
+def _recognise_mlp(mlp: nn.Module, names: dict[str, str]) -> Forward | None:
     """The lean forward that computes what a gated MLP does: down(act(gate(x)) · up(x))."""
     if "gate_proj" not in names:
         return None
@@ -199,18 +216,21 @@ def _recognise_mlp(mlp: nn.Module, names: dict[str, str]) -> Callable[..., Tenso
 
 def _mlp_forward(mlp: nn.Module, *args: Any, names: dict[str, str], activation: Activation, **kwargs: Any) -> Tensor:
     if len(args) != 1 or kwargs:
-        return type(mlp).forward(mlp, *args, **kwargs)
+        y: Tensor = type(mlp).forward(mlp, *args, **kwargs)
+        return y
     (x,) = args
     down, up = mlp.get_submodule(names["down_proj"]), mlp.get_submodule(names["up_proj"])
     if names["gate_proj"] == names["up_proj"]:
-        first, second = up(x).chunk(2, dim=-1)
+        gates, ups = up(x).chunk(2, dim=-1)
     else:
-        first, second = mlp.get_submodule(names["gate_proj"])(x), up(x)
+        gates, ups = mlp.get_submodule(names["gate_proj"])(x), up(x)
     if activation == "silu" and _liger(x):
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        return down(LigerSiLUMulFunction.apply(first, second))
-    return down(GatedActivation.apply(first, second, activation))
+        y = down(LigerSiLUMulFunction.apply(gates, ups))
+    else:
+        y = down(GatedActivation.apply(gates, ups, activation))
+    return y
 
 
 def _name(act: Any) -> Activation | None:

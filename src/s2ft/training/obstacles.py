@@ -1,7 +1,7 @@
-"""What keeps a structure from being permuted, or a weight from being written to; each with its reason in words.
+"""Reasons why a structure cannot be permuted, or a weight cannot be written to.
 
-Read off modules and shapes; what they do not tell (heads that are paired, keys that a later layer reuses) shows when the
-permuted structure is run, see `training/probe.py`.
+Read off modules and shapes. What these do not show (heads that are paired, keys that a later layer reuses) shows when the
+permuted structure is run: `training/probe.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from s2ft.layer.linears import linear_layer, why_not_plain
 from s2ft.selection.families import HEAD_NORMS, POSITIONS, SHARED_NORM
 from s2ft.selection.structure import Projection, Structure
 
-Norms = dict[str, list[nn.Module]]  # module → the norms over its output that take its order
+Norms = dict[str, list[nn.Module]]  # module → the norms over its output, which are permuted with it
 
 
 def find_obstacles(
     model: nn.Module,
     structures: list[Structure],
-    live: bool = True,  # False: a model that stands for another, as yet without values and not frozen
+    live: bool = True,  # False: a stand-in for the model, without values and not frozen
 ) -> tuple[dict[str, str], dict[str, str], Norms]:
-    """`(unmovable, unwritable, norms)`: module → reason, module → reason, and the norms that are permuted along."""
+    """`(unmovable, unwritable, norms)`: module → reason, module → reason, and the norms that are permuted with modules."""
     counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     unwritable = {
         path: reason
@@ -64,7 +64,7 @@ def _trained_bias(model: nn.Module, structure: Structure) -> str | None:
 
 
 def _own_order(model: nn.Module, structure: Structure, norms: Norms, live: bool) -> str | None:
-    """Why the structure's units have an order of their own: something besides its projections knows them one by one."""
+    """Why the structure's units must keep their order: something besides its projections has an entry for each of them."""
     sizes = {size for p in structure.projections for size in (p.units, p.units * p.width)}
     for name, tensor in _others(model, structure):
         shared = tuple(tensor.shape) == (structure.projections[0].width,) and SHARED_NORM.search(name)
@@ -94,8 +94,10 @@ def _moves_along(model: nn.Module, structure: Structure, name: str, norms: Norms
 
 
 def _others(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the structure's module that belong to none of its projections, nor to what comes after o
-    (BERT keeps a norm there); nor, around an MLP, to a module below that has linear layers of its own.
+    """Parameters and buffers of the structure's module that may hold something for each head or channel.
+
+    Those of its projections are left out, what comes after o (BERT keeps a norm there), masks over positions, and, around an
+    MLP, modules that have linear layers of their own.
     """
     root = model.get_submodule(structure.path)
     paths = {p.module: p.module.removeprefix(f"{structure.path}.") for p in structure.projections}

@@ -1,11 +1,11 @@
-"""Co-permutation: an order of heads or channels in which the chosen ones lie side by side.
+"""Co-permutation: an order of heads or channels in which the chosen ones are contiguous.
 
     order[position] = unit          chosen {5, 7} of 8:   5 7 2 3 4 0 6 1
 
-Both sides of a coupled structure take the same order, so the output stays (S²FT paper, §3.1). Only units that are in the
-way change places: as many as are chosen, whatever the size of the layer. Under grouped-query attention a query head
-cannot leave its group: groups change places as a whole, and heads within their group. Chosen heads can then lie side by
-side if at most two groups are chosen in part.
+Both sides of a coupled structure get the same order, so the output stays the same (S²FT paper, §3.1). Only units that are in
+the way change places: at most as many as are chosen, whatever the size of the layer. Under grouped-query attention a query
+head cannot leave its group: groups change places as a whole, and heads within their group. The chosen heads can then be
+contiguous if at most two groups are chosen in part.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from s2ft.format.slices import Indices, Slice
 from s2ft.selection.structure import Projection, Structure
 
 UnitSets = list[set[int]]  # for each projection: its chosen units
-_MOST_CLASSES = 5  # all orders of so many are tried: 120
+_MOST_CLASSES = 5  # up to so many, all their orders are tried: 120
 
 
 def copermutation(
     structure: Structure,
     slices: Mapping[str, Slice],  # module path → trained slice
 ) -> Indices:  # [units]: position → head or channel
-    """The order that makes the most chosen channels of the structure contiguous; the identity where nothing is chosen.
+    """The order that makes the most chosen channels of the structure contiguous; the identity if nothing is chosen.
 
     Example:
         >>> from s2ft.selection.structure import Projection
@@ -49,7 +49,7 @@ def copermutation(
 
 
 def chosen_units(projection: Projection, slices: Mapping[str, Slice]) -> set[int]:
-    """The heads or channels of which the slice of the projection's module holds channels."""
+    """The projection's heads or channels that are in the slice of its module."""
     trained = slices.get(projection.module)
     if trained is None or trained.side != projection.side:
         return set()
@@ -61,14 +61,14 @@ def channel_order(
     projection: Projection,
     order: Indices,  # [units of the structure]
 ) -> Indices:  # [units * width]: position within the projection → its channel there
-    """The order of the projection's channels that goes with an order of its structure's units."""
+    """The order of the projection's channels, given that of its structure's units."""
     per = len(order) // projection.units
     units = order if per == 1 else order[::per] // per
     return (units[:, None] * projection.width + np.arange(projection.width)).ravel()
 
 
 def _orders(count: int, unit_sets: UnitSets) -> Iterator[Indices]:
-    """Candidates: units that are chosen by the same projections stay together, and the classes in every order."""
+    """Candidates: units that the same projections chose stay together, as a class; the classes come in every order."""
     classes: dict[tuple[bool, ...], list[int]] = {}
     for unit in sorted(set().union(*unit_sets)):
         classes.setdefault(tuple(unit in units for units in unit_sets), []).append(unit)
@@ -79,7 +79,7 @@ def _orders(count: int, unit_sets: UnitSets) -> Iterator[Indices]:
 
 
 def _grouped_orders(count: int, groups: int, heads: UnitSets, by_group: UnitSets) -> Iterator[Indices]:
-    """Candidates: one for each projection whose heads come first."""
+    """Candidates, one for each projection: its heads come first."""
     per = count // groups
     for leading in heads or [set()]:
         held = {group: sorted(head % per for head in leading if head // per == group) for group in range(groups)}
@@ -93,7 +93,7 @@ def _grouped_orders(count: int, groups: int, heads: UnitSets, by_group: UnitSets
 
 
 def _to_front(count: int, wanted: Sequence[int], at_end: bool = False) -> Indices:
-    """The order in which `wanted` come first (or last), and only those in their way have moved."""
+    """The order in which `wanted` come first (or last), and only units in their way have moved."""
     order = np.arange(count)
     start = count - len(wanted) if at_end else 0
     places = range(start, start + len(wanted))
@@ -106,7 +106,7 @@ def _to_front(count: int, wanted: Sequence[int], at_end: bool = False) -> Indice
 
 
 def _side_by_side(order: Indices, unit_sets: UnitSets) -> int:
-    """How many chosen units lie side by side with all that their projection chose."""
+    """How many chosen units are in projections whose chosen units are all contiguous."""
     position = np.argsort(order)
     spread = [position[list(units)] for units in unit_sets]
     return sum(len(places) for places in spread if places.max() - places.min() + 1 == len(places))

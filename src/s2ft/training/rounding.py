@@ -1,9 +1,9 @@
-"""Training in bfloat16 alone: optimizer steps in float32, rounded to one of the two neighbours by chance.
+"""Training in bfloat16 alone, by stochastic rounding: a step in float32 is rounded to one of its two neighbours at random.
 
     p(round up) = distance to the lower neighbour / distance between the two        E[rounded] = exact
 
 Rounding to the nearest loses every step under half the distance between neighbours: of weights with σ = 0.02, 12% ignore a step
-of 1e-4 and 69% one of 2e-5. Rounded by chance, steps are kept on average, and parameters, gradients and optimizer states
+of 1e-4 and 69% one of 2e-5. With stochastic rounding, steps are kept on average, and parameters, gradients and optimizer states
 take two bytes each between steps.
 """
 
@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 
 from s2ft.common.errors import S2FTError
 
-_LOW_BITS = 1 << 16  # of a float32 that bfloat16 lacks
+_LOW_BITS = 1 << 16  # the values of the 16 bits that float32 has and bfloat16 lacks
 
 
 def round_stochastically(values: Tensor) -> Tensor:  # float32 → bfloat16, same shape
-    """Each value goes to a neighbour in bfloat16, the nearer the likelier; values that bfloat16 holds stay.
+    """Rounds each value to one of its neighbours in bfloat16, the nearer the likelier; those that bfloat16 has stay.
 
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
@@ -39,17 +39,20 @@ def round_stochastically(values: Tensor) -> Tensor:  # float32 → bfloat16, sam
 
 
 def round_steps(optimizer: Optimizer) -> None:
-    """From here on, `optimizer` steps its bfloat16 parameters in float32 and rounds them, and its states, by chance.
+    """From here on, `optimizer` steps its bfloat16 parameters in float32, and rounds them and its states stochastically.
 
-    Works with every optimizer of torch's interface that takes no closure; other parameters are left to it. Between
-    steps parameters, gradients and states are bfloat16; only within a step does float32 exist beside them.
+    Works with every optimizer that has torch's interface and is given no closure; other parameters step as before. Between
+    steps, parameters, gradients and states are bfloat16; float32 copies exist within a step only.
+
+    Raises:
+        S2FTError: in a step that is given a closure.
     """
     original: dict[Tensor, tuple[Tensor, Tensor]] = {}  # parameter → its own storage and gradient, during a step
 
     def widen(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):
             raise S2FTError("an optimizer whose steps are rounded takes no closure; call backward() before step()")
-        narrow(optimizer)  # what a step that raised has left
+        narrow(optimizer)  # in case the last step raised
         for parameter in _rounded(optimizer):
             original[parameter] = (parameter.data, parameter.grad)  # type: ignore[assignment]
             gradient = parameter.grad.float()  # type: ignore[union-attr]
@@ -78,7 +81,7 @@ def _rounded(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _cast_states(optimizer: Optimizer, parameter: Tensor, cast: Any) -> None:
-    """Casts the states that have an entry for each of the parameter's, or for each row or column; not the step count."""
+    """Casts the parameter's states, whole or factored by rows and columns; not the step count."""
     states = optimizer.state.get(parameter, {})
     for name, value in states.items():
         if isinstance(value, Tensor) and value.ndim > 0 and value.dtype in (torch.float32, torch.bfloat16):
