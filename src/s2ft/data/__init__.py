@@ -3,8 +3,8 @@
 sources   what a name stands for, a file, a folder or a data set on the Hub; is it there?
 records   records from files and the Hub, each with its file and line for error messages
 examples  one form for the three layouts of training data
-chat      conversations: what a record may hold, which turns are learned
-template  the model's chat template: what it leaves out, where it ends a turn
+chat      conversations: what a record may hold, which turns the loss falls on
+template  renders the model's chat template; what it leaves out, where it ends a turn
 prompts   prompts: Alpaca's, and through the chat template
 tokens    token ids, with labels on the response only
 packing   tests whether packed examples see each other

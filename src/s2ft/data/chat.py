@@ -1,11 +1,11 @@
-"""Conversations: what a chat record may hold, and which of its turns are learned.
+"""Conversations: what a chat record may hold, and which of its turns the loss falls on.
 
     {"messages": [system, user, assistant, user, assistant], "tools": [...]}     one example for each turn of the assistant,
     {"prompt": [user], "completion": [assistant, tool, assistant], ...}          with all that was said before as its prompt
 
 What a message holds besides role and content (`tool_calls`, `reasoning_content`, `name`, ...) goes to the model's chat
 template, and so do the record's `tools`, `documents` and `chat_template_kwargs`. A record's `system` becomes its first message.
-`weight` 0 or `train` false keep a turn of the assistant from being learned. What could only be dropped is refused.
+`weight: 0` or `train: false` leaves a turn of the assistant out of the loss. Fields that no template could use are refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_chat_record(value: dict[str, Any]) -> bool:
 
 
 def chat_problems(value: dict[str, Any]) -> Iterator[str]:
-    """What keeps a record with `messages`, or with messages as `prompt` and `completion`, from being learned as it stands."""
+    """Reasons why a record with `messages`, or with messages as `prompt` and `completion`, cannot be used; none if it can."""
     fields = ("messages",) if "messages" in value else ("prompt", "completion")
     problems = [problem for field in fields for problem in _messages_problems(field, value[field])]
     yield from problems
@@ -48,7 +48,7 @@ def chat_problems(value: dict[str, Any]) -> Iterator[str]:
 
 
 def chat_examples(value: dict[str, Any]) -> Iterator[Example]:
-    """One example for each turn of the assistant that is to be learned."""
+    """One example for each turn of the assistant that the loss falls on."""
     prompt, rest = ([], value["messages"]) if "messages" in value else (value["prompt"], value["completion"])
     if value.get("system"):
         prompt, rest = ([], [*_system(value), *rest]) if not prompt else ([*_system(value), *prompt], rest)
@@ -61,7 +61,7 @@ def chat_examples(value: dict[str, Any]) -> Iterator[Example]:
 
 
 def is_broken(text: str) -> bool:
-    """Whether it holds half of a surrogate pair: JSON may escape one, as in "\\ud83d"; no encoding can write it."""
+    r"""Whether it holds half of a surrogate pair: JSON may escape one, as in "\ud83d"; no encoding can write it."""
     return _SURROGATE.search(text) is not None
 
 
@@ -80,12 +80,16 @@ def to_json(value: Any) -> str:
 
 
 def _no_text(name: str, value: Any) -> str | None:
-    """What keeps a value from being written down; None if nothing does."""
+    """Why a value cannot be written as text; None if it can."""
     try:
         text = to_json(value)
     except RecursionError:  # nested almost as deeply as could be read
         return f"{name} is {shown(value)}; it is nested too deeply"
-    return f"{name} is {shown(value)}; it holds half of a surrogate pair, which is no text" if is_broken(text) else None
+    return (
+        f"{name} is {shown(value)}; it holds half of a surrogate pair, which is not valid text"
+        if is_broken(text)
+        else None
+    )
 
 
 def _messages_problems(field: str, messages: Any) -> Iterator[str]:
@@ -103,7 +107,7 @@ def _messages_problems(field: str, messages: Any) -> Iterator[str]:
 
 
 def _has_content(message: Message) -> bool:
-    """Text; it may be left out beside calls or reasoning."""
+    """Whether the content is text; beside calls or reasoning it may be missing."""
     content = message.get("content")
     return isinstance(content, str) or (content is None and any(message.get(name) for name in (CALLS, *REASONING)))
 
@@ -201,7 +205,7 @@ def _is_learned(message: Message) -> bool:
 
 
 def _told(message: Message) -> Message:
-    """A message as chat templates expect it: without what is None or ours, arguments of calls as objects."""
+    """A message as chat templates expect it: without None and our own switches, arguments of calls as objects."""
     more = {key: item for key, item in message.items() if item is not None and key not in (*_PLAIN, *SWITCHES)}
     if CALLS in more:
         more[CALLS] = [_with_arguments(call) for call in more[CALLS]]

@@ -1,4 +1,4 @@
-"""Training data: files, folders and Hub data sets, brought to one form.
+"""Training data: files, folders and Hub data sets, converted to one form.
 
     Alpaca             {"instruction", "input"?, "output"}         ┐
     prompt/completion  {"prompt", "completion"}, text or messages  ├─→  {"prompt", "completion"}  ─→  loss on the completion
@@ -8,8 +8,9 @@ A conversation becomes one example for each turn of the assistant, with all that
 the loss falls on every response and on nothing else, under any chat template: templates that mark the assistant's tokens are
 rare, and some render a turn differently once another follows it.
 
-Examples of chat know their place, since a model's template may refuse them. Tables have one type for each field, and calls of
-tools have not, so what a message holds besides role and content is kept as JSON (`more`), and so are the template's `options`.
+Examples of chat keep their place in the source, as a model's template may refuse them later. A table's column has one type, and
+tool calls differ in theirs, so what a message holds besides role and content is stored as JSON (`more`), like the template's
+`options`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LAYOUT_FIELDS = (
     {"prompt", "completion"},
     {"instruction", "output"},
 )  # the first that a record has all of
-_OF_CHAT = ("system", "history", "tools", "documents", "images")  # what a prompt that is text has no place for
+_OF_CHAT = ("system", "history", "tools", "documents", "images")  # fields that a text prompt cannot include
 
 
 def load_examples(source: str | Sequence[str], limit: int | None = None) -> Dataset:
@@ -43,7 +44,7 @@ def load_examples(source: str | Sequence[str], limit: int | None = None) -> Data
         source: A `.json` (array of objects), `.jsonl` or `.parquet` file, a folder of them, or the name of a data set on
             the Hub (its split `train`). Several sources are joined. In a folder that has files named `train*`, only those
             are read.
-        limit: At most so many examples, the first ones.
+        limit: Use only the first N examples.
 
     Raises:
         S2FTError: with file and line, if a source is missing, empty or malformed, or records cannot be used.
@@ -70,7 +71,7 @@ def is_chat(dataset: Dataset) -> bool:
 
 
 def prompt_format(dataset: Dataset) -> str:
-    """The words that the examples ask in: "chat", "alpaca", or "text" for prompts of the user's own."""
+    """The format of the prompts: "chat", "alpaca", or "text" for the user's own."""
     if is_chat(dataset):
         return "chat"
     return "alpaca" if all(map(is_alpaca, dataset["prompt"])) else "text"
@@ -144,7 +145,7 @@ def _layout(value: dict[str, Any]) -> set[str] | None:
 
 
 def _record_problems(value: Any) -> Iterator[str]:
-    """What keeps a record from being an example: nothing, if it is one."""
+    """Reasons why a record cannot become an example; none if it can."""
     if not isinstance(value, dict):
         yield f"expected an object with {LAYOUTS}; found {shown(value)}"
         return
@@ -164,7 +165,7 @@ def _text_problems(value: dict[str, Any], layout: set[str]) -> Iterator[str]:
         if not isinstance(text, str):
             yield f"{name} is {shown(text)}; it must be text"
         elif is_broken(text):
-            yield f"{name} is {shown(text)}; it holds half of a surrogate pair, which is no text"
+            yield f"{name} is {shown(text)}; it holds half of a surrogate pair, which is not valid text"
     yield from (
         f"{name} is {shown(value[name])}, which a prompt of text has no place for; turn it into messages, or leave it out"
         for name in _OF_CHAT

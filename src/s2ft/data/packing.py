@@ -1,4 +1,4 @@
-"""Packing puts several examples in one row. They must not see each other: this looks whether they do."""
+"""Packing puts several examples in one row; checks that they do not attend to each other."""
 
 from __future__ import annotations
 
@@ -24,6 +24,5 @@ def check_packing(model: PreTrainedModel) -> None:
         first, second = (model(input_ids=row, position_ids=positions, use_cache=False).logits for row in (ids, other))
     if not torch.allclose(first[:, _LENGTH:], second[:, _LENGTH:], rtol=1e-5, atol=1e-5):
         raise S2FTError(
-            f"packing=True: in {type(model).__name__} with attn_implementation={model.config._attn_implementation!r}, "
-            "examples packed into one row see each other; train without packing"
+            f"packing=True: in {type(model).__name__}, examples packed into one row see each other; train without packing"
         )

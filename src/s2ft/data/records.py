@@ -148,7 +148,7 @@ def _rows(dataset: Dataset, name: str) -> Iterator[Record]:
 
 
 def _given(value: Any) -> Any:
-    """Tables give every row every column, and every object in a column every field; what is None was not there."""
+    """A table's value without None: its rows have all columns, and objects in them all fields, given or not."""
     if isinstance(value, list):
         return [_given(item) for item in value]
     if not isinstance(value, dict):

@@ -1,8 +1,10 @@
-"""What the name of data stands for: a file, a folder, or a data set on the Hub; asked before anything slow is loaded."""
+"""Checks what a name of data stands for (a file, a folder, a data set on the Hub), before anything slow is loaded."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 
 from s2ft.common.errors import S2FTError
 
@@ -30,7 +32,7 @@ def check_hub_name(name: str) -> None:
 
 
 def _formats() -> frozenset[str]:
-    """ "text", "json", "csv", "imagefolder", ..."""
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES  # no public list of them
-
-    return frozenset(_PACKAGED_DATASETS_MODULES)
+    """The formats that `datasets` loads by name, such as "text" and "json": one module each, found without importing it."""
+    found = find_spec("datasets")
+    folders = [f"{folder}/packaged_modules" for folder in (found.submodule_search_locations or () if found else ())]
+    return frozenset(module.name for module in iter_modules(folders))

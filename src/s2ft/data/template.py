@@ -1,4 +1,4 @@
-"""The model's chat template: a program that came with the model. It has a time limit, and what it leaves out is noticed."""
+"""Renders conversations by the model's chat template, within a time limit, and finds what the template leaves out."""
 
 from __future__ import annotations
 
@@ -76,9 +76,11 @@ def chat_ids(
 def left_out(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: dict[str, Any], learned: int
 ) -> Iterator[str]:
-    """What the template lays the conversation out without, although it is there; messages from `learned` on are to be learned.
+    """Names what the template leaves out of the conversation: fields whose removal does not change the text.
 
-    Reasoning counts in those only: templates leave out that of earlier turns on purpose.
+    Args:
+        learned: The index of the first message that the loss falls on. Reasoning is looked for from there on only, as
+            templates leave out that of earlier turns on purpose.
     """
     whole = render(tokenizer, messages, options)
 
@@ -101,7 +103,7 @@ def left_out(
 
 
 def _without_each(message: Message, reasoning: bool) -> Iterator[tuple[str, Message]]:
-    """The message without each thing that it says."""
+    """The names of the fields that say something, each with the message without it."""
     if message["content"].strip():
         yield "content", {**message, "content": ""}
     if message.get(CALLS):
@@ -141,7 +143,7 @@ def _as_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limited(task: Callable[[], str]) -> str:
-    """What `task` returns or raises; `TimeoutError` if it takes too long. Its thread is stopped then, at its next step."""
+    """Runs `task` in a thread of its own; after `SECONDS` the thread is stopped, and `TimeoutError` raised."""
     found: list[str] = []
     errors: list[Exception] = []
 

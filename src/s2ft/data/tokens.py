@@ -4,8 +4,8 @@
     labels  . . . . . │             c c c c  end        "." is -100: no loss
 
 The same rule as TRL's SFTTrainer (a test compares the two, token by token). It is applied here because the calibration
-data must be tokens before there is an adapter, hence before there is a trainer. Two things differ: a tokenizer that puts tokens
-of its own around every text does not double those that are there already, and what a chat template would leave out is refused.
+data is needed before there is an adapter, hence before there is a trainer. Two things differ: special tokens that the text
+already has are not added again, and examples of which a chat template would leave something out are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2ft.data.chat import CALLS, REASONING, Message
 from s2ft.data.examples import conversation, is_chat
 from s2ft.data.template import RefusedTemplateError, chat_ids, left_out, turn_end
 
-IGNORED = -100  # the label that no loss falls on
+IGNORED = -100  # the label of tokens that the loss leaves out
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Tokens:
     empty: int  # had no response
     too_long: int  # had no token of the response within max_length
     shortened: int  # were cut to max_length, with some of the response left
-    endless: int = 0  # are whole, but have no token in the response that ends an answer
-    parted: int = 0  # of chat, whose prompt is laid out differently once the answer follows
+    endless: int = 0  # are whole, but their response has no token that ends an answer
+    parted: int = 0  # are chats whose prompt is rendered differently once the answer follows
 
 
 def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -90,7 +90,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _cut(
     example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, ends: list[int]
 ) -> dict[str, Any]:
-    """The tokens of an example up to `max_length`, what became of it, and what keeps it from being learned as it stands."""
+    """The tokens of an example up to `max_length`, its fate (whole, shortened, ...), and why it cannot be used, if so."""
     prompt: list[int] = []
     whole: list[int] = []
     try:
@@ -125,7 +125,7 @@ def _lost(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[s
 
 
 def _check_laid_out(examples: Dataset, problems: list[list[str]]) -> None:
-    """Turns of one conversation share what is wrong with it."""
+    """Raises `S2FTError` for examples that cannot be used; a problem that turns of one conversation share is told once."""
     places = examples["place"][:] if "place" in examples.column_names else range(1, len(examples) + 1)
     raise_by_place(
         dict.fromkeys((str(place), problem) for place, found in zip(places, problems, strict=True) for problem in found)

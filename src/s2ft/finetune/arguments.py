@@ -1,4 +1,4 @@
-"""`TrainOptions` → TRL's `SFTConfig`, and the two numbers that depend on data and model."""
+"""`TrainOptions` → TRL's `SFTConfig`; steps and warm-up, which depend on the data."""
 
 from __future__ import annotations
 

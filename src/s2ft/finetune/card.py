@@ -1,7 +1,7 @@
 """The run card: what was run, on what, and what came out, as `run.json`, `run.md` and `loss.png` beside the adapter.
 
-A card is a mapping of sections, each a mapping of names to values. Whoever measures more (scores, a comparison) adds a
-section and writes the card again: `write_card(folder, {**read_card(folder), "scores": {...}})`.
+A card is a mapping of sections, each a mapping of names to values. To add measurements, add a section and write the card again:
+`write_card(folder, {**read_card(folder), "scores": {...}})`.
 """
 
 from __future__ import annotations

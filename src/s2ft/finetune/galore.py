@@ -84,6 +84,7 @@ class PlaceProjections(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
+        """Moves them, once the checkpoint has been read."""
         assert optimizer is not None
         for parameter, values in optimizer.state.items():
             projector = values.get("projector")

@@ -1,6 +1,6 @@
-"""Are the files and folders there that a run's options name? Asked before the work, and told with all else that is wrong.
+"""Checks that the files and folders exist that a run's options name, before any work.
 
-A name on the Hub is not looked for: that takes a connection, and comes with loading.
+Names on the Hub are not checked: that takes a connection, and happens on loading.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from s2ft.runtime.lookup import check_folder
 
 
 def input_problems(values: Mapping[str, Any]) -> list[str]:
-    """A problem for each input that is not there; values that cannot be read are somebody else's.
+    """A problem for each input that does not exist; values of a wrong type are reported elsewhere.
 
     Example:
         >>> input_problems({"model": "org/base", "data": ["some/set", "no.json"], "epochs": "many"})

@@ -1,4 +1,4 @@
-"""Can a run start? Its inputs, its output, and what several processes can train together; asked before torch is loaded."""
+"""Whether a run can start: its inputs, its output, and what several processes support; checked before torch is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from s2ft.finetune.options import TrainOptions
 from s2ft.format.terms import PURE
 from s2ft.runtime.processes import process_count
 
-SHARDING = {  # as launchers call it → what it does
+SHARDING = {  # accelerate's name → what it does
     "FSDP": "FSDP keeps a part of each weight in each process",
     "DEEPSPEED": "DeepSpeed (ZeRO) keeps parts of the optimizer's state, gradients or weights in each process",
     "MEGATRON_LM": "Megatron-LM keeps parts of layers, or some layers, in each process",
@@ -36,7 +36,7 @@ def check_run(options: TrainOptions) -> None:
 
 
 def check_processes(options: TrainOptions) -> None:
-    """Raises `S2FTError` for what is not possible here, or in one process alone."""
+    """Raises `S2FTError` for sharded training, and for options that need a single process."""
     count = process_count()
     raise_together(
         f"{why}; s2ft train has each process hold and train the whole: launch with --multi_gpu instead"

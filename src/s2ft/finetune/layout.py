@@ -3,8 +3,8 @@
     in place    the slice lives in the base weight (`training/in_place.py`); activations save the least
     indexed     the slice is computed around the layer
 
-Tried on a batch of the run, forward and backward, in turns. In place takes less memory, so it need not win by time, only
-not lose.
+Both are timed on a batch of the run, forward and backward, in turns. In place takes less memory, so it is taken unless it is
+slower.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2ft.runtime.timing import milliseconds
 from s2ft.training.in_place import in_place
 
 ROUNDS = 3  # after one to warm up
-TIE = 1.02  # in place may take so much longer: what is gained is memory
+TIE = 1.02  # in place may take this much longer, since it saves memory
 AUTO, IN_PLACE, INDEXED = "auto", "in-place", "indexed"
 
 Batch = Mapping[str, Tensor]
@@ -32,7 +32,7 @@ Batch = Mapping[str, Tensor]
 def choose_layout(model: nn.Module, batch: Batch, wanted: str) -> tuple[str, str]:
     """`(layout, reason)` for `auto`, `in-place` or `indexed`.
 
-    Neither weights, nor gradients, nor the stream of random numbers are changed by trying.
+    Timing changes neither weights, nor gradients, nor the state of the random number generators.
     """
     if wanted != AUTO:
         return wanted, f"{wanted}, as asked"
@@ -55,7 +55,7 @@ def layout(model: nn.Module, name: str) -> Any:
 
 
 def _obstacle(model: nn.Module) -> str | None:
-    """Why trying would be in vain."""
+    """Why in place is impossible or would change nothing; None if it is worth timing."""
     layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
     if any(type(layer.weight.data) is not Tensor for layer in layers):
         return "the weights are sharded"

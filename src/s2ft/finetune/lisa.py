@@ -73,6 +73,7 @@ class Lisa(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
+        """Switches where a period begins."""
         assert model is not None
         assert optimizer is not None
         self.switch(model, optimizer, state.global_step)

@@ -26,7 +26,7 @@ LONGEST = 2048  # tokens, unless the model has fewer positions
 WARMUP = 100  # steps, or a tenth of a shorter run
 PAPER = "paper"  # of the recipes
 PAPER_STEP = 64  # examples a step
-AT_ONCE = 4  # examples that go through the model at once, where nobody says
+AT_ONCE = 4  # the default of batch_size, at most
 
 
 def _known_method(value: str) -> str:
@@ -65,13 +65,13 @@ class TrainOptions(MethodOptions):
     method: Annotated[str, AfterValidator(_known_method)] = Field(
         "s2ft", description=f"What trains: {', '.join(METHODS)}; all but s2ft are there to compare with"
     )
-    limit: Positive | None = Field(None, description="Train on the first so many examples")
+    limit: Positive | None = Field(None, description="Use only the first N examples")
     max_length: Positive | None = Field(
         None, description=f"Tokens of an example that are used; {LONGEST} unless the model has fewer positions"
     )
-    packing: bool = Field(False, description="Put several short examples in one row; they do not see each other")
+    packing: bool = Field(False, description="Put several short examples in one row; they do not attend to each other")
     epochs: PositiveFloat = Field(3.0, description="Passes over the data")
-    max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever the epochs")
+    max_steps: Positive | None = Field(None, description="Stop after N optimizer steps, whatever the epochs")
     recipe: Literal["auto", "paper"] = Field(
         "auto",
         description="Where batch and rate are open: auto fits them to data and slices, paper takes the paper's",
@@ -81,8 +81,7 @@ class TrainOptions(MethodOptions):
     )
     gradient_accumulation: Positive | None = Field(
         None,
-        description="Batches per optimizer step; unless given, so many that there are about 100 steps "
-        f"and at most {PAPER_STEP} examples in each",
+        description=f"Batches per optimizer step; unless given, chosen for about 100 steps of at most {PAPER_STEP} examples",
     )
     learning_rate: PositiveFloat | None = Field(
         None,
@@ -129,7 +128,7 @@ class TrainOptions(MethodOptions):
     eval_data: Name | None = Field(
         None, description="Where the questions of evaluate lie: a folder or a name on the Hub"
     )
-    eval_limit: Positive | None = Field(None, description="Ask the first so many questions of each task")
+    eval_limit: Positive | None = Field(None, description="Use only the first N questions of each task")
     resume: bool = Field(False, description="Continue from the newest checkpoint in the output folder")
 
 

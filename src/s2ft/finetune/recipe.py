@@ -1,6 +1,6 @@
-"""Batch and learning rate of a run that was told neither, each with its reason.
+"""Batch and learning rate where they are not given, each with its reason.
 
-    examples, epochs       →  examples a step      so many that there are a hundred steps, at most the paper's 64
+    examples, epochs       →  examples a step      for about 100 steps, at most the paper's 64
     channels, steps        →  learning rate        `MOVE` / √(channels of a slice × steps)
 
 Adam moves a trained weight by about the learning rate in a step, and an output by the sum over the trained channels. Channels
@@ -25,21 +25,21 @@ from s2ft.runtime.processes import process_count
 
 ENOUGH_STEPS = 100
 MOVE = 0.3  # learning rate × √(channels of a slice × steps)
-RATES = (1e-5, 2e-2)  # the least and the most that is taken
+RATES = (1e-5, 2e-2)  # lower and upper bound
 NOT_ADAM = "; measured with AdamW, so give learning_rate for another optimizer"
 LEAST_MOVE = MOVE / 10  # below which little was seen to be learned
 FEWEST_STEPS, FEW_STEPS = 10, 50  # of S²FT, and of the other methods, whose rates do not follow the run
 
 
 class Settled(NamedTuple):
-    """Options whose batch or rate is no longer open, and why it is what it is."""
+    """Options with batch or rate filled in, and the reason."""
 
     options: TrainOptions
     reason: str
 
 
 def settle_batch(options: TrainOptions, rows: int) -> Settled:
-    """Fills in what the options leave open of `batch_size` and `gradient_accumulation`.
+    """Fills in `batch_size` and `gradient_accumulation` where they are not given.
 
     Args:
         rows: Of the training data: examples, or what packing makes of them.
@@ -75,7 +75,7 @@ def _batch_reason(options: TrainOptions, rows: int, step: int) -> str:
 
 
 def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Settled:
-    """Fills in `learning_rate` where it is open.
+    """Fills in `learning_rate` where it is not given.
 
     Args:
         options: With their batch settled.
@@ -109,7 +109,7 @@ def _is_adam(options: TrainOptions) -> bool:
 
 
 def too_short(options: TrainOptions, steps: int, channels: float | None) -> str | None:
-    """What to tell someone whose run is too short to move the model; None where it is long enough."""
+    """A warning if the run is too short to change the model noticeably, else None."""
     assert options.learning_rate is not None
     few = steps < (FEW_STEPS if channels is None else FEWEST_STEPS)
     if channels is not None and _is_adam(options):

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: an adapter or a model, its README, its options, and the run card."""
+"""The files of a finished run: an adapter or a model, its README, its options, and the run card."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from s2ft.selection.coverage import parameter_counts
 
 
 def section(options: TrainOptions) -> str:
-    """Where the run card tells of what was trained: "adapter" or "model"."""
+    """The run card's section on what was trained: "adapter" or "model"."""
     return "model" if METHODS[options.method].leaves_model else "adapter"
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """Those that the method trains (at a time), and those of the model without an adapter, however they are stored."""
-    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    """The numbers of trained parameters (LISA's at a time) and of the base model's, however they are stored."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trainable, sum(parameter_counts(model).values())
 
 
@@ -62,7 +62,7 @@ def save_result(
 
 
 def _name_end(model: PreTrainedModel, end: int | None) -> None:
-    """Whoever loads the model finds where its answers end."""
+    """Adds the token that ends an answer to the generation config."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     if end is not None and end not in named:

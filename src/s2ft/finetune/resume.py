@@ -153,7 +153,7 @@ def _newest(output: Path, options: TrainOptions) -> Paused:
 
 
 def _check_best(checkpoint: Path) -> None:
-    """The result may be the weights of an earlier checkpoint, where examples are held out."""
+    """Raises `S2FTError` if the checkpoint with the lowest held-out loss is missing: its weights may be the result."""
     step = _read(checkpoint / "trainer_state.json").get("best_global_step")
     if step and not (checkpoint.parent / f"checkpoint-{step}").is_dir():
         raise S2FTError(
@@ -189,7 +189,7 @@ def _random_states(processes: int) -> list[str]:
 
 
 def _check_state(checkpoint: Path, name: str) -> None:
-    """Looks at the checksums that torch writes, and that an optimizer's state is one; nothing is unpickled but tensors."""
+    """Checks torch's checksums, and the form of an optimizer's state; unpickles nothing but tensors."""
     try:
         with zipfile.ZipFile(checkpoint / name) as archive:
             broken = archive.testzip()

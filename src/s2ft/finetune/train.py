@@ -67,7 +67,7 @@ def train(options: TrainOptions) -> TrainResult:
 
 
 def _advice(options: TrainOptions) -> str:
-    """What to lower where the memory does not suffice."""
+    """What to do when memory runs out."""
     size, length = options.batch_size or AT_ONCE, options.max_length or LONGEST
     return f"lower batch_size={size} or max_length={length}, or set gradient_checkpointing"
 
@@ -80,13 +80,13 @@ def _run(setup: Setup) -> TrainResult:
         scorer.score_base(trainer.model)  # its weights will be gone
     with setup.flow.listening():
         metrics = _train(setup)
-        # From here on, Ctrl-C must not keep the result from being saved; while the best weights were loaded, it came too late
+        # Ctrl-C must not prevent saving from here on; one that came while the best weights were loaded counts as too late
         interrupted = setup.flow.interrupted and trainer.state.global_step < trainer.state.max_steps
         card = {"status": "interrupted" if interrupted else "finished", **run_card(setup, steps, metrics)}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if leads():
             save_result(options, model, setup.data.tokenizer, card)
-        trainer.accelerator.wait_for_everyone()  # who leaves first takes an empty output folder along
+        trainer.accelerator.wait_for_everyone()  # the first to leave would remove an empty output folder
     if setup.questions is not None and not interrupted:
         card["scores"] = scorer.compare(model)
         write_card(output, card)

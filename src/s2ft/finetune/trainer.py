@@ -123,7 +123,7 @@ class _PureBf16(TrainerCallback):
 
 
 class LossBar(ProgressCallback):
-    """The trainer's progress bar, with the loss beside it rather than in lines of its own."""
+    """The progress bar, with the loss beside it rather than in lines of its own."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any
@@ -133,7 +133,7 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{(logs or {})['loss']:.3f}")
 
     def close(self) -> None:
-        """Ends the lines of the bars that are shown."""
+        """Ends the lines of the bars, so that what is printed next has its own."""
         for bar in (self.training_bar, self.prediction_bar):
             if bar is not None:
                 bar.close()
@@ -156,7 +156,7 @@ class Flow(TrainerCallback):
         finished = state.global_step >= state.max_steps
         if self.save_every is not None and args.load_best_model_at_end and state.global_step < args.eval_delay:
             control.should_save = state.global_step % self.save_every == 0
-        self.interrupted = anywhere(self.interrupted)  # all stop at the same step
+        self.interrupted = anywhere(self.interrupted)  # all processes stop at the same step
         if self.interrupted and not finished:
             control.should_save = control.should_training_stop = True
             args.load_best_model_at_end = False  # the run leaves the weights that it has come to
@@ -181,7 +181,7 @@ class Flow(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the first signal to end: Ctrl-C's, a scheduler's, a closed terminal's. A second one ends as always."""
+        """Handles the first SIGINT, SIGTERM or SIGHUP by finishing the step; a second one has its usual effect."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
@@ -209,5 +209,5 @@ class Flow(TrainerCallback):
 
 
 def _is_ignored(number: signal.Signals) -> bool:
-    """By who started the process, as `nohup` does; or taken by other than Python code. A Ctrl-C is always meant."""
+    """Whether a signal is ignored, as under `nohup`, or handled outside of Python. SIGINT never counts as ignored."""
     return number != signal.SIGINT and signal.getsignal(number) in (signal.SIG_IGN, None)

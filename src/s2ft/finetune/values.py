@@ -32,22 +32,22 @@ def _holds_boolean(value: Any) -> bool:
 
 
 def _words(value: Any) -> Any:
-    """ "a, b" → ["a", "b"]."""
+    """Reads "a, b" as ["a", "b"]."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
 def _one_or_many(value: Any) -> Any:
-    """ "a" → ["a"]."""
+    """Reads "a" as ["a"]."""
     return [value] if isinstance(value, str) else value
 
 
 def _word_or_words(value: Any) -> Any:
-    """ "a, b" → ["a", "b"]; a single word stays a text."""
+    """Reads "a, b" as ["a", "b"]; a single word stays a text."""
     return _words(value) if isinstance(value, str) and "," in value else value
 
 
 def _ratios(value: Any) -> Any:
-    """ "o_proj=0.05,down_proj=0.02" → a mapping; "0.05" → a number."""
+    """Reads "o_proj=0.05,down_proj=0.02" as a mapping, "0.05" as a number."""
     if not isinstance(value, str):
         return value
     if "=" not in value:
@@ -68,7 +68,7 @@ def _number(value: str) -> float:
 
 
 def _layers(value: Any) -> Any:
-    """ "3" → 3 and "1,2" → [1, 2]; ranges such as "8-15" and "last:50%" stay text."""
+    """Reads "3" as 3 and "1,2" as [1, 2]; ranges such as "8-15" and "last:50%" stay text."""
     if not isinstance(value, str):
         return value
     numbers = [int(word) for word in _words(value) if word.lstrip("-").isdigit()]

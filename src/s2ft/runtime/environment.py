@@ -1,4 +1,4 @@
-"""What a result was made with: versions and the machine, so that somebody can compare it with another."""
+"""What a result was made with: library versions and machine, so that results can be compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, Any]:
-    """The most memory that was held: of the GPU since `torch.cuda.reset_peak_memory_stats`, else of this process so far."""
+    """Peak memory in bytes: of the GPU since `torch.cuda.reset_peak_memory_stats`, else of this process since its start."""
     if torch.cuda.is_available():
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_memory_of": "GPU"}
     try:

@@ -1,4 +1,4 @@
-"""Out of memory and out of disk, said in words: what happened and which option to lower."""
+"""Clear errors for a lack of memory or disk: what happened and which option to lower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from s2ft.common.errors import S2FTError, no_space
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says so: on a GPU torch has a type for it, on a CPU only a message."""
+    """Whether `error` means that; for a GPU torch has a type of error, for a CPU only a message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

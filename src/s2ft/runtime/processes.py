@@ -1,7 +1,7 @@
-"""Several processes that train one model, as `accelerate launch` or `torchrun` start them: who leads, and how they agree.
+"""Several processes that train one model, started by `accelerate launch` or `torchrun`.
 
-The leading process writes and talks; what a process measures or draws for itself, all take from the leading one. Who leads is
-asked before torch is loaded, so what is slow to import is imported where processes talk to each other.
+Only rank 0, the leader, writes and logs; what is measured or drawn, all take from it. Which process this is can
+be asked before torch is loaded, so slow imports are in the functions that communicate.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ T = TypeVar("T")
 
 
 def process_count() -> int:
-    """How many there are; known before they can talk to each other."""
+    """The world size; known before the processes can communicate."""
     return _launched("WORLD_SIZE", alone=1)
 
 
 def leads() -> bool:
-    """Whether this is the process that writes and talks."""
+    """Whether this process is rank 0, which writes and logs."""
     return _launched("RANK", alone=0) == 0
 
 
 def _launched(name: str, alone: int) -> int:
-    """What a launcher says. Schedulers set some of its variables too: without LOCAL_RANK none counts, as in accelerate."""
+    """A launcher's variable. Schedulers set some of them too: without LOCAL_RANK none counts, as in accelerate."""
     return int(os.environ[name]) if "LOCAL_RANK" in os.environ else alone
 
 
 def as_leader(value: T) -> T:
-    """The leading process's value, in every process: all call this."""
+    """Rank 0's value, in every process; all must call this."""
     if process_count() > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -37,7 +37,7 @@ def as_leader(value: T) -> T:
 
 
 def anywhere(said: bool) -> bool:
-    """Whether any process says so: all call this."""
+    """Whether it is true in any process; all must call this."""
     if process_count() > 1:
         import torch
         from accelerate import PartialState
@@ -48,7 +48,7 @@ def anywhere(said: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Until every process has come here."""
+    """Waits until every process has come here."""
     if process_count() > 1:
         from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""How long something takes, on the CPU or on a GPU, which works on after the call; and how fast memory is.
+"""Times calls, on a GPU until their work is done, and measures memory bandwidth.
 
     wait │ run │ wait            one time, in milliseconds
     p20 ──── median ──── p80     what a row tells of several
@@ -22,13 +22,13 @@ _PERCENTILES = {"": 50, "_p20": 20, "_p80": 80}
 
 
 def wait(device: str | torch.device) -> None:
-    """Until a GPU has done what it was given."""
+    """Waits until a GPU has finished its work; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def milliseconds(run: Callable[[], Any], device: str | torch.device = "cpu") -> float:
-    """One call of `run`."""
+    """The time of one call of `run`."""
     wait(device)
     start = time.perf_counter()
     run()
@@ -48,7 +48,7 @@ def spread(times: Sequence[float], name: str) -> dict[str, float]:
 
 
 def no_spread(name: str) -> dict[str, None]:
-    """The keys of `spread`, for a row of what could not be timed.
+    """The keys of `spread` without values, for what could not be timed.
 
     Example:
         >>> no_spread("step_ms")
@@ -58,12 +58,12 @@ def no_spread(name: str) -> dict[str, None]:
 
 
 def bytes_per_ms(device: str, size: int) -> float:
-    """Of a copy of `size` bytes, read and written bytes together; the best of several."""
+    """Memory bandwidth: bytes read and written per millisecond by a copy of `size` bytes; the best of several."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / min(milliseconds(lambda: target.copy_(source), device) for _ in range(BANDWIDTH_TRIES))
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is left on the device."""
+    """Free memory on the device, in bytes."""
     return torch.cuda.mem_get_info()[0] if device == "cuda" else int(psutil.virtual_memory().available)
