@@ -3,8 +3,8 @@
     config.json                      → the model on device `meta`: which layers are linear, and their sizes
     *.safetensors (and their index)  → tensor name → file; a tensor is read when it is asked for
 
-A module's weight goes by the module's path, with or without the model's own prefix (`transformer.h.0` and `h.0`). Nothing
-is unpickled, and no whole model is ever in memory.
+A module's weight is found by the module's path, with or without the model's prefix (`transformer.h.0` and `h.0`). Nothing is
+unpickled, and the whole model is never in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""PEFT's name of a task → the class of transformers whose module paths an adapter for it has."""
+"""PEFT's name of a task → transformers' class for it, whose module paths its adapters have."""
 
 _PLAIN = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
 
@@ -54,9 +54,9 @@ class Checkpoint:
         self.model = model  # on device meta
 
     def linear(self, module: str) -> nn.Module:
-        """The linear layer at a path; on device meta."""
+        """The linear layer at a path, on device meta."""
         linear = linear_layer(self.model.get_submodule(module))
-        assert linear is not None  # `check_fits` was there before
+        assert linear is not None  # as `check_fits` has found
         return linear
 
     def sliced_size(self, module: str, side: str) -> int:
@@ -162,7 +162,7 @@ class Checkpoint:
         return [inputs, outputs] if self.is_transposed(module) else [outputs, inputs]
 
     def check_made_for(self, adapter: AdapterFile) -> None:
-        """Raises `S2FTError` if the adapter was made for other weights; what cannot be compared is not."""
+        """Raises `S2FTError` if the adapter was made for other weights, as far as they can be compared."""
         expected = adapter.config.base_digest or {}
         found = {
             module: self._digest(module, chosen, expected.get(module, "")) for module, chosen in adapter.slices.items()
@@ -186,7 +186,7 @@ def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = Fal
     Args:
         adapter: Whose base it is.
         name: A folder or a name on the Hub; by default what the adapter's config names.
-        weights: Whether the weights are needed, and compared with those that the adapter was made for.
+        weights: Whether the weights must be there as plain values, to be merged with.
     """
     name = name or adapter.config.base_model_name_or_path
     if not name:
@@ -209,7 +209,7 @@ def settings_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_setting(name: str) -> bool:
-    """Not an index of weights, nor an adapter's config, which would make the folder an adapter."""
+    """Whether it is neither an index of weights nor an adapter's config, with which the folder would count as an adapter."""
     return name != CONFIG_NAME and not name.endswith(".index.json")
 
 
@@ -226,7 +226,7 @@ def _folder(name: str, revision: str | None, weights: bool) -> Path:
     patterns = [*SETTINGS, "*.safetensors"] if weights else ["*.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # what a wrong name, a private model or no network lead to
+    except Exception as error:  # a wrong name, a private model, no network
         raise S2FTError(
             f"base={name!r} is no folder here, and the Hub does not give it: {first_line(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""The adapter file: indices and deltas in the base checkpoint's own coordinates.
+"""An adapter as files: channels and deltas in the base checkpoint's own coordinates.
 
     adapter_config.json          the resolved `S2FTConfig`: every module's slice, and a digest of the base weights
                                  that it changes
@@ -7,7 +7,8 @@
                                  base_model.model.{module}.s2ft_block.indices   its s channels, ascending
                                  and whatever PEFT keeps beside (modules_to_save, trainable tokens)
 
-PEFT writes and loads these files; here they are read without any base model, and checked: nothing in them is trusted.
+PEFT writes and loads these files. Here they are read without any base model, and checked: nothing in them is trusted. How
+tensors are named: `format/names.py`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter that stays on disk: checked whole, its tensors read one module at a time."""
+    """An adapter that stays on disk: it is checked, and its tensors are read one module at a time."""
 
     folder: Path
     config: S2FTConfig
@@ -68,12 +69,12 @@ class AdapterFile:
         return self.tensors[delta_name(module)]
 
     def others(self) -> dict[str, Tensor]:
-        """What PEFT keeps beside, under the file's own names, from the disk."""
+        """What PEFT keeps beside the slices, under the file's own names, from the disk."""
         return {name: self.tensors[name] for name in self.kept}
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Reads an adapter folder and checks that it is whole.
+    """Reads an adapter folder into memory, and checks it.
 
     Raises:
         S2FTError: if a file is missing, truncated, of another method, or contradicts the config; or a value is not finite,

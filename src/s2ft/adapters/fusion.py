@@ -46,18 +46,18 @@ def fuse(
     seed: int = 0,
     output: str | Path | None = None,
 ) -> Fusion:
-    """Fuses adapter folders into one adapter. Their files are checked now; their deltas are read when they are needed.
+    """Fuses adapter folders into one adapter. Files are checked at once, deltas read when they are needed.
 
     Args:
         adapters: Folders of S²FT adapters of one base.
-        weights: One number for each; 1 for all by default, which adds disjoint skills unchanged.
+        weights: One number for each; by default 1 for all, which adds disjoint skills unchanged.
         method: What happens on channels that several adapters hold: `sum`, `ties` or `dare`.
-        density: The share of those entries that `ties` and `dare` keep.
-        seed: Of the entries that `dare` drops.
-        output: Write the result into this folder at once; else `Fusion.save` does.
+        density: The share of those channels' entries that `ties` and `dare` keep.
+        seed: Seed of the entries that `dare` drops.
+        output: A folder to write the result into at once; else call `Fusion.save`.
 
     Raises:
-        S2FTError: if a folder is no whole adapter, or the adapters cannot be fused; then nothing is written.
+        S2FTError: before anything is written, if a folder holds no sound adapter, or the adapters cannot be fused.
 
     Example:
         >>> fuse(["nowhere"])
@@ -77,7 +77,7 @@ def fuse(
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """Adapters that can be fused: what comes out. Deltas are computed when they are asked for, one module at a time."""
+    """What adapters come to when they are fused. Deltas are computed when they are asked for, one module at a time."""
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
@@ -163,11 +163,11 @@ def plan_fusion(
     density: float = DENSITY,
     seed: int = 0,
 ) -> Fusion:
-    """Checks that adapters can be fused, and says what comes out; no delta is computed yet.
+    """Checks that adapters can be fused, and returns what they come to; no delta is computed yet.
 
     Raises:
-        S2FTError: with every problem: options out of range, adapters of different bases, a module whose input side one
-            adapter slices and whose output side another, whole modules (`modules_to_save`) that differ.
+        S2FTError: with every problem: options out of range, adapters of different bases, a module that one adapter slices on
+            the input side and another on the output side, modules to save that differ.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
     raise_together(_option_problems(sources, weights, method, density, seed))
@@ -217,7 +217,7 @@ def _config_problems(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def _module_problems(sources: Sequence[Source]) -> Iterator[str]:
-    """One line for each module on which two adapters contradict each other."""
+    """Modules on which two adapters contradict each other."""
     firsts: dict[str, Source] = {}
     for source in sources:
         for module, chosen in source.slices.items():
@@ -268,7 +268,7 @@ def _other_problems(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def _fused_config(sources: Sequence[Source], slices: dict[str, Slice]) -> S2FTConfig:
-    """What all configs agree on; elsewhere the default, as for a config that does not say."""
+    """What all configs agree on, and elsewhere the field's default."""
     configs = [source.config for source in sources]
     values: dict[str, Any] = {}
     for field in fields(S2FTConfig):
@@ -285,7 +285,7 @@ def _fused_config(sources: Sequence[Source], slices: dict[str, Slice]) -> S2FTCo
 
 
 def _fused_digests(sources: Sequence[Source], slices: dict[str, Slice]) -> dict[str, str]:
-    """Each part keeps its digest: that of the union would need the base."""
+    """Each part keeps its digest, since that of the union cannot be computed without the base."""
     parts: dict[str, dict[str, str | None]] = {}
     for source in sources:
         for module, part, digest in _digests(source):
@@ -294,7 +294,7 @@ def _fused_digests(sources: Sequence[Source], slices: dict[str, Slice]) -> dict[
 
 
 def _same_value(ours: Any, theirs: Any) -> bool:
-    """A base may be spelled in several ways: with a slash at the end, from here or from the root, by a link."""
+    """Whether two values mean the same: a folder can be written with a slash at the end, as a relative path, or as a link."""
     if ours == theirs:
         return True
     paths = isinstance(ours, str) and isinstance(theirs, str)

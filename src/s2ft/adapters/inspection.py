@@ -22,7 +22,7 @@ from s2ft.training.plan import planned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LABELS = 12  # layers that a panel of the picture names: more would run into each other
+_LABELS = 12  # most layers that are labelled in a panel of the picture
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChang
     """One row per module, in the order of the model's layers.
 
     Args:
-        base: A model like the adapter's base (values are not needed): rows then say how the in-place layout holds each slice.
+        base: A model like the adapter's base (device meta will do); rows then say how the in-place layout holds each slice.
     """
     held = {} if base is None else {place.module: place.how for place in planned(base, adapter.slices)}
     rows = [

@@ -3,8 +3,8 @@
     base/      model-00001-of-00002.safetensors ...    config.json  tokenizer.json  chat_template.jinja ...
     output/    the same names, sizes, dtypes and order; in the shards, the bytes of the changed tensors are written over
 
-A shard is copied as a file and patched in place, one tensor at a time: memory is that of the largest layer, whatever the
-model's size, and what the adapter leaves alone stays as it is, byte for byte. Values equal those of PEFT's
+A shard is copied as a file and patched in place, one tensor at a time. So memory is that of the largest layer, whatever the
+model's size, and all that the adapter does not change stays the same, byte for byte. Values equal those of PEFT's
 `merge_and_unload` on the loaded model.
 """
 
@@ -35,14 +35,14 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
         adapter: Folder of an S²FT adapter.
         output: A new folder.
         base: Folder or Hub name of its base, in safetensors; by default the one that the adapter names.
-        progress: Goes through the steps; a progress bar, say.
+        progress: Wraps the list of steps, as a progress bar does.
 
     Returns:
         The folder.
 
     Raises:
-        S2FTError: before anything is written, if the adapter is not whole or not for this base, the base is quantised
-            or incomplete, a file of the base is a link out of its folder, or there is something at `output`.
+        S2FTError: before anything is written, if the adapter is damaged or not for this base, the base is quantised
+            or incomplete, a file of the base is a link out of its folder, or `output` exists already.
     """
     output = Path(output)
     check_free(output)
@@ -87,7 +87,7 @@ def _merge_module(adapter: AdapterFile, base: Checkpoint, module: str, aside: Pa
 
 
 def _whole_tensors(adapter: AdapterFile, base: Checkpoint) -> dict[str, Tensor]:
-    """What modules_to_save holds, under the checkpoint's names and in its dtypes."""
+    """The tensors of `modules_to_save`, under the checkpoint's names and in its dtypes."""
     raise_together(_unmergeable(adapter, base))
     found = {}
     for kept, tensor in adapter.others().items():
@@ -119,7 +119,7 @@ def _is_tied(base: Checkpoint) -> bool:
 
 
 def _overwrite(file: Path, name: str, tensor: Tensor) -> None:
-    """Writes a tensor's bytes over those that a safetensors file holds under its name."""
+    """Replaces a tensor's bytes in a safetensors file; shape and dtype stay."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         start, end = json.loads(stream.read(size))[name]["data_offsets"]
@@ -130,7 +130,7 @@ def _overwrite(file: Path, name: str, tensor: Tensor) -> None:
 
 
 def _check_links(base: Checkpoint, shards: Iterable[Path]) -> None:
-    """A result may be published, so that nothing is copied from elsewhere; the Hub's cache links to the blobs beside."""
+    """Refuses links out of the base's folder, since the result may be published; the Hub's cache may link to its blobs."""
     folder = base.folder.resolve()
     homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
     settings = [file for path in settings_files(base.folder) for file in (path, *path.rglob("*"))]

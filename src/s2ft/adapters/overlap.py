@@ -7,7 +7,7 @@
                      For inputs that are white this is the relative error, root mean square, of my delta's output
                      that comes from shared channels (E‖Δx‖² = ‖Δ‖²).
 
-Disjoint channels have no interference in the weights; their outputs still add up, as any two changes of a model do.
+Disjoint channels do not interfere in the weights; their effects on the output still add up, as those of any two changes do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two adapters on one module. Adapters are counted as they were given, from 0."""
+    """Two adapters on one module. Adapters are numbered from 0, in the order given."""
 
     module: str
     layer: int | None

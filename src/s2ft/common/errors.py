@@ -9,13 +9,13 @@ _REASONS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file of that size is not allowed there",
 }
-_FULL = (  # torch.save's words, and NumPy's
+_FULL = (  # what torch.save and NumPy say of a full disk
     r"No space left|PytorchStreamWriter failed writing|iostream error|unexpected pos \d+ vs \d+|"
     r"\d+ requested and \d+ written"
 )
 
-MOST_PROBLEMS = 50  # that one message lists
-DIFFERENT_PROBLEMS = 10  # of places
+MOST_PROBLEMS = 50  # listed in one message
+DIFFERENT_PROBLEMS = 10  # listed in one message about places
 
 
 class S2FTError(ValueError):
@@ -30,7 +30,8 @@ class S2FTError(ValueError):
           - strategy='best' is unknown
 
     Attributes:
-        problems: What the message lists, to be raised together with others; a message that lists nothing is the only one.
+        problems: Each problem that the message lists, so that it can be raised again beside others; without a list, the
+            message itself.
     """
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
@@ -39,7 +40,7 @@ class S2FTError(ValueError):
 
 
 def raise_together(problems: Iterable[str]) -> None:
-    """Raises one `S2FTError` that lists all `problems`, or the first of very many; does nothing when there are none."""
+    """Raises one `S2FTError` that lists all `problems` (of very many, the first 50); does nothing when there are none."""
     found = list(problems)
     if len(found) == 1:
         raise S2FTError(found[0])
@@ -50,7 +51,7 @@ def raise_together(problems: Iterable[str]) -> None:
 
 
 def gathered(*checks: Callable[[], object]) -> list[str]:
-    """The problems that checks find, all of which are made.
+    """Makes every check, and returns all the problems that they raise.
 
     Example:
         >>> gathered(lambda: raise_together(["a"]), lambda: None, lambda: raise_together(["b", "c"]))
@@ -68,7 +69,8 @@ def gathered(*checks: Callable[[], object]) -> list[str]:
 def raise_by_place(problems: Iterable[tuple[str, str]], others: Iterable[str] = ()) -> None:
     """Raises one `S2FTError` for problems at places, after `others`; does nothing when there are none.
 
-    A problem that many places have is told once, and of different ones the first ten; all are counted.
+    A problem that many places share is listed once, with its places; of different problems the first ten are listed, and all
+    are counted.
 
     Example:
         >>> raise_by_place([("a:1", "no text"), ("a:2", "no text"), ("a:3", "no end"), ("a:4", "no text")])
@@ -99,7 +101,9 @@ def _also(places: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    r"""What an error of a library says first, printable, since it may repeat a file's text; its kind where it says nothing.
+    r"""The first line of a library's error message; the error's type where it has none.
+
+    It is made printable, since it may repeat what a file holds.
 
     Example:
         >>> first_line(OSError("not found\nsee the docs")), first_line(KeyError()), first_line(ValueError("no \x1b[2J"))
@@ -110,7 +114,7 @@ def first_line(error: BaseException) -> str:
 
 
 def no_space(error: BaseException) -> str | None:
-    """What is full, if that is what `error` says: the system's error, or a library's words for it.
+    """Why nothing more can be written, if that is what `error` means: the system's error, or a library's words for it.
 
     Example:
         >>> no_space(OSError(errno.ENOSPC, "No space left on device"))

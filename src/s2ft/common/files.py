@@ -1,4 +1,6 @@
-"""Files that are whole or not there: written aside, flushed to disk, then renamed into place, by one writer at a time.
+"""Atomic writing: files and folders appear whole or not at all, and have one writer at a time.
+
+They are written beside their place, flushed to disk, and renamed:
 
     parent/
         .OUTPUT.lock                held while OUTPUT is written (s2ft/common/locks.py)
@@ -7,7 +9,7 @@
         .unfinished-3f2a/           what is being added to a folder that is there; renamed once it is whole, to
         .finished-3f2a/             whose entries are then moved up: by the next writer, if this one was killed meanwhile
 
-What a killed writer leaves is cleared by the next one.
+What a killed writer leaves behind, the next writer removes or completes.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from s2ft.common.errors import S2FTError, no_space
 from s2ft.common.locks import locked, no_empty_folders
 from s2ft.common.outputs import FINISHED, UNFINISHED, check_free
 
-_CONFIGS = "config.json"  # what makes a folder an adapter or a model comes after the weights
+_CONFIGS = "config.json"  # moved last: with it, a folder counts as an adapter or a model
 _DEVICES = ("/dev", "/proc")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` in one rename; nothing is left there if the block raises.
+    """Yields a folder to write into, which becomes `folder` in one rename; nothing is left if the block raises.
 
-    An empty folder that is there already is filled as by `staged`.
+    An empty folder that exists already is filled as by `staged`.
 
     Raises:
         S2FTError: if something lies at `folder` already, someone else is writing there, or the disk is full.
@@ -65,7 +67,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(file: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `file` in one rename; nothing is there if the block raises.
+    """Yields a path to write to, which becomes `file` in one rename; nothing is left if the block raises.
 
     Raises:
         S2FTError: if something lies at `file` already, someone else is writing there, or the disk is full.
@@ -80,9 +82,9 @@ def new_file(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_file(file: Path) -> Iterator[Path]:
-    """A path to write to, which then takes the place of `file` in one rename; if the block raises, what was there stays.
+    """Yields a path to write to, which replaces `file` in one rename; if the block raises, the old file stays.
 
-    A device or a pipe, and a file in a folder where nothing else may be written, is written directly.
+    A device, a pipe, or a file in a folder that is not writable is written directly.
     """
     target = file.resolve()
     if _is_device(file) or not os.access(target.parent, os.W_OK | os.X_OK):
@@ -95,7 +97,7 @@ def replaced_file(file: Path) -> Iterator[Path]:
 
 
 def write_json(file: Path, value: Any, indent: int = 2, **how: Any) -> None:
-    """Writes `value` as `json.dumps` puts it, the file whole or as it was before."""
+    """Writes `value` as JSON; if that fails, the old file stays. `how` goes to `json.dumps`."""
     text = json.dumps(value, indent=indent, **how) + "\n"
     with replaced_file(file) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -103,9 +105,9 @@ def write_json(file: Path, value: Any, indent: int = 2, **how: Any) -> None:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder` to write into; afterwards its entries are moved into `folder`, one rename each.
+    """Yields a new folder inside `folder` to write into; afterwards its entries move up into `folder`, one rename each.
 
-    Nothing is moved if the block raises. An entry that is there already is replaced; the configuration comes last.
+    Nothing is moved if the block raises. Entries that exist already are replaced; the configuration is moved last.
 
     Raises:
         S2FTError: if the folder cannot be made, someone else is writing there, or the disk is full.
@@ -141,7 +143,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(given: Path) -> Iterator[None]:
-    """A full disk is said in words, whoever meets it."""
+    """Reports a full disk as an `S2FTError`, whichever library runs into it."""
     try:
         yield
     except Exception as error:
@@ -177,7 +179,7 @@ def _one_file(target: Path) -> Iterator[Path]:
 
 
 def _settle(target: Path) -> None:
-    """Ends what a killed writer began: what was whole is moved to its place, the rest goes. The caller holds the lock."""
+    """After a killed writer: moves what was whole to its place, and removes the rest. The caller holds the lock."""
     for path in target.parent.iterdir() if target.parent.is_dir() else ():
         if path.name.startswith(f".{target.name}{UNFINISHED}-"):
             _remove(path)
@@ -228,7 +230,7 @@ def _flush_file(path: Path) -> None:
 
 def _check_whole(path: Path) -> None:
     try:
-        with safe_open(path, framework="pt"):  # asks whether the file is as long as its tensors need
+        with safe_open(path, framework="pt"):  # checks the file's length against its tensors
             pass
     except SafetensorError as error:
         raise S2FTError(f"{path.name} was not written whole, so it is not kept: {error}") from error
@@ -246,6 +248,6 @@ def flush_names(folder: Path) -> None:
 
 
 def _is_device(file: Path) -> bool:
-    """Not a file that could be replaced: /dev/stdout stays what it is, even where it leads to a file."""
+    """Whether a rename cannot replace it, as with /dev/stdout, even where that is redirected to a file."""
     named = file.absolute()
     return any(named.is_relative_to(root) for root in _DEVICES) or (file.exists() and not file.is_file())

@@ -1,7 +1,7 @@
-"""One writer at a time: a lock beside what is written, which the system takes back when its process ends.
+"""One writer at a time: a lock file beside what is written; the system releases it when the process ends.
 
-parent/.OUTPUT.lock    there while something is written to parent/OUTPUT; a killed process leaves it unlocked
-OUTPUT/.lock           where OUTPUT is a folder whose parent is not ours to write to
+parent/.OUTPUT.lock    exists while parent/OUTPUT is written; a killed process leaves it behind, unlocked
+OUTPUT/.lock           instead, where OUTPUT is a folder and its parent is not writable
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from filelock import FileLock, Timeout
 from s2ft.common.errors import S2FTError
 
 _SUFFIX = ".lock"
-_SHORT, _LONG = 0.2, 60  # seconds: the first for who would rather be refused
-_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())  # by this thread
+_SHORT, _LONG = 0.2, 60  # seconds until an attempt is refused; the second where the caller is ready to wait
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())  # locked by this thread
 
 
 @contextmanager
 def locked(given: Path, wait: bool = False) -> Iterator[None]:
     """Keeps other processes and threads from writing to a path during the block, however they spell it.
 
-    Whoever holds the lock may ask for it again.
+    The lock is reentrant: its holder may take it again.
 
     Raises:
         S2FTError: if another holds it, or it cannot be made.
@@ -42,7 +42,7 @@ def locked(given: Path, wait: bool = False) -> Iterator[None]:
         finally:
             _held.reset(token)
             with suppress(OSError):
-                os.unlink(lock.lock_file)  # who waits for it sees that, and makes another
+                os.unlink(lock.lock_file)  # those who wait for it notice, and make a new one
             lock.release()
 
 
@@ -53,7 +53,7 @@ def is_lock(path: Path) -> bool:
 
 @contextmanager
 def no_empty_folders(folder: Path) -> Iterator[None]:
-    """Takes `folder` and its parents away again, if the block makes them and leaves nothing in them."""
+    """Removes `folder` and its parents again, as far as the block made them and left them empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -71,7 +71,7 @@ def _acquire(given: Path, target: Path, seconds: float) -> FileLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=seconds)
     except Timeout:
-        if not path.exists():  # nobody holds it: on some file systems nothing can be made
+        if not path.exists():  # nobody holds it: some file systems answer so where nothing can be created
             raise S2FTError(f"{str(path.parent)!r} cannot be written to") from None
         raise S2FTError(f"{str(given)!r} is being written by another process; wait for it, or name another") from None
     except (OSError, NotImplementedError) as error:

@@ -17,9 +17,9 @@ Progress = Callable[[list[str]], Iterable[str]]
 
 
 def check_place(output: str | Path, option: str = "output", is_folder: bool = True) -> None:
-    """Raises `S2FTError` if nothing can be written at `output`, the value of `option`. What lies there may stay.
+    """Raises `S2FTError` unless something can be written at `output`, the value of `option`.
 
-    Folders above it that are missing will be made.
+    It may exist already; missing folders above it can be made.
 
     Example:
         >>> check_place("/dev/null/result")
@@ -40,7 +40,7 @@ def check_place(output: str | Path, option: str = "output", is_folder: bool = Tr
 
 
 def check_free(output: Path, suffix: str | None = None) -> None:
-    """Raises `S2FTError` as `check_place` does, or if something lies at `output` already; an empty folder may.
+    """Raises `S2FTError` as `check_place` does, or if `output` exists already; it may be an empty folder.
 
     Args:
         suffix: Of a file; None for a folder.

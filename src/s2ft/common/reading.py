@@ -1,4 +1,4 @@
-"""Files that others wrote, read within bounds: nothing in them is trusted, not even that they are files."""
+"""Reading files that others wrote: within bounds, and without trusting what they hold, or that they are files at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGEST_JSON = 64 << 20  # bytes; the config of an adapter with a million module
 
 
 def check_regular(path: Path) -> None:
-    """Raises `S2FTError` if something is at `path` that is no regular file: reading a pipe would wait for ever.
+    """Raises `S2FTError` if `path` is something other than a regular file, such as a pipe, which would block for ever.
 
     Example:
         >>> check_regular(Path("/dev/zero"))
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_clean(text: str) -> bool:
-    r"""Whether a name can be shown and stored: no control characters (a terminal obeys them), no halves of characters.
+    r"""Whether a name can be shown and stored: no control characters, which a terminal obeys, and no lone surrogates.
 
     Example:
         >>> is_clean("layers.0.größe"), is_clean("layers.0\x1b[2J"), is_clean("\ud800")
@@ -63,7 +63,7 @@ def is_clean(text: str) -> bool:
 
 
 def shown(value: Any, most: int = 80) -> str:
-    r"""A value from a file as messages repeat it: printable, and cut where it is long.
+    r"""A value from a file, for messages: printable, and cut where it is long.
 
     Example:
         >>> shown("\x1b[2J"), shown("x" * 100, 10)

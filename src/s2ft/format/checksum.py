@@ -1,10 +1,10 @@
-"""Checksums of an adapter's tensors: are they the ones that were saved?
+"""Checksums of an adapter's tensors, by which a reader knows that they are the ones that were saved.
 
     adapter_config.json    "checksums": {"model.layers.0.mlp.down_proj.s2ft_block.weight": "3f…", ...}
 
 A checksum is SHA-256 over dtype, shape and bytes, cut to 128 bits. PEFT takes the tensors from the model first and saves the
-config afterwards: they are noted in between (`S2FTConfig.note`). A file without them is read as
-well, unchecked; a tool that changes tensors on purpose removes the field.
+config afterwards: they are noted in between (`S2FTConfig.note`). A file without them is read
+unchecked; a tool that changes tensors on purpose removes the field.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def checksum(tensor: Tensor) -> str:
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of every tensor that a file is to hold, by its bare name."""
+    """Bare name → checksum, of every tensor that a file is to hold."""
     return {bare(name): checksum(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
 
 
 class Noted(dict[str, "ref[Tensor]"]):
-    """Tensors that are about to be saved, by their bare names; held weakly, and gone from copies and pickles."""
+    """Tensors that are about to be saved, by their bare names; held weakly, and left out of copies and pickles."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Noted:
-        """Notes tensors for as long as somebody holds them."""
+        """Notes tensors, for as long as something else holds them."""
         return cls((bare(name), ref(tensor)) for name, tensor in tensors.items())
 
     def checksums(self) -> dict[str, str] | None:
-        """Of those that are still held; None where there are none."""
+        """The checksums of those that still exist; None where none do."""
         held = {name: tensor for name, where in self.items() if (tensor := where()) is not None}
         return checksums(held) or None
 

@@ -2,8 +2,8 @@
 
     ratios | budget  →  how much        strategy, subset, seed  →  which        layers, avoid  →  where
 
-A config is *open* as the user writes it and *resolved* once `slices` names the chosen channels of every module.
-PEFT saves the resolved config beside the deltas, so that an adapter can be rebuilt from its config alone.
+A config is *open* as the user writes it, and *resolved* once `slices` names the chosen channels of every module. The resolved
+config is saved beside the deltas.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class S2FTConfig(PeftConfig):
             `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
             score of your own, too, and then fills in `own`.
         subset: Whether the `largest` or the `smallest` scores are trained.
-        seed: Of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
+        seed: Seed of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
         allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole
             model.
         layers: The blocks to train: an index, a list of them, a range `"8-15"`, `"last:50%"` or `"first:4"`.
@@ -73,7 +73,7 @@ class S2FTConfig(PeftConfig):
         slices: Filled in on use: module path → its trained slice, such as `"in 3,17,40-41"` (see
             `s2ft.selection.select`).
         base_digest: Filled in on use: module path → digest of the base weights that the slice changes.
-        how_to_load: Not for the user: an explanation that lies beside the method's name in the adapter's files.
+        how_to_load: Filled in: for those who open the adapter's files without knowing the method.
         checksums: Filled in on saving: name → checksum of each tensor in the weight file (see `s2ft.format.checksum`).
         format_version: Filled in on saving: the version of the file format (see `s2ft.format.config_file`).
 
@@ -196,10 +196,10 @@ class S2FTConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; with the checksums of the tensors that are saved beside."""
-        self.checksums, self._noted = self._noted.checksums(), Noted()  # saved without tensors, it vouches for none
+        self.checksums, self._noted = self._noted.checksums(), Noted()  # none for a config that is saved by itself
         self.how_to_load, self.format_version = HOW_TO_LOAD, FORMAT_VERSION
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")  # PEFT's, written before; it says nothing of this method
+        card = Path(save_directory, "README.md")  # PEFT has written it, without a word on this method
         if card.is_file() and "import s2ft" not in (text := card.read_text(encoding="utf-8", errors="replace")):
             card.write_text(f"{text.rstrip()}\n\n## How to load\n\n{HOW_TO_LOAD}\n", encoding="utf-8")
 
@@ -213,14 +213,14 @@ class S2FTConfig(PeftConfig):
         return self.slices is not None
 
     def reopened(self) -> S2FTConfig:
-        """A copy as the user wrote it, but for the seed that was drawn."""
+        """A copy as the user wrote it, except that a drawn seed stays."""
         open_again: dict[str, Any] = dict.fromkeys(self._filled_in)
         return replace(self, **open_again)
 
     def filled_in(self, resolved: S2FTConfig) -> S2FTConfig:
-        """This very object with the choices of `resolved`: PEFT goes on changing the object that it was given.
+        """Takes over the choices of `resolved` into this object, which PEFT holds, and returns it.
 
-        If it already stands for other choices (it is in use on another base), `resolved` is returned instead.
+        If it holds other choices already (it is in use on another base), `resolved` is returned instead.
         """
         if self._filled_in and (self.slices, self.base_digest) != (resolved.slices, resolved.base_digest):
             return resolved

@@ -99,7 +99,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def name_problems(config: S2FTConfig) -> Iterator[str]:
-    """Names that must not reach a terminal or another file, and slices that are none."""
+    """Names that must not reach a terminal or another file, and texts that are no slices."""
     for field in ("slices", "base_digest", "checksums"):
         for name in getattr(config, field) or {}:
             if not name or not is_clean(name):
@@ -110,7 +110,7 @@ def name_problems(config: S2FTConfig) -> Iterator[str]:
 
 
 _TEXT, _NAMES, _RANGE = (str, type(None)), (list, set, str, type(None)), (list, int, type(None))
-_KINDS: dict[str, tuple[type, ...]] = {  # of fields that PEFT takes as they come
+_KINDS: dict[str, tuple[type, ...]] = {  # of fields that PEFT does not check
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
     "task_type": _TEXT,
@@ -129,7 +129,7 @@ _KINDS: dict[str, tuple[type, ...]] = {  # of fields that PEFT takes as they com
 
 
 def kind_problems(config: S2FTConfig) -> Iterator[str]:
-    """Fields of a config from a file that hold another kind of value than theirs."""
+    """Fields that hold another kind of value than theirs, in a config from a file."""
     for name, kinds in _KINDS.items():
         value = getattr(config, name)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

@@ -4,11 +4,11 @@
     quantised  "Params4bit-nf4-64~AQb3…"         the grid it was rounded to, and the sketch of its dequantised values
     float16    "~AQb3…"                          the sketch
 
-The first is over shape and values rounded to bfloat16, cut to 128 bits. Rounding makes a float32 and a bfloat16 copy of the
-same checkpoint agree: between two plain slices it decides alone. Anything else is compared by its sketch
-(`format/sketch.py`): closely on the same grid, loosely between a quantised base and a plain one. What has no values (device
-meta, a part of a sharded weight) has no digest and is not checked. A fused adapter keeps the digest of each part of a slice:
-that of the union cannot be made without the base.
+SHA-256 is over the shape and the values rounded to bfloat16, cut to 128 bits. Because of the rounding, a float32 and a
+bfloat16 copy of one checkpoint agree. Between two plain slices it decides alone. All else is compared by sketches
+(`format/sketch.py`): closely on the same grid, loosely between a quantised base and a plain one. A slice without values (device
+meta, a part of a sharded weight) has no digest, and is not checked. A fused adapter keeps the digest of each part of a slice,
+since that of the union cannot be computed without the base.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def slice_digest(base_slice: Tensor, grid: str | None = None) -> str | None:
     """The slice's digest as text; None where there is nothing to digest.
 
     Args:
-        grid: What the values were rounded to, where they come from a quantised weight.
+        base_slice: [out_features, s] or [s, in_features], in a floating-point dtype.
+        grid: What the values were rounded to, where they come from a quantised weight (`layer/dequantise.py`).
 
     Example:
         >>> weight = torch.arange(6.0).view(2, 3)
@@ -70,7 +71,7 @@ def agree(one: str, other: str) -> bool:
     (exact, mine), (also, theirs) = (text.partition("~")[::2] for text in (one, other))
     if _EXACT.fullmatch(exact) and _EXACT.fullmatch(also):
         return exact == also
-    if not mine or not theirs:  # written before there were sketches, or all zero
+    if not mine or not theirs:  # of an adapter from before there were sketches, or all zero
         return True
     plain = [not kind or bool(_EXACT.fullmatch(kind)) for kind in (exact, also)]
     alike = all(plain) or exact == also
@@ -91,7 +92,7 @@ def digest_parts(text: str, whole: Slice) -> dict[str, str]:
 
 
 def part_problems(text: str, whole: str) -> Iterator[str]:
-    """What is wrong with the slices that a module's digests name, as parts of the slice `whole`; expands none."""
+    """What is wrong with the slices that a module's digests name: they must be parts of `whole`. None is expanded."""
     parts, runs = _by_part(text) if "=" in text else {}, Runs.parse(whole)
     if len(parts) > MOST_PARTS:
         yield f"base_digest has {len(parts):,} parts for {shown(whole)}; more than {MOST_PARTS:,} are not read"
@@ -119,7 +120,7 @@ def bases_differ_knowingly() -> bool:
 
 @contextmanager
 def any_base() -> Iterator[None]:
-    """Adapters are put onto whatever base is there, without the check that they were made for it.
+    """Inside the block, adapters load onto any base, without the check that they were made for it.
 
     Example:
         >>> with any_base():
@@ -138,8 +139,8 @@ def check_base(expected: dict[str, str], found: dict[str, str | None], base: str
     if differing and not _ANY_BASE.get():
         raise S2FTError(
             f"this adapter was made for another base{f' ({base})' if base else ''}: {len(differing)} of {len(expected)} "
-            f"modules hold other weights than it was trained on, the first is {differing[0]}. Load its own base, or load "
-            "inside `with s2ft.any_base():` if you know better."
+            f"modules hold other weights than it was trained on, the first is {differing[0]}. Load its own base, or, if this "
+            "is on purpose, load inside `with s2ft.any_base():`"
         )
 
 

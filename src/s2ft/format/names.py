@@ -1,11 +1,11 @@
-"""The names of the tensors in an adapter's file. PEFT makes them; what depends on how they look stands here.
+"""The names of the tensors in an adapter's file. PEFT forms them; all that depends on their form is here.
 
     base_model.model.{module}.s2ft_block.weight                      a slice's delta
     base_model.model.{module}.s2ft_block.indices                     its channels
     base_model.model.{module}.{parameter}                            a module that is trained whole (modules_to_save)
     base_model.model.{module}.token_adapter.trainable_tokens_delta   rows of an embedding (trainable_token_indices)
-    base_model.model.{module}.base_layer.{parameter}                 the base's own, never loaded: PEFT puts it beside a slice
-                                                                     of an embedding or output layer
+    base_model.model.{module}.base_layer.{parameter}                 a copy of the base's own weight, never loaded: PEFT saves
+                                                                     it beside a slice of an embedding or output layer
 
 Without the prefix, the names are those of a model that adapters were injected into directly.
 """

@@ -1,9 +1,8 @@
 """S²FT as a PEFT type, from outside PEFT.
 
 PEFT has no plug-in mechanism: `peft.utils.register_peft_method` fills its tables, but only for a member of the enum
-`PeftType`. So the enum gets one member more, once, and everything that looks a method up by its type finds S²FT
-(`get_peft_model`, `PeftModel.from_pretrained`, transformers' `load_adapter`, the key `peft_type` in an adapter's
-config).
+`PeftType`. So the enum gets one more member, and whatever looks a method up by its type finds S²FT (`get_peft_model`,
+`PeftModel.from_pretrained`, transformers' `load_adapter`, the key `peft_type` in an adapter's config).
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 NAME = "S2FT"
-PREFIX = "s2ft_"  # transformers spots and deletes an adapter's keys by it
+PREFIX = "s2ft_"  # of parameter names; transformers tells an adapter's keys by it
 
 
 def peft_type() -> PeftType:

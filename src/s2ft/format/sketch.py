@@ -1,10 +1,10 @@
-"""A sketch of a weight's slice: 64 small numbers by which its values are known again after they were quantised.
+"""A sketch of a weight's slice: 64 small numbers that recognise its values even after quantisation.
 
     values x₀ x₁ x₂ ...  →  bucket b: Σ ± x_i over i ≡ b (mod 64)  →  scaled to bytes  →  86 characters
 
-The signs come from a hash of the shape. The angle between two sketches is nearly that between the two slices (a count
-sketch; for weights without a relation its cosine is 0 ± 1/8). 4-bit weights keep a cosine above 0.87 with the plain ones
-at worst, and mostly above 0.99; a model that was fine-tuned from this one may lie as near.
+This is a count sketch: the angle between two sketches is nearly that between the two slices, and the cosine of unrelated
+weights is 0 ± 1/8. The signs come from a hash of the shape. 4-bit weights keep a cosine with the plain ones of 0.87 at worst,
+and mostly above 0.99; a model that was fine-tuned from the base may be as close.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 SIZE = 64
 _CHUNK = 1 << 18  # values at once: a multiple of 8 and of SIZE
-LIKE = 0.5  # the least cosine, 4σ from 0, where a quantisation lies between two slices
-SAME = 0.995  # where both were stored alike, so that only the rounding of arithmetic differs
+LIKE = 0.5  # the least cosine between a quantised slice and a plain one: 4σ from 0
+SAME = 0.995  # between two that were stored alike, so that only the rounding of arithmetic differs
 
 
 def sketch(values: Tensor) -> str | None:

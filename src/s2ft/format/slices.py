@@ -1,4 +1,4 @@
-"""A slice: the trained channels of one linear layer, and how an adapter's config writes them down."""
+"""A slice: the trained channels of one linear layer, and its text in an adapter's config, such as "in 3,17-19"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from s2ft.common.reading import shown
 
 Indices = NDArray[np.int64]
 _WRITTEN = re.compile(r"(in|out) [0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*")
-MOST_CHANNELS = 1 << 24  # more than any layer has: a damaged file must not fill the memory
+MOST_CHANNELS = 1 << 24  # more than any layer has, so that a damaged file cannot fill the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Runs:
-    """A slice as it is written: what can be known of it before its channels take any memory.
+    """A slice as runs of channels: what can be known of its text without expanding it.
 
     Example:
         >>> runs = Runs.parse("in 3,17-19")
@@ -115,7 +115,7 @@ class Runs:
 
 
 def _joined(bounds: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Runs that touch, made one."""
+    """Joins runs that touch."""
     low, high = bounds[0]
     for first, last in bounds[1:]:
         if first == high + 1:
@@ -127,7 +127,7 @@ def _joined(bounds: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether there is neither an infinity nor a NaN: one pass without a mask, ten times as fast as `isfinite().all()`.
+    """Whether no value is infinite or NaN. One pass without a mask: ten times as fast as `isfinite().all()`.
 
     Example:
         >>> all_finite(torch.tensor([1.0, torch.nan, 2.0])), all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.ones(0))

@@ -1,4 +1,4 @@
-"""Keywords that `S2FTConfig` does not know: what someone who comes from LoRA gives instead."""
+"""Answers to keywords that `S2FTConfig` does not know, above all LoRA's."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ T = TypeVar("T")
 
 
 class UnknownKeywordError(S2FTError, TypeError):
-    """A keyword that the config does not take. Python calls that a TypeError, as which PEFT expects it in newer files."""
+    """A keyword that the config does not take; a TypeError, which PEFT expects for the keys of newer config files."""
 
 
 def explain_unknown(cls: type[T]) -> type[T]:
-    """Class decorator: the dataclass explains the keywords that it refuses."""
+    """Class decorator for a dataclass: its constructor explains the keywords that it refuses."""
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     plain: Callable[..., None] = cls.__init__
 
@@ -55,7 +55,7 @@ def explain_unknown(cls: type[T]) -> type[T]:
 
 
 def _message(name: str, unknown: Mapping[str, Any], known: Collection[str]) -> str:
-    """Begins as Python's own message does, by which PEFT tells it from other TypeErrors."""
+    """Begins like Python's own message, by which PEFT tells an unknown keyword from other TypeErrors."""
     start = f"{name} got an unexpected keyword argument"
     lines = [f"{key}={value!r}: {hint(key, known)}" for key, value in unknown.items()]
     if len(lines) == 1:
@@ -64,7 +64,11 @@ def _message(name: str, unknown: Mapping[str, Any], known: Collection[str]) -> s
 
 
 def hint(key: str, known: Collection[str], is_s2ft: bool = True) -> str:
-    """What to give instead of `key`; without `is_s2ft`, for another method, among whose options it may be meant.
+    """What to give instead of `key`.
+
+    Args:
+        known: The options that there are.
+        is_s2ft: False where they are another method's, so that the hints for those who come from LoRA do not apply.
 
     Example:
         >>> hint("fan_in_fan_out", ()), hint("ratio", ["ratios", "budget"])

@@ -1,11 +1,11 @@
-"""The one check of an adapter's files: PEFT's loader, a live model, the pool, fusion, export, merging and inspection ask it.
+"""The one check of an adapter's files, which every reader makes: PEFT's loader, the pool, fusion, export, merging, inspection.
 
     names and shapes    every slice of the config has its delta and its channels; nothing else is there but what the config
                         declares (modules_to_save, trainable_token_indices): under any other name, PEFT would write it into
                         the base model
     values              channels as in the config, numbers that are finite, checksums as saved
 
-Each tensor is looked at once, the cheap questions first: no channel takes memory before a tensor of its size was found.
+Each tensor is read once, and cheap checks come first: no slice is expanded before a tensor of its size was found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DELTA_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def check_adapter(folder: Path, config: S2FTConfig) -> WeightFile:
-    """The open weight file beside a config; raises `S2FTError` unless it is that config's adapter, and sound."""
+    """The opened weight file beside a config; raises `S2FTError` with all that is wrong with it."""
     if not config.slices:
         raise S2FTError(f"{folder / CONFIG_NAME} names no slices; it was saved before the adapter was made")
     weights = WeightFile(folder)
@@ -82,7 +82,7 @@ def _slice_problems(runs: Runs, text: str, names: list[str], headers: list[Heade
 
 
 def _undeclared(config: S2FTConfig, name: str, header: Header) -> str | None:
-    """Why a tensor that is no slice's must not be loaded; None where the config declares it."""
+    """Why a tensor that belongs to no slice must not be loaded; None where the config declares it."""
     if is_base_copy(name, config.slices):
         return None
     if is_slice_part(name):
@@ -101,7 +101,7 @@ def _undeclared(config: S2FTConfig, name: str, header: Header) -> str | None:
 
 
 def _token_lists(config: S2FTConfig) -> list[tuple[str, list[int]]]:
-    """End of the embedding's path → its trained rows; PEFT finds the input embedding by itself where there is only a list."""
+    """End of an embedding's path → its trained rows; of a mere list, PEFT finds the input embedding by itself."""
     tokens = config.trainable_token_indices
     if isinstance(tokens, dict):
         return [(name, rows) for name, rows in tokens.items() if rows]
@@ -129,5 +129,5 @@ def value_problems(config: S2FTConfig, tensors: Mapping[str, Tensor]) -> Iterato
 
 
 def finite(tensor: Tensor) -> bool:
-    """As `all_finite`, for the dtypes that have no minimum too (float8)."""
+    """As `all_finite`, also for float8, whose minimum torch does not compute."""
     return all_finite(tensor if tensor.element_size() > 1 else tensor.float())

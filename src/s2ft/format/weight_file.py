@@ -1,4 +1,4 @@
-"""The weight file of an adapter, opened: names, dtypes and shapes at once, values when they are asked for."""
+"""The weight file of an adapter: names, dtypes and shapes are read at once, values when they are asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from s2ft.common.errors import S2FTError, first_line
 from s2ft.common.reading import check_regular
 
-MOST_MAPPED = 16 << 20  # bytes of a file; what was read of it counts as memory until it is opened anew
+MOST_MAPPED = 16 << 20  # bytes read until the file is opened anew: its mapped pages count as the process's memory
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
            "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "C64": "complex64"}  # fmt: skip
 
@@ -31,7 +31,7 @@ class Header:
 
     @staticmethod
     def of(tensor: Any) -> Header:
-        """Of a tensor in memory; what is no tensor has the name of its type as dtype."""
+        """The header of a tensor in memory; for anything else, dtype is the name of its type."""
         if not isinstance(tensor, Tensor):
             return Header(type(tensor).__name__, ())
         return Header(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))

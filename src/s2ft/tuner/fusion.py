@@ -110,7 +110,7 @@ def _state(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> dict[str, Te
 
 
 def name_problem(adapter_name: str) -> str | None:
-    """What is wrong with the name of a new adapter: it becomes a key of a module, and a folder when it is saved."""
+    """Why a new adapter cannot have this name, which becomes a key of a module, and a folder when it is saved."""
     if adapter_name == BASE or (isinstance(adapter_name, str) and hasattr(nn.ModuleDict, adapter_name)):
         return f"adapter_name={adapter_name!r} has another meaning in PEFT or torch; take another name"
     if isinstance(adapter_name, str) and adapter_name and not set(adapter_name) & set("./\\"):

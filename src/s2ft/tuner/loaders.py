@@ -1,8 +1,8 @@
-"""PEFT's and transformers' loaders, guarded: an adapter that they refuse or fail at leaves the model as it was.
+"""PEFT's and transformers' loaders, guarded: when loading an adapter fails, the model is what it was.
 
 PEFT puts an adapter in, then looks for its weights; transformers writes tensors without asking the tuner. Both are wrapped:
-the folder is looked at first, what is to be loaded is known when the adapter is put in (`INCOMING`), and what was done until
-something failed is taken back. Another method's adapters go the way they always went.
+the folder is checked first, the tuner knows what will be loaded while it puts the adapter in (`INCOMING`), and what was done
+before a failure is undone. Loading another method's adapters is unchanged.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from s2ft.layer.linear import S2FTLinear
 from s2ft.tuner.rollback import rolled_back
 
 INCOMING: ContextVar[Mapping[str, Tensor] | None] = ContextVar("s2ft_incoming", default=None)
-"""What a loader is about to load; without values, where the tuner is asked once more before they are written."""
+"""What a loader is about to load. Without values (device meta) where PEFT shows them to the tuner before it writes them."""
 
 
 def guard() -> None:
-    """Wraps the loaders, once: what they refuse or fail at leaves the model as it was."""
+    """Wraps the loaders, once."""
     peft_model: Any = PeftModel
     native: Any = PeftAdapterMixin
     if not hasattr(peft_model.load_adapter, "__wrapped__"):
@@ -61,7 +61,7 @@ def _guarded(own: Callable[..., Any], before: Callable[[dict[str, Any]], Any]) -
 
 
 def _guard_of(model: Any) -> AbstractContextManager[None]:
-    """`rolled_back`, where it is our method that failed."""
+    """`rolled_back`, if the model then has layers of this method."""
     if not isinstance(model, nn.Module):
         return nullcontext()
     shared = {module.shared for module in model.modules() if isinstance(module, S2FTLinear)}
@@ -80,7 +80,7 @@ def _before_load_adapter(arguments: dict[str, Any]) -> Any:
 
 
 def _announced(folder: Path | None) -> Any:
-    """Names and shapes of what PEFT is about to load, where they are known: it looks some up without asking."""
+    """Tells the tuner names and shapes of what PEFT is about to load, as far as they are known."""
     if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
         return nullcontext()
     headers = WeightFile(folder).headers()
@@ -114,8 +114,10 @@ def _look(arguments: dict[str, Any], where: str, whole: bool, only: bool = False
     """The local folder of an S²FT adapter; None for another method's, and for a name on the Hub.
 
     Args:
-        whole: Check the adapter, which else happens when its config is read.
-        only: Refuse another method's.
+        arguments: Of the loader.
+        where: The argument that names the folder.
+        whole: Whether to check the weights too; else PEFT reads the config next, and with it they are checked.
+        only: Whether to refuse another method's.
     """
     given = arguments.get(where)
     folder = Path(str(given), arguments.get("subfolder") or "")
@@ -135,7 +137,7 @@ def _look(arguments: dict[str, Any], where: str, whole: bool, only: bool = False
 
 
 def _check_pickled(folder: Path, config: S2FTConfig) -> None:
-    """As `check_adapter`, of what PEFT reads where there is no safetensors file: tensors alone, no other objects."""
+    """Makes the checks of `check_adapter` on a pickled file, which PEFT reads (tensors only) where there is no other."""
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
         headers = {name: Header.of(tensor) for name, tensor in tensors.items()}

@@ -108,7 +108,7 @@ class S2FTModel(BaseTuner):
         stop_below(self.model)
 
     def train(self, mode: bool = True) -> S2FTModel:
-        """As in every module; what trains may have changed since, and with it how far backward must go."""
+        """As in every module. What trains may have changed, and with it how far backward must go."""
         super().train(mode)
         if mode:
             stop_below(self.model)
@@ -152,7 +152,7 @@ class S2FTModel(BaseTuner):
             weights: One number for each adapter; None is 1 for all.
             combination_type: On channels that several adapters hold: `sum`, `ties` or `dare`; others are added exactly.
             density: The share of those entries that `ties` and `dare` keep.
-            seed: Of the entries that `dare` drops.
+            seed: Seed of the entries that `dare` drops.
 
         Raises:
             S2FTError: before anything is changed, if a name is not loaded or the adapters cannot be fused.
@@ -163,7 +163,7 @@ class S2FTModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT, in every layer or in none; while adapters are disabled, it shows when they are enabled again.
 
-        A weight that another module reads too, as a tied `lm_head`'s, is a copy of the layer's own until it is unmerged.
+        Until it is unmerged, the layer has its own copy of a weight that another module reads too (a tied `lm_head`'s).
 
         Raises:
             S2FTError: and nothing has changed, if a name is not loaded, a weight is not plain, the model is switched to an
@@ -204,7 +204,7 @@ class S2FTModel(BaseTuner):
                     )
 
     def _check_merge_allowed(self) -> None:
-        """PEFT warns of tied weights here; a layer whose weight is shared gets one of its own."""
+        """PEFT warns of tied weights here, which do no harm: the layer gets its own copy."""
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         with self.shared.turns.alone():
@@ -214,7 +214,7 @@ class S2FTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, which loads all that it finds here: what does not belong to the adapter is refused."""
+        """As in PEFT, which loads all that is returned here; so what does not belong to the adapter is refused."""
         check_and_adopt(model, config, adapter_name, state_dict)
         state_dict = {  # from a model that adapters were injected into directly, names come without the prefix
             FILE_PREFIX + bare(name): tensor

@@ -1,12 +1,12 @@
-"""More adapters than fit: a pool on three tiers, least recently used first out.
+"""More adapters than fit on the device: a pool on three tiers; the least recently used leaves first.
 
     disk    every adapter, as its folder
     host    deltas in CPU memory (pinned where CUDA is there, so that they travel fast), within `host_bytes`
     device  deltas beside the model's layers, within `device_bytes`: what a batch needs is brought here before it runs
 
-An adapter is in memory once: what leaves the device goes to the host, what leaves the host stays on disk. A pool's adapters
-are no part of the PEFT model: `PeftModel.load_adapter` walks over the whole model and everything loaded before, so that each
-further adapter takes longer than the last; here each costs the reading and checking of its files.
+An adapter is in memory once: what leaves the device goes to the host, and what leaves the host is on disk anyway. A pool's
+adapters are not part of the PEFT model: `PeftModel.load_adapter` walks over the whole model and all adapters loaded before, so
+each takes longer than the last. Here, each costs reading and checking its files.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class AdapterPool:
     Args:
         model: The `PeftModel` (or its `S2FTModel`) that runs them; it has at most one pool.
         folders: Name → adapter folder, or a folder of adapter folders, whose names are then the adapters'.
-        device_bytes: Room beside the model, counted as the adapters' weight files. Running a batch takes as much again as
-            its adapters have, in the model's dtype: the layers' tables (`layer/mixed.py`).
-        host_bytes: Room in CPU memory for adapters that had to leave the device.
+        device_bytes: Room beside the model, counted in bytes of the adapters' weight files. Running a batch takes the size of
+            its adapters once more, in the model's dtype, for the layers' tables (`layer/mixed.py`).
+        host_bytes: Room in CPU memory for adapters that have left the device.
 
     Raises:
         S2FTError: if the model is not S²FT's, a folder is no adapter's, a name is taken, or there is no room at all.

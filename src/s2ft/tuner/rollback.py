@@ -1,4 +1,4 @@
-"""All or nothing: a model whose adapter could not be added or loaded is what it was before."""
+"""All or nothing: undoes what adding or loading an adapter did to a model before it failed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ _CONTAINERS = (dict, OrderedDict, list, set, WeakSet)
 
 @contextmanager
 def rolled_back(model: nn.Module, *others: Any, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Takes back what the block did to the structure of `model`, and to the attributes of `others`, if it raises.
+    """If the block raises, undoes what it did to the structure of `model`, and to the attributes of `others`.
 
-    `when` is asked then: False leaves it as it is.
+    Structure is modules, hooks, names of adapters, and which parameters train; only references are copied. Values that were
+    written into tensors are not undone, so they must be checked before.
 
-    Modules, hooks, names of adapters, and which parameters train: nothing is copied but references. Values that were written
-    into tensors are not taken back, so they are to be checked before.
+    Args:
+        model: With all its modules.
+        others: Further objects.
+        when: Asked when the block has raised; False leaves everything as it is then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))

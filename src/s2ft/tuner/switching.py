@@ -30,8 +30,8 @@ from s2ft.layer.linear import S2FTLinear, sliced_layers
 def switch(model: nn.Module, adapter: str | None) -> None:
     """Makes `model` run one of its loaded adapters at no cost per token; None makes it run its base.
 
-    The adapter's slices are written into the base weights. Whatever was switched to before is taken out first, bit for
-    bit. `model.set_adapter(name)` ends the switched state: adapters run, train and mix beside the base again.
+    The adapter's slices are written into the base weights, after the adapter before is taken out, bit for bit.
+    `model.set_adapter(name)` ends the switched state: adapters run, train and mix beside the base again.
 
     Args:
         model: A PeftModel, or any model that adapters were put into; compiled ones too.
@@ -93,7 +93,8 @@ def _refuse(model: nn.Module, layers: list[AdaptedLayer], adapter: str | None) -
     whole = [path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if whole:
         raise S2FTError(
-            f"{whole[0]} is kept whole by an adapter; `switch` writes slices only: use `set_adapter` on this model"
+            f"{whole[0]} is kept whole by an adapter (modules_to_save, trainable_token_indices), and `switch` writes slices "
+            "only: use `set_adapter` on this model"
         )
     problems = ((path, _layer_problem(layer, adapter)) for path, layer in sliced.items())
     raise_by_place((path, problem) for path, problem in problems if problem)
@@ -109,7 +110,7 @@ def _layer_problem(layer: S2FTLinear, adapter: str) -> str | None:
 
 
 def _is_finite(block: S2FTBlock) -> bool:
-    """Looks once, and again after the delta was changed: on a GPU, looking waits for it."""
+    """Whether the delta is finite; checked again only after it was changed, since on a GPU the check waits for it."""
     delta = block.weight
     state = None if delta.is_inference() else (delta.data_ptr(), delta._version)  # noqa: SLF001 - torch counts writes there alone
     if state is None or block.finite_at != state:
