@@ -1,11 +1,7 @@
-"""The registry of export targets: what its rows say is what happens, and a new row is all that a new target needs."""
+"""The registry of export targets: what its rows say is what happens. A new one: tests/house/test_contributing.py."""
 
 import inspect
-import json
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +10,7 @@ import s2ft
 from exported import save_adapter, save_base
 from s2ft import S2FTError
 from s2ft.cli.app import app
-from s2ft.exports.targets import TARGETS, Target, Writer, find_target
+from s2ft.exports.targets import TARGETS, Writer, find_target
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -44,28 +40,3 @@ def test_help_and_errors_name_every_target() -> None:
         assert target.suffix is None or f"{target.suffix} file for {name}" in help_text
     with pytest.raises(S2FTError, match=f"choose from {', '.join(TARGETS)}"):
         s2ft.export("nowhere", "none", "out")
-
-
-def test_a_module_and_a_row_are_a_new_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def problems(adapter: Any) -> list[str]:
-        return [f"{name}: channels alone" for name in adapter.kept]
-
-    def write(adapter: Any, base: Any, output: Path, progress: Any) -> None:
-        chosen = {module: adapter.slices[module].indices.tolist() for module in progress(list(adapter.slices))}
-        output.write_text(json.dumps(chosen))
-
-    module = ModuleType("s2ft.exports.channels")
-    module.problems, module.write = problems, write
-    monkeypatch.setitem(sys.modules, "s2ft.exports.channels", module)
-    monkeypatch.setitem(TARGETS, "channels", Target("a table", ".json"))
-    base = save_base(tmp_path / "base", "llama")
-    adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})
-    arguments = ["export", str(adapter), "--to", "channels", "--output", str(tmp_path / "out.json")]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == {
-        path: chosen.indices.tolist() for path, chosen in s2ft.read_adapter(adapter).slices.items()
-    }
-    with_head = save_adapter(tmp_path / "whole", base, {"o_proj": 0.5}, modules_to_save=["lm_head"])
-    with pytest.raises(S2FTError, match=r"lm_head.*channels alone"):
-        s2ft.export(with_head, "channels", tmp_path / "again.json")
-    assert not (tmp_path / "again.json").exists()
