@@ -88,7 +88,7 @@ def test_a_model_family(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, mlp, test = blocks("A model family").items()
     for place, code in (attention, mlp):
         table = place.partition(": ")[2]
-        monkeypatch.setattr(families, table, (*getattr(families, table), *eval(f"({code}\n)", vars(families))))
+        monkeypatch.setattr(families, table, (*getattr(families, table), eval(code, dict(vars(families)))))
     of_families = runpy.run_path(str(ROOT / "tests" / "selection" / "test_families.py"))
     model = of_families["_NewModel"](of_families["hf"].PreTrainedConfig())
     assert [structure.kind for structure in find_structures(model)] == ["attention", "mlp"] * 2
@@ -130,7 +130,7 @@ def test_a_method_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     row, decoding, test = blocks("A task").items()
-    (task,) = eval(f"({row[1]}\n)", {**vars(extraction), **vars(tasks)})
+    task = eval(row[1], {**vars(extraction), **vars(tasks)})
     monkeypatch.setitem(tasks.TASKS, task.name, task)
     for suite, how in entries(decoding[1], **vars(tasks)).items():
         monkeypatch.setitem(tasks.DECODING, suite, how)
@@ -141,7 +141,7 @@ def test_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     source, entry, test = blocks("A benchmark").items()
-    module = ModuleType("s2ft.lab.bench.merge")
+    module = ModuleType("s2ft.lab.bench.reading")
     vars(module).update(run(source[1]))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     (name, row), *_ = entries(entry[1], **vars(registry)).items()
