@@ -29,7 +29,8 @@ from s2ft.selection import families, scores
 from s2ft.selection.structure import find_structures
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = dict(re.findall(r"^### (.+)\n((?:(?!^### ).*\n)+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^### (An? .+)\n((?:(?!^### ).*\n)+)", PAGE, re.MULTILINE))
 
 
 def blocks(title: str) -> dict[str, str]:
@@ -57,6 +58,11 @@ def the_test(code: str, file: str) -> Callable[..., None]:
     found = run(code, **(runpy.run_path(str(path)) if path.is_file() else {}))
     (test,) = (value for name, value in found.items() if name.startswith("test_"))
     return test
+
+
+def test_there_are_six_recipes_and_each_is_in_the_table_of_costs() -> None:
+    assert len(SECTIONS) == 6
+    assert all(f"| {title[0].lower()}{title[1:]}" in PAGE for title in SECTIONS)
 
 
 @pytest.mark.parametrize("title", SECTIONS)
