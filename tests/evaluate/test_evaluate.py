@@ -16,8 +16,9 @@ from s2ft.evaluate import run as work
 from s2ft.evaluate.comparison import Scorer, check_scores, score, section
 from s2ft.evaluate.engines import Answer
 from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.options import EvalOptions
 from s2ft.evaluate.questions import digest
-from s2ft.evaluate.run import EvalOptions, evaluate
+from s2ft.evaluate.run import evaluate
 from s2ft.evaluate.subjects import Models, fingerprint
 from s2ft.evaluate.tally import wilson
 from s2ft.evaluate.tasks import DECODING, TASKS, Decoding
@@ -52,7 +53,7 @@ def short(monkeypatch) -> None:
 
 def options(base: str, data: str, output: Path, *tasks: str, **more) -> EvalOptions:
     plain = {"max_new_tokens": 4, "beams": 1, "precision": "fp32", "batch_size": 2}
-    return EvalOptions(base, tasks, data, output, **{**plain, **more})
+    return EvalOptions(model=base, task=list(tasks), data=data, output=output, **{**plain, **more})
 
 
 def adapters(base: str, folder: Path) -> list[str]:
@@ -172,7 +173,7 @@ def test_another_model_in_the_same_place_is_another_run(base, data, tmp_path, mo
 @pytest.mark.usefixtures("short")
 def test_each_adapter_is_evaluated_by_itself(base, data, tmp_path) -> None:
     folders = adapters(base, tmp_path)
-    report = evaluate(options(base, data, tmp_path / "out", "gsm8k", adapters=folders))
+    report = evaluate(options(base, data, tmp_path / "out", "gsm8k", adapter=folders))
     assert [row["model"] for row in report.rows] == ["ours", "lora"]
     evaluate(options(base, data, tmp_path / "out", "gsm8k"))
     texts = {}
@@ -213,7 +214,7 @@ def test_vllm_gets_a_merged_copy(base, data, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("s2ft.evaluate.subjects.VllmEngine", Engine)
     monkeypatch.setattr(work, "check_vllm", lambda: None)
-    evaluate(options(base, data, tmp_path / "out", "gsm8k", adapters=[folder], engine="vllm"))
+    evaluate(options(base, data, tmp_path / "out", "gsm8k", adapter=[folder], engine="vllm"))
     expected = PeftModel.from_pretrained(load_model(base, torch.float32), folder).merge_and_unload().state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in seen["model"].state_dict().items())
     assert (seen["dtype"], seen["ends"]) == ("float32", [1])
@@ -305,7 +306,7 @@ class TestWords:
 
     def asked(self, trained, data, output, monkeypatch, adapter, **more) -> str:
         prompts = says(monkeypatch, "0")
-        report = evaluate(options(trained["base"], data, output, "gsm8k", limit=1, adapters=adapter, **more))
+        report = evaluate(options(trained["base"], data, output, "gsm8k", limit=1, adapter=adapter, **more))
         text = load_tokenizer(trained["base"]).decode(prompts[0])
         words = "chat" if text == "<user>Add 0 and 0.<assistant>" else "alpaca"
         assert words == "chat" or text == alpaca_prompt("Add 0 and 0.")
@@ -400,4 +401,4 @@ class TestCommand:
     def test_adapters_of_one_name_are_refused(self, base, data, tmp_path) -> None:
         folders = [adapters(base, tmp_path / name)[0] for name in ("one", "two")]
         with pytest.raises(S2FTError, match="two go by 'ours'"):
-            evaluate(options(base, data, tmp_path / "out", "gsm8k", adapters=folders))
+            evaluate(options(base, data, tmp_path / "out", "gsm8k", adapter=folders))

@@ -22,7 +22,8 @@ from s2ft.evaluate.generation import TransformersEngine
 from s2ft.evaluate.judge import Judge, JudgeDown, NoRating, find_judge, read_rating
 from s2ft.evaluate.judging import judge_messages
 from s2ft.evaluate.mt_bench import Dialogue, load_dialogues, write_dialogues
-from s2ft.evaluate.run import EvalOptions, evaluate
+from s2ft.evaluate.options import EvalOptions
+from s2ft.evaluate.run import EvalReport, evaluate
 from s2ft.evaluate.tasks import Decoding
 from tiny_base import CHAT_TEMPLATE, byte_tokenizer, save_tiny_base
 
@@ -58,8 +59,9 @@ def base(tmp_path_factory) -> str:
     return str(save_tiny_base(tmp_path_factory.mktemp("base"), CHAT_TEMPLATE))
 
 
-def options(base: str, data: str, output: Path, judge: Judge | None = None, **more) -> EvalOptions:
-    return EvalOptions(base, ["mt-bench"], data, output, max_new_tokens=3, precision="fp32", judge=judge, **more)
+def rated(base: str, data: str, output: Path, judge: Judge | None = None) -> EvalReport:
+    options = {"model": base, "task": ["mt-bench"], "data": data, "output": output, "max_new_tokens": 3}
+    return evaluate(EvalOptions(**options, precision="fp32"), judge=judge)
 
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -280,7 +282,7 @@ class TestQuestions:
 
 class TestWhole:
     def test_answers_first_ratings_later_and_neither_twice(self, server, base, data, tmp_path, monkeypatch) -> None:
-        written = evaluate(options(base, data, tmp_path / "out")).ratings
+        written = rated(base, data, tmp_path / "out").ratings
         assert (written[0]["answered"], written[0]["rated"], written[0]["rating"], written[0]["errors"]) == (
             8,
             0,
@@ -290,13 +292,13 @@ class TestWhole:
         monkeypatch.setattr(TransformersEngine, "answers", lambda *_: pytest.fail("all is answered"))
         numbers = [3, 5, 10, 8, 1, 2, 6, 4]
         server.reply = lambda number, _: f"Rating: [[{numbers[number - 1]}]]"
-        found = {row["part"]: row for row in evaluate(options(base, data, tmp_path / "out", server.judge())).ratings}
+        found = {row["part"]: row for row in rated(base, data, tmp_path / "out", server.judge()).ratings}
         assert list(found) == ["all", "turn 1", "turn 2", "writing", "math", "stem"]
         assert found["all"]["rating"] == fmean(numbers)
         assert found["turn 2"]["rating"] == fmean(numbers[1::2])
         assert found["math"]["rating"] == fmean(numbers[2:6])
         assert found["all"]["low"] < found["all"]["rating"] < found["all"]["high"]
-        again = evaluate(options(base, data, tmp_path / "out", server.judge())).ratings
+        again = rated(base, data, tmp_path / "out", server.judge()).ratings
         assert again == list(found.values())
         assert len(server.requests) == 8
         assert all(KEY not in path.read_text() for path in (tmp_path / "out").rglob("*.jsonl"))
@@ -304,29 +306,29 @@ class TestWhole:
     def test_a_rating_that_failed_is_an_error_and_asked_again(self, server, base, data, tmp_path) -> None:
         server.reply = lambda _, request: "no" if "2+2?" in request["messages"][1]["content"] else "[[5]]"
         judge = server.judge(attempts=1)
-        report = evaluate(options(base, data, tmp_path / "out", judge))
+        report = rated(base, data, tmp_path / "out", judge)
         assert (report.ratings[0]["rated"], report.ratings[0]["errors"], report.errors) == (6, 2, 2)
         assert report.ratings[0]["rating"] == 5
         server.reply = lambda *_: "[[9]]"
-        report = evaluate(options(base, data, tmp_path / "out", judge))
+        report = rated(base, data, tmp_path / "out", judge)
         assert (report.ratings[0]["rated"], report.errors, len(server.requests)) == (8, 0, 10)
 
     def test_a_judge_that_is_down_stops_the_step_and_keeps_the_answers(self, server, base, data, tmp_path) -> None:
         server.reply = lambda number, _: "[[5]]" if number <= 2 else (500, b"oh", {})
         with pytest.raises(S2FTError, match="left 3 answers in a row unrated: the judge answered with HTTP 500: oh"):
-            evaluate(options(base, data, tmp_path / "out", server.judge(attempts=1)))
+            rated(base, data, tmp_path / "out", server.judge(attempts=1))
         assert len(server.requests) == 5
         server.reply = lambda *_: "[[6]]"
-        report = evaluate(options(base, data, tmp_path / "out", server.judge()))
+        report = rated(base, data, tmp_path / "out", server.judge())
         assert (report.ratings[0]["rated"], len(server.requests)) == (8, 5 + 6)
 
     def test_an_answer_that_is_written_anew_is_rated_anew(self, server, base, data, tmp_path) -> None:
-        evaluate(options(base, data, tmp_path / "out", server.judge()))
+        rated(base, data, tmp_path / "out", server.judge())
         path = tmp_path / "out" / "base" / "mt-bench.jsonl"
         row = json.loads(path.read_text().splitlines()[1])
         with path.open("a") as file:
             file.write(json.dumps({**row, "output": "another answer"}) + "\n")
-        evaluate(options(base, data, tmp_path / "out", server.judge()))
+        rated(base, data, tmp_path / "out", server.judge())
         assert len(server.requests) == 10  # the first turn, and the second, which builds on it
 
     def test_the_command_takes_the_judge_from_the_environment(self, server, base, data, tmp_path, monkeypatch) -> None:

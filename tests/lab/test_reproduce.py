@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,9 @@ from s2ft.evaluate.tasks import TASKS
 from s2ft.finetune.options import parse_options
 from s2ft.lab.reproduce import memory, run
 from s2ft.lab.reproduce.duration import hours
+from s2ft.lab.reproduce.options import ReproduceOptions
 from s2ft.lab.reproduce.recipes import GLOBAL_BATCH, MODELS, find_recipe, recipes
-from s2ft.lab.reproduce.run import ReproduceOptions, reproduce, train_options
+from s2ft.lab.reproduce.run import reproduce, train_options
 from s2ft.lab.reproduce.table import recipe_line, recipe_rows
 from s2ft.runtime.processes import process_count
 from tiny_base import byte_tokenizer
@@ -81,7 +81,8 @@ def small(recipe: str, data: Path, output: Path, base: str, **more) -> Reproduce
     suite = find_recipe(recipe).suite
     training = str(data / "alpaca.json") if suite == "instruction" else None
     less = {"limit": 20, "max_steps": 2, "eval_limit": 1, "max_new_tokens": 2, **more}
-    return ReproduceOptions(recipe, str(data), output, training, base, **less)
+    values = {"recipe": recipe, "data": str(data), "output": output, "training_data": training, "model": base, **less}
+    return ReproduceOptions.parse(values)
 
 
 # What the recipes say
@@ -100,7 +101,7 @@ def test_every_row_of_the_tables_is_there():
 @pytest.mark.parametrize("name", [name for name, recipe in recipes().items() if recipe.is_trained])
 def test_a_recipe_has_the_papers_settings(name, data, tmp_path):
     recipe = find_recipe(name)
-    options = train_options(recipe, ReproduceOptions(name, str(data), tmp_path))
+    options = train_options(recipe, ReproduceOptions(recipe=name, data=str(data), output=tmp_path))
     assert options.batch_size * options.gradient_accumulation == GLOBAL_BATCH == 64
     assert (options.clip, options.weight_decay, options.train_seed, options.max_length) == (1.0, 0.0, 0, None)
     assert options.epochs == (1 if recipe.suite == "instruction" else 3)
@@ -120,10 +121,10 @@ def test_several_processes_share_the_global_batch(data, tmp_path, monkeypatch):
     assert process_count() == 1  # a scheduler's; no launcher has set LOCAL_RANK
     monkeypatch.setenv("LOCAL_RANK", "0")
     recipe = find_recipe("arithmetic/llama2-7b/s2ft")
-    options = train_options(recipe, ReproduceOptions(recipe.name, str(data), tmp_path, batch_size=2))
+    options = train_options(recipe, ReproduceOptions(recipe=recipe.name, data=str(data), output=tmp_path, batch_size=2))
     assert options.gradient_accumulation == 4
     with pytest.raises(S2FTError, match="batch_size=16 times 8 processes does not divide the 64"):
-        train_options(recipe, ReproduceOptions(recipe.name, str(data), tmp_path, batch_size=16))
+        train_options(recipe, ReproduceOptions(recipe=recipe.name, data=str(data), output=tmp_path, batch_size=16))
 
 
 def test_the_page_lists_every_recipe_with_the_papers_figure():
@@ -149,8 +150,8 @@ def _quick_or_slow(name: str):
 
 @pytest.mark.parametrize("name", map(_quick_or_slow, recipes()))
 def test_a_recipe_runs_from_data_to_result(name, data, base, judge, tmp_path):
-    options = small(name, data, tmp_path / "out", base, judge=judge)
-    found = reproduce(options)
+    options = small(name, data, tmp_path / "out", base)
+    found = reproduce(options, judge=judge)
     assert found is not None
     result = json.loads((tmp_path / "out" / "reproduction.json").read_text())
     recipe = find_recipe(name)
@@ -185,7 +186,7 @@ def test_what_is_done_is_not_done_again(data, base, tmp_path, monkeypatch):
     other = tmp_path / "other.json"
     write(other, [{"instruction": f"Count {n}.", "output": str(n)} for n in range(20)])
     with pytest.raises(S2FTError, match=r"other\.json'\] is not what .*training was trained on"):
-        reproduce(replace(options, training_data=str(other)))
+        reproduce(options.model_copy(update={"training_data": str(other)}))
 
 
 def test_the_score_is_the_mean_of_the_tasks(data, base, tmp_path):

@@ -10,16 +10,14 @@ from typing import Annotated
 import typer
 
 import s2ft
-from s2ft.cli import bench, study, train
+from s2ft.cli import bench, eval, reproduce, study, train
 from s2ft.cli.codes import INTERRUPTED
-from s2ft.cli.eval import evaluate
 from s2ft.cli.export import export
 from s2ft.cli.fuse import fuse
 from s2ft.cli.inspect import inspect
 from s2ft.cli.leaving import as_flags, leave, leaving
 from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
-from s2ft.cli.reproduce import reproduce
 
 app = typer.Typer(
     help="S²FT: fine-tune language models by structured sparsity, as a PEFT method.",
@@ -47,8 +45,8 @@ def _options(
 
 app.command("quickstart")(quickstart)
 app.command("train", help=train.HELP)(train.command)
-app.command("eval")(evaluate)
-app.command("reproduce")(reproduce)
+app.command("eval", help=eval.HELP)(eval.evaluate)
+app.command("reproduce", help=reproduce.HELP)(reproduce.reproduce)
 app.command("inspect")(inspect)
 app.command("fuse")(fuse)
 app.command("export")(export)

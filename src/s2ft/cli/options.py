@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from s2ft.lab.registry import Entry
 
@@ -37,6 +39,32 @@ def with_options(
     command.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": returns}
     return command
+
+
+def model_options(model: type[BaseModel], without: Sequence[str] = ()) -> list[inspect.Parameter]:
+    """An option for each field, those first that have to be given.
+
+    Values stay the text that was typed, so that the model says all that is wrong with them at once.
+    """
+    fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
+    return [_of_field(name, field) for name, field in fields if name not in without]
+
+
+def _of_field(name: str, field: FieldInfo) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    default = "required" if field.is_required() else f"default: {field.default}"
+    text = f"{field.description}" + ("" if field.default in (None, []) else f" [{default}]")
+    if field.annotation is bool:
+        return parameter(name, bool | None, text, None, f"{flag}/--no-{flag[2:]}")
+    kind = list[str] if field.annotation == list[str] else str
+    return parameter(name, kind | None, text, metavar=_metavar(field))
+
+
+def _metavar(field: FieldInfo) -> str:
+    """What the value looks like; a field that takes several kinds says so in its description."""
+    words = str(field.annotation)
+    plain = "list" not in words and "dict" not in words
+    return next((kind.upper() for kind in ("float", "int") if plain and kind in words), "TEXT")
 
 
 def entry_options(entry: Entry) -> list[inspect.Parameter]:

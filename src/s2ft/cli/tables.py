@@ -24,12 +24,21 @@ def print_table(table: Table, console: Console | None = None) -> None:
     console.print(table)
 
 
-def show(rows: list[dict[str, Any]], title: str | None = None) -> None:
-    """Rows with the same keys, as a table; the first column, which names the row, is shown whole."""
-    from rich.table import Table
+def show(rows: list[dict[str, Any]], title: str | None = None, wraps_first: bool = False) -> None:
+    """Rows with the same keys, as a table; nothing without rows.
 
-    table = Table(*rows[0], title=title)
-    table.columns[0].min_width = max(len(str(next(iter(row.values())))) for row in rows)
+    On a narrow terminal the first column, which names the row, is shown whole and the others wrap; or, by `wraps_first`, the
+    other way round.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(title=title)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, no_wrap=(number > 0) == wraps_first)
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = ("–" if value is None else value for value in row.values())
+        table.add_row(*(Text(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in values))
     print_table(table)

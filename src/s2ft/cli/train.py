@@ -5,22 +5,19 @@ Values reach `parse_options` as the text that was typed, so that all that is wro
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from pydantic.fields import FieldInfo
 
 from s2ft.cli.codes import INTERRUPTED
+from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
 from s2ft.finetune.launch import check_run
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
 from s2ft.runtime.lookup import check_hub
-
-_SHORT = {"model": "-m", "data": "-d", "output": "-o", "config": "-c"}
 
 HELP = """Fine-tune a model and write a small adapter, with a run card beside it; or compare, by --method, with other methods.
 
@@ -94,35 +91,11 @@ def _measured(card: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "memory", f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most, of the {training['peak_memory_of']}"
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    flag = f"--{name.replace('_', '-')}"
-    default = "required" if field.is_required() else f"default: {field.default}"
-    text = f"{field.description}" if default == "default: None" else f"{field.description} [{default}]"
-    if field.annotation is bool:
-        return _option(name, f"{flag}/--no-{flag[2:]}", bool | None, text)
-    kind = list[str] if field.annotation == list[str] else str
-    return _option(name, flag, kind | None, text, _metavar(field))
-
-
-def _metavar(field: FieldInfo) -> str:
-    """What the value looks like; a field that takes several kinds says so in its description."""
-    words = str(field.annotation)
-    plain = "list" not in words and "dict" not in words
-    return next((kind.upper() for kind in ("float", "int") if plain and kind in words), "TEXT")
-
-
-def _option(name: str, flag: str, kind: Any, text: str, metavar: str | None = None) -> inspect.Parameter:
-    option = typer.Option(
-        *filter(None, (flag, _SHORT.get(name))), help=text.replace("[", "\\["), metavar=metavar, show_default=False
-    )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
-
-
-_REQUIRED_FIRST = sorted(TrainOptions.model_fields.items(), key=lambda item: not item[1].is_required())
-_PARAMETERS = [
-    *(_parameter(name, field) for name, field in _REQUIRED_FIRST),
-    _option("config", "--config", str | None, "YAML file whose keys are these options; flags win over it", "FILE"),
-    _option("json_file", "--json", str | None, "Write the run card to this file too", "FILE"),
-]
-command.__signature__ = inspect.Signature(_PARAMETERS, return_annotation=int)  # type: ignore[attr-defined]
-command.__annotations__ = {parameter.name: parameter.annotation for parameter in _PARAMETERS} | {"return": int}
+with_options(
+    command,
+    [
+        *model_options(TrainOptions),
+        parameter("config", str | None, "YAML file whose keys are these options; flags win over it", metavar="FILE"),
+        parameter("json_file", str | None, "Write the run card to this file too", None, "--json", metavar="FILE"),
+    ],
+)

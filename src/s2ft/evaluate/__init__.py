@@ -1,7 +1,8 @@
 """`s2ft eval`: questions, answers, scores.
 
-Read `tasks`, then `run`.
+Read `options` and `tasks`, then `run`.
 
+    options     every option, once; are the files there that they name?
     tasks       the table of tasks
     questions   a task's questions, from files and the Hub
     extraction  how an answer is read

@@ -20,7 +20,6 @@ from s2ft.evaluate.questions import Prompt
 from s2ft.evaluate.tasks import Decoding
 from s2ft.runtime.failures import is_out_of_memory
 
-ENGINES = ("transformers", "vllm")
 _CHUNK = 256  # prompts that vLLM gets at once: after each chunk the answers are kept
 
 

@@ -6,62 +6,54 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness (`simple_evaluate` a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from s2ft.common.errors import S2FTError
 from s2ft.evaluate.engines import in_words
-from s2ft.evaluate.subjects import Models, find_subjects
+from s2ft.evaluate.options import HarnessOptions, find_subjects
+from s2ft.evaluate.subjects import Models
 from s2ft.runtime.environment import environment
 from s2ft.runtime.failures import clear_failures, is_out_of_memory
 from s2ft.runtime.precision import choose_precision
 
 
-def run_harness(
-    model: str,
-    tasks: Sequence[str],
-    adapters: Sequence[str] = (),
-    data: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    precision: str = "auto",
-) -> dict[str, Any]:
+def run_harness(options: HarnessOptions) -> dict[str, Any]:
     """Evaluates the base, or each adapter by itself.
-
-    Args:
-        model: The base: a folder or a name on the Hub.
-        tasks: Names of the harness.
-        adapters: Folders or Hub names.
-        data: A folder with tasks of one's own, as the harness describes them (YAML).
-        limit: The first so many questions of each task.
-        batch_size: Prompts that go through the model at once.
-        precision: Of the weights: auto, bf16, fp32.
 
     Returns:
         `{"environment", "settings", "rows"}`, a row for each model, task and metric.
 
     Raises:
-        S2FTError: if the harness is not installed, or refuses a task.
+        S2FTError: if an option is wrong, the harness is not installed, or refuses a task.
     """
     lm_eval = find_harness()
-    subjects = find_subjects(adapters)
-    dtype, _ = choose_precision(precision)
-    manager = lm_eval.tasks.TaskManager(include_path=data)
-    _check_tasks(tasks, manager)
+    dtype, _ = choose_precision(options.precision)
+    manager = lm_eval.tasks.TaskManager(include_path=options.data)
+    _check_tasks(options.task, manager)
     rows: list[dict[str, Any]] = []
-    with clear_failures(f"lower batch_size={batch_size}, or take precision='bf16'", "the harness's cache"):
-        models = Models(model, dtype, "transformers", batch_size)
-        for subject in subjects:
+    advice = f"lower batch_size={options.batch_size}, or take precision='bf16'"
+    with clear_failures(advice, "the harness's cache"):
+        models = Models(options.model, dtype, "transformers", options.batch_size)
+        for subject in find_subjects(options.adapter):
             with models.loaded(subject) as live:
                 ours = lm_eval.models.huggingface.HFLM(
-                    pretrained=live, tokenizer=models.tokenizer, batch_size=batch_size
+                    pretrained=live, tokenizer=models.tokenizer, batch_size=options.batch_size
                 )
-                found = _evaluate(lm_eval, ours, tasks, manager, limit)
+                found = _evaluate(lm_eval, ours, options.task, manager, options.limit)
             rows += [{"model": subject.label, **row} for row in _rows(found)]
-    settings = {"harness": "lm-eval", "version": lm_eval.__version__, "model": model, "adapters": list(adapters)}
-    settings |= {"tasks": list(tasks), "limit": limit, "batch_size": batch_size, "precision": precision}
-    return {"environment": environment(), "settings": settings, "rows": rows}
+    return {"environment": environment(), "settings": _settings(lm_eval, options), "rows": rows}
+
+
+def _settings(lm_eval: ModuleType, options: HarnessOptions) -> dict[str, Any]:
+    settings = {
+        "harness": "lm-eval",
+        "version": lm_eval.__version__,
+        "model": options.model,
+        "adapters": options.adapter,
+    }
+    settings |= {"tasks": options.task, "limit": options.limit, "batch_size": options.batch_size}
+    return {**settings, "precision": options.precision}
 
 
 def find_harness() -> ModuleType:
@@ -112,14 +104,3 @@ def _rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 stderr = error if isinstance(error, int | float) else None
                 row = {"task": task, "metric": metric, "filter": filtered, "value": value, "stderr": stderr}
                 yield {**row, "questions": count}
-
-
-def known_folder(data: str | None) -> str | None:
-    """`data` if it is a folder.
-
-    Raises:
-        S2FTError: if it is anything else.
-    """
-    if data is not None and not Path(data).is_dir():
-        raise S2FTError(f"data={data!r} is no folder; with --harness, it names a folder of lm-eval tasks (YAML)")
-    return data

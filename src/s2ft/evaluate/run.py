@@ -13,54 +13,30 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from s2ft.common.errors import S2FTError, gathered, raise_together
+import torch
+
 from s2ft.common.locks import locked
-from s2ft.common.outputs import check_place
 from s2ft.evaluate.answers import Answers, answer_questions
-from s2ft.evaluate.engines import ENGINES, check_vllm
+from s2ft.evaluate.engines import check_vllm
 from s2ft.evaluate.judge import Judge
 from s2ft.evaluate.judging import judge_dialogues, tally_ratings
 from s2ft.evaluate.mt_bench import MT_BENCH, TURNS, Dialogue, load_dialogues, turn_id, write_dialogues
+from s2ft.evaluate.options import ADAPTER_FILE, AUTO, MODEL_FILE, PROMPTS, EvalOptions, Subject, find_subjects
 from s2ft.evaluate.questions import Question, digest, load_questions
-from s2ft.evaluate.subjects import ADAPTER_FILE, MODEL_FILE, Models, Subject, find_subjects, fingerprint, trained_on
+from s2ft.evaluate.subjects import Models, fingerprint, trained_on
 from s2ft.evaluate.tally import macro, tally
-from s2ft.evaluate.tasks import AUTO, DECODING, PROMPTS, Decoding, Task, find_tasks, missing
+from s2ft.evaluate.tasks import Task
 from s2ft.runtime.environment import environment
 from s2ft.runtime.failures import clear_failures
-from s2ft.runtime.lookup import check_folder
 from s2ft.runtime.precision import choose_precision
 
 log = logging.getLogger("s2ft")
 
 Tell = Callable[[str, int, int], None]  # what is being done, how many are done now, of how many
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """All options of an evaluation; `evaluate` checks them."""
-
-    model: str  # the base: a folder or a name on the Hub
-    tasks: Sequence[str]  # names of tasks and suites
-    data: str  # a folder laid out like LLM-Adapters' (and MT-Bench's), or a data set on the Hub
-    output: Path  # folder of the answers
-    adapters: Sequence[str] = ()  # folders or Hub names, each evaluated by itself; none: the base is evaluated
-    limit: int | None = None  # the first so many questions of each task
-    batch_size: int = 8
-    beams: int | None = None  # the suite's unless given
-    max_new_tokens: int | None = None  # the suite's unless given
-    prompt: str = AUTO  # "alpaca", "chat", or the words that an adapter was trained on
-    precision: str = "auto"
-    engine: str = "transformers"
-    judge: Judge | None = None  # rates MT-Bench's answers; without one they are only written
-
-    def decoding(self, task: Task) -> Decoding:
-        """How the answers to a task are written."""
-        usual = DECODING[task.suite]
-        return Decoding(self.beams or usual.beams, self.max_new_tokens or usual.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -114,82 +90,55 @@ class _Job:
         return set(self.names) <= self.answers.done
 
 
-def evaluate(options: EvalOptions, tell: Tell = lambda *_: None) -> EvalReport:
+def evaluate(options: EvalOptions, tell: Tell = lambda *_: None, judge: Judge | None = None) -> EvalReport:
     """Asks what is still unanswered, then counts.
 
     Args:
-        options: See `EvalOptions`.
+        options: From `EvalOptions.parse`, which looks for the files that they name.
         tell: Called with a title, how many questions are done, and of how many.
+        judge: Rates MT-Bench's answers; that of the options or the environment unless given. Without one they are only written.
 
     Raises:
         S2FTError: for anything wrong with options, data, model, adapters or output, before anything is written; for a judge
             that cannot be used, with all answers kept.
     """
-    with clear_failures(f"lower batch_size={options.batch_size}, or take precision='bf16'", str(options.output)):
-        return _evaluate(options, tell)
-
-
-def _evaluate(options: EvalOptions, tell: Tell) -> EvalReport:
-    checks = (
-        partial(check_options, options),
-        partial(check_folder, options.model),
-        partial(find_subjects, options.adapters),
-    )
-    raise_together(gathered(*checks))
-    tasks = check_options(options)
-    subjects = find_subjects(options.adapters)
-    words = {subject: choose_words(options, subject) for subject in subjects}
-    asked = {(task, style): _load(task, options, style) for style in set(words.values()) for task in tasks}
-    dtype, _ = choose_precision(options.precision)
-    models = Models(options.model, dtype, options.engine, options.batch_size)
-    identity = {"model": fingerprint(options.model, MODEL_FILE), "precision": str(dtype).removeprefix("torch.")}
-    jobs: list[_Job] = []
-    with ExitStack() as writers:
-        for subject in subjects:
-            identity["adapter"] = fingerprint(subject.adapter, ADAPTER_FILE) if subject.adapter else "none"
-            for task in tasks:
-                style, questions = words[subject], asked[task, words[subject]]
-                run = {"task": task.name, **identity, **_conditions(options, task, style, questions)}
-                path = options.output / subject.label / f"{task.name}.jsonl"
-                writers.enter_context(locked(path))
-                jobs.append(_Job(subject, style, task, questions, Answers(path, run)))
-        for subject in subjects:
-            pending = [job for job in jobs if job.subject == subject and not job.is_done]
-            if pending:
-                _write(models, subject, pending, options, tell)
-        return _report(options, jobs, tell)
-
-
-def check_options(options: EvalOptions) -> list[Task]:
-    """The tasks that are named.
-
-    Raises:
-        S2FTError: with all that is wrong with the options.
-    """
-    problems = [] if options.tasks else ["task: name at least one task or suite"]
-    for name in ("limit", "batch_size", "beams", "max_new_tokens"):
-        value = getattr(options, name)
-        problems += [f"{name}={value} must be 1 or more"] if value is not None and value < 1 else []
-    for name, known in (("prompt", (AUTO, *PROMPTS)), ("engine", ENGINES), ("precision", ("auto", "bf16", "fp32"))):
-        value = getattr(options, name)
-        problems += [f"{name}={value!r} is unknown; choose from {', '.join(known)}"] if value not in known else []
-    problems += gathered(
-        lambda: check_place(options.output),
-        lambda: raise_together(missing(find_tasks(options.tasks), options.data)),
-    )
-    raise_together(problems)
-    tasks = find_tasks(options.tasks)
     if options.engine == "vllm":
         check_vllm()
-    return tasks
+    advice = f"lower batch_size={options.batch_size}, or take precision='bf16'"
+    with clear_failures(advice, str(options.output)), ExitStack() as locks:
+        models = _models(options)
+        jobs = _jobs(options, models.dtype, locks)
+        for subject, own in groupby(jobs, key=lambda job: job.subject):
+            pending = [job for job in own if not job.is_done]
+            if pending:
+                _write(models, subject, pending, options, tell)
+        return _report(options, jobs, judge or options.judge(), tell)
 
 
-def needs_judge(names: Sequence[str]) -> bool:
-    """Whether a task of these names is rated by a judge; `evaluate` has something to say about unknown ones."""
-    try:
-        return MT_BENCH in find_tasks(names)
-    except S2FTError:
-        return False
+def _models(options: EvalOptions) -> Models:
+    dtype, _ = choose_precision(options.precision)
+    return Models(options.model, dtype, options.engine, options.batch_size)
+
+
+def _jobs(options: EvalOptions, dtype: torch.dtype, locks: ExitStack) -> list[_Job]:
+    """Every task of every subject; their files of answers are locked until `locks` closes.
+
+    All questions are loaded before the first file is looked at.
+    """
+    subjects = find_subjects(options.adapter)
+    words = {subject: choose_words(options, subject) for subject in subjects}
+    asked = {(task, style): _load(task, options, style) for style in set(words.values()) for task in options.tasks}
+    identity = {"model": fingerprint(options.model, MODEL_FILE), "precision": str(dtype).removeprefix("torch.")}
+    jobs = []
+    for subject in subjects:
+        identity["adapter"] = fingerprint(subject.adapter, ADAPTER_FILE) if subject.adapter else "none"
+        for task in options.tasks:
+            style, questions = words[subject], asked[task, words[subject]]
+            path = options.output / subject.label / f"{task.name}.jsonl"
+            locks.enter_context(locked(path))
+            run = {"task": task.name, **identity, **_conditions(options, task, style, questions)}
+            jobs.append(_Job(subject, style, task, questions, Answers(path, run)))
+    return jobs
 
 
 def choose_words(options: EvalOptions, subject: Subject) -> str:
@@ -241,13 +190,13 @@ def _counting(tell: Tell, title: str, total: int) -> Callable[[int], None]:
     return told
 
 
-def _report(options: EvalOptions, jobs: list[_Job], tell: Tell) -> EvalReport:
-    report = EvalReport(_settings(options) | {"words": {job.subject.label: job.words for job in jobs}})
+def _report(options: EvalOptions, jobs: list[_Job], judge: Judge | None, tell: Tell) -> EvalReport:
+    report = EvalReport(_settings(options, judge) | {"words": {job.subject.label: job.words for job in jobs}})
     for job in jobs:
         label = job.subject.label
         if job.task == MT_BENCH:
             told = _counting(tell, f"{label}: rated", len(job.names))
-            ratings = judge_dialogues(options.judge, job.dialogues, job.answers, told)
+            ratings = judge_dialogues(judge, job.dialogues, job.answers, told)
             found = tally_ratings(job.dialogues, job.answers, ratings)
             report.ratings.extend({"model": label, **row} for row in found)
         else:
@@ -257,13 +206,11 @@ def _report(options: EvalOptions, jobs: list[_Job], tell: Tell) -> EvalReport:
     return report
 
 
-def _settings(options: EvalOptions) -> dict[str, Any]:
+def _settings(options: EvalOptions, judge: Judge | None) -> dict[str, Any]:
     names = ("model", "data", "limit", "batch_size", "prompt", "precision", "engine")
-    settings = {name: getattr(options, name) for name in names}
-    tasks = find_tasks(options.tasks)
     return {
-        **settings,
-        "adapters": list(options.adapters),
-        "tasks": {task.name: vars(options.decoding(task)) for task in tasks},
-        "judge": None if options.judge is None else options.judge.model,
+        **{name: getattr(options, name) for name in names},
+        "adapters": options.adapter,
+        "tasks": {task.name: vars(options.decoding(task)) for task in options.tasks},
+        "judge": None if judge is None else judge.model,
     }

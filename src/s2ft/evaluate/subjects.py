@@ -1,4 +1,4 @@
-"""Who is evaluated: the base model, or an adapter on it; what tells them apart, and how they are loaded.
+"""The base model and its adapters: how they are loaded, and what tells one from another.
 
 One base is loaded, and lent to one adapter after the other; each leaves it as it was.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +17,17 @@ from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.errors import S2FTError
 from s2ft.common.reading import read_json
 from s2ft.data.tokens import end_tokens
 from s2ft.evaluate.engines import Engine, VllmEngine, end_ids, in_words
 from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.options import Subject
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_model, load_tokenizer
 
-BASE = "base"
-ADAPTER_FILE, MODEL_FILE, RUN_FILE = "adapter_config.json", "config.json", "run.json"
+RUN_FILE = "run.json"
 _DIGESTED = (".safetensors", ".json")  # a run card (run.json) says when, not what
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The base model (`adapter` None) or an adapter, under the name that its results go by."""
-
-    label: str
-    adapter: str | None
-
-
-def find_subjects(adapters: Sequence[str]) -> list[Subject]:
-    """The base model if no adapter is given; else each adapter, named by its folder.
-
-    Raises:
-        S2FTError: if a folder holds no adapter, or two have the same name.
-
-    Example:
-        >>> find_subjects([])
-        [Subject(label='base', adapter=None)]
-    """
-    subjects = [
-        Subject(Path(name).resolve().name if Path(name).is_dir() else Path(name).name, name) for name in adapters
-    ]
-    labels = [subject.label for subject in subjects]
-    raise_together(
-        [
-            *(problem for name in adapters if (problem := _no_adapter(name))),
-            *(f"adapter={name!r}: its results would go by {BASE!r}, the base model's name; rename it"
-              for name, label in zip(adapters, labels, strict=True) if label == BASE),
-            *(f"adapter: two go by {label!r}; results are kept by the folder's name, so give them different ones"
-              for label in sorted({label for label in labels if labels.count(label) > 1})),
-        ]
-    )  # fmt: skip
-    return subjects or [Subject(BASE, None)]
 
 
 def trained_on(name: str) -> str | None:
@@ -119,7 +84,8 @@ class Models:
     """
 
     def __init__(self, name: str, dtype: torch.dtype, engine: str, batch_size: int) -> None:
-        self._name, self._dtype, self._engine, self._batch_size = name, dtype, engine, batch_size
+        self.dtype = dtype
+        self._name, self._engine, self._batch_size = name, engine, batch_size
         self._base: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)
 
@@ -128,7 +94,7 @@ class Models:
         """The base model, on the accelerator if there is one."""
         if self._base is None:
             accelerator = torch.accelerator.current_accelerator(check_available=True)
-            self._base = load_model(self._name, self._dtype).to(accelerator or "cpu").eval()
+            self._base = load_model(self._name, self.dtype).to(accelerator or "cpu").eval()
         return self._base
 
     @contextmanager
@@ -156,11 +122,11 @@ class Models:
     def _vllm(self, subject: Subject, folder: str) -> Engine:
         source, ends = self._name, end_tokens(self.tokenizer)
         if subject.adapter is not None:
-            merged = load_adapter(load_model(self._name, self._dtype), subject.adapter).merge_and_unload()
+            merged = load_adapter(load_model(self._name, self.dtype), subject.adapter).merge_and_unload()
             merged.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             source, ends = folder, end_ids(merged, self.tokenizer)
-        return VllmEngine(source, str(self._dtype).removeprefix("torch."), ends)
+        return VllmEngine(source, str(self.dtype).removeprefix("torch."), ends)
 
 
 def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
@@ -177,12 +143,3 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
         if is_out_of_memory(error):
             raise
         raise S2FTError(f"adapter={adapter!r} cannot be loaded: {in_words(error)}") from error
-
-
-def _no_adapter(name: str) -> str | None:
-    path = Path(name)
-    if path.is_dir() and not (path / ADAPTER_FILE).is_file():
-        return f"adapter={name!r} is a folder without {ADAPTER_FILE}, so it holds no adapter"
-    if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~"))):
-        return f"adapter={name!r} is not a folder; name the folder of an adapter, or an adapter on the Hub"
-    return None

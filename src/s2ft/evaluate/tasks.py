@@ -23,9 +23,6 @@ from s2ft.common.errors import raise_together
 from s2ft.data.folder import find_file, places
 from s2ft.evaluate.extraction import FirstLetter, LastNumber, Rule, StatedLetter, Words, numbered
 
-PROMPTS = ("alpaca", "chat")
-AUTO = "auto"  # the words that an adapter was trained on
-
 
 @dataclass(frozen=True)
 class Decoding:

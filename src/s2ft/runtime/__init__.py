@@ -5,6 +5,7 @@ models       base model and tokenizer, from a folder or the Hub
 precision    bf16 or fp32, and why
 processes    several processes: which one is first, and how they agree
 failures     messages for running out of memory or disk
+options      options of a command as a model, which reports every problem at once
 environment  versions and machine, for a result
 timing       timing on a CPU or GPU
 """

@@ -25,15 +25,15 @@ from s2ft.data.prompts import alpaca_prompt
 from s2ft.demo import base_path
 from s2ft.evaluate.engines import prompt_ids
 from s2ft.evaluate.generation import TransformersEngine, batches
+from s2ft.evaluate.options import EvalOptions
 from s2ft.evaluate.questions import digest, load_questions
-from s2ft.evaluate.run import EvalOptions
 from s2ft.evaluate.tasks import DECODING, TASKS, Decoding
 from s2ft.lab.bench.report import Report
 from s2ft.runtime.models import load_model, load_tokenizer, positions
 from s2ft.runtime.timing import milliseconds, spread
 
 TASK = TASKS["gsm8k"]
-BATCH_SIZE = EvalOptions.batch_size
+BATCH_SIZE: int = EvalOptions.model_fields["batch_size"].default
 FLOOR = "generate, same batches"
 SEED = 0
 # Characters of GSM8K's test questions: their logarithm is close to normal

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,19 @@ from typing import Any
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.files import staged
 from s2ft.data.examples import data_digest, load_examples
 from s2ft.data.folder import find_file, places
 from s2ft.evaluate.judge import Judge
-from s2ft.evaluate.run import EvalOptions, EvalReport, check_options, evaluate
+from s2ft.evaluate.options import EvalOptions
+from s2ft.evaluate.run import EvalReport, Tell, evaluate
 from s2ft.finetune.card import read_card
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions, parse_options
 from s2ft.finetune.resume import FREE, settled_options
 from s2ft.finetune.train import train
+from s2ft.lab.reproduce.options import ReproduceOptions
 from s2ft.lab.reproduce.recipes import GLOBAL_BATCH, MODELS, Recipe, find_recipe
 from s2ft.runtime.environment import environment
 from s2ft.runtime.processes import leads, process_count
@@ -39,33 +40,6 @@ RESULT = "reproduction.json"
 # How a step is done, not which; and where the data lie, whose digest is compared
 SAME_RUN = {"layout", "batch_size", "gradient_accumulation", "gradient_checkpointing", "data"}
 HELD_OUT = 5  # of a smaller data set, one example in so many is held out at most
-Tell = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ReproduceOptions:
-    """What a recipe leaves open, and what makes it smaller."""
-
-    recipe: str
-    data: str  # a folder laid out like LLM-Adapters (training and test files) or MT-Bench; or a data set on the Hub
-    output: Path
-    training_data: str | None = None  # a file or Hub name, instead of the recipe's
-    model: str | None = None  # instead of the recipe's base model
-    batch_size: int = 4  # examples that a GPU takes at once; the global batch is the recipe's
-    gradient_checkpointing: bool = False
-    limit: int | None = None  # train on the first so many examples
-    max_steps: int | None = None
-    eval_limit: int | None = None  # ask the first so many questions of each task
-    eval_batch_size: int = 8
-    max_new_tokens: int | None = None
-    engine: str = "transformers"
-    judge: Judge | None = None  # for MT-Bench; without one its answers are only written
-
-    def deviations(self, recipe: Recipe) -> dict[str, Any]:
-        """The options that differ from the recipe."""
-        of_training = ("training_data", "limit", "max_steps") if recipe.is_trained else ()
-        names = ("model", *of_training, "eval_limit", "max_new_tokens")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -76,8 +50,15 @@ class Reproduction:
     report: EvalReport
 
 
-def reproduce(options: ReproduceOptions, tell: Tell = lambda *_: None) -> Reproduction | None:
+def reproduce(
+    options: ReproduceOptions, tell: Tell = lambda *_: None, judge: Judge | None = None
+) -> Reproduction | None:
     """Trains, evaluates and compares; what is there already is not done again.
+
+    Args:
+        options: See `ReproduceOptions`.
+        tell: Called with a title, how many questions are done, and of how many.
+        judge: For MT-Bench; that of the options or the environment unless given. Without one its answers are only written.
 
     Returns:
         None if training was interrupted (the same call goes on), and in all processes but the leading one.
@@ -86,27 +67,30 @@ def reproduce(options: ReproduceOptions, tell: Tell = lambda *_: None) -> Reprod
         S2FTError: for anything wrong with the options, data or folders, before anything is trained.
     """
     recipe = find_recipe(options.recipe)
-    _check_numbers(options)
+    raise_together(_problems(recipe, options))
     training = train_options(recipe, options) if recipe.is_trained else None
-    check_options(eval_options(recipe, options))
     if training is not None and not is_trained(training):
         goes_on = Path(training.output).is_dir() and get_last_checkpoint(training.output) is not None
         if train(training.model_copy(update={"resume": goes_on})).interrupted:
             return None
     if not _alone():
         return None
-    report = evaluate(eval_options(recipe, options), tell)
+    report = evaluate(eval_options(recipe, options), tell, judge)
     result = compare(recipe, report, options)
     _write(options, training, report, result)
     return Reproduction(result, report)
 
 
-def _check_numbers(options: ReproduceOptions) -> None:
-    """Those that `s2ft eval` knows by other names."""
-    numbers = {name: getattr(options, name) for name in ("eval_limit", "eval_batch_size", "max_new_tokens")}
-    raise_together(
-        f"{name}={value} must be 1 or more" for name, value in numbers.items() if value is not None and value < 1
-    )
+def _problems(recipe: Recipe, options: ReproduceOptions) -> list[str]:
+    problems = gathered(lambda: train_options(recipe, options)) if recipe.is_trained else []
+    return [*problems, *eval_options(recipe, options).task_problems()]
+
+
+def deviations(recipe: Recipe, options: ReproduceOptions) -> dict[str, Any]:
+    """The options that make a run another one than the recipe's."""
+    of_training = ("training_data", "limit", "max_steps") if recipe.is_trained else ()
+    names = ("model", *of_training, "eval_limit", "max_new_tokens")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
@@ -116,7 +100,7 @@ def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
         S2FTError: if the global batch cannot be had, or an option is wrong.
     """
     at_once = options.batch_size * process_count()
-    if options.batch_size < 1 or GLOBAL_BATCH % at_once:
+    if GLOBAL_BATCH % at_once:
         raise S2FTError(
             f"batch_size={options.batch_size} times {process_count()} processes does not divide the {GLOBAL_BATCH} examples "
             "of a step; take a power of two"
@@ -187,18 +171,16 @@ def eval_options(recipe: Recipe, options: ReproduceOptions) -> EvalOptions:
     """The recipe's suite as options of `s2ft eval`, for what was trained."""
     trained, base = str(options.output / "training"), options.model or MODELS[recipe.model].hub
     is_model = recipe.is_trained and METHODS[recipe.method].leaves_model
-    return EvalOptions(
-        model=trained if is_model else base,
-        adapters=[trained] if recipe.is_trained and not is_model else [],
-        tasks=[recipe.suite],
-        data=options.data,
-        output=options.output / "answers",
-        limit=options.eval_limit,
-        batch_size=options.eval_batch_size,
-        max_new_tokens=options.max_new_tokens,
-        engine=options.engine,
-        judge=options.judge,
-    )
+    values = {
+        "model": trained if is_model else base,
+        "adapter": [trained] if recipe.is_trained and not is_model else [],
+        "suite": [recipe.suite],
+        "output": options.output / "answers",
+        "limit": options.eval_limit,
+        "batch_size": options.eval_batch_size,
+    }
+    same = ("data", "max_new_tokens", "engine", "judge_url", "judge_model")
+    return EvalOptions(**values, **{name: getattr(options, name) for name in same})
 
 
 def compare(recipe: Recipe, report: EvalReport, options: ReproduceOptions) -> dict[str, Any]:
@@ -206,8 +188,8 @@ def compare(recipe: Recipe, report: EvalReport, options: ReproduceOptions) -> di
     score, low, high = _rating(report) if report.ratings else _accuracy(report)
     difference = None if score is None else score - recipe.paper
     found = {"recipe": recipe.name, "paper": recipe.paper, "score": score, "low": low, "high": high}
-    deviations = {**options.deviations(recipe), **_other_sizes(recipe, report, options)}
-    return {**found, "difference": difference, "errors": report.errors, "deviations": deviations}
+    smaller = {**deviations(recipe, options), **_other_sizes(recipe, report, options)}
+    return {**found, "difference": difference, "errors": report.errors, "deviations": smaller}
 
 
 def _other_sizes(recipe: Recipe, report: EvalReport, options: ReproduceOptions) -> dict[str, Any]:
