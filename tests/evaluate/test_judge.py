@@ -1,5 +1,6 @@
 """MT-Bench from question to rating, with a judge on this machine that can be as unhelpful as real ones are."""
 
+import gzip
 import html
 import json
 import threading
@@ -159,6 +160,30 @@ class TestJudge:
         with pytest.raises(S2FTError, match="HTTP 307"):
             server.judge().rate(HELLO)
         assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("key", [KEY, None])
+    def test_it_gets_its_own_key_and_nothing_else_of_the_environment(self, server, monkeypatch, key) -> None:
+        for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+            monkeypatch.setenv(name, "sk-elsewhere")
+        monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer sk-elsewhere\nX-Mine: sk-elsewhere")
+        monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+        server.judge(key=key).rate(HELLO)
+        names = {"Host", "Accept", "Content-Type", "Content-Length", "Connection", *(["Authorization"] if key else [])}
+        assert {name.title() for name in server.headers[0]} <= names
+        assert "sk-elsewhere" not in str(server.headers)
+
+    @pytest.mark.parametrize("status", [200, 400])
+    def test_an_answer_without_end_is_none(self, server, monkeypatch, status) -> None:
+        monkeypatch.setattr("s2ft.evaluate.judge_http.LARGEST", 2**10)
+        server.reply = lambda *_: (status, b" " * 2**16, {})
+        with pytest.raises(JudgeDown, match=r"no answer from the judge: .*took too long, or has no end"):
+            server.judge().rate(HELLO)
+
+    def test_a_packed_answer_is_not_unpacked(self, server) -> None:
+        body = gzip.compress(json.dumps({"choices": [{"message": {"content": "[[7]]"}}]}).encode())
+        server.reply = lambda *_: (200, body, {"Content-Encoding": "gzip"})
+        with pytest.raises(NoRating, match="is not JSON"):
+            server.judge().rate(HELLO)
 
     def test_a_judge_that_is_down_or_slow_is_told_from_one_that_talks_nonsense(self, server) -> None:
         gone = Judge("http://127.0.0.1:9/v1", "m", attempts=2, pause=0.01)

@@ -15,6 +15,7 @@ Read `options` and `tasks`, then `run`.
     comparison  scores of the base and the result, for the run card
     mt_bench    MT-Bench's questions and both turns
     judge       a judge that speaks OpenAI's chat completions
+    judge_http  one question to the judge's server, by OpenAI's client
     judging     answers rated, ratings counted
     harness     tasks of the lm-evaluation-harness
 """

@@ -11,20 +11,21 @@ it, and without long parts of it, since servers repeat keys, and may cut them.
 from __future__ import annotations
 
 import html
-import http.client
 import json
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.extras import from_extra
+
+if TYPE_CHECKING:
+    from openai import APIStatusError
 
 URL, MODEL, KEY = "S2FT_JUDGE_URL", "S2FT_JUDGE_MODEL", "S2FT_JUDGE_KEY"
 LOWEST, HIGHEST = 1, 10
@@ -33,8 +34,7 @@ _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _PASSING = (408, 409, 425, 429)  # and all from 500 on
 _UNUSABLE = (401, 403, 404, 405)  # wrong for every question
 _LONGEST_PAUSE = 60.0  # seconds
-_LARGEST = 4 * 2**20  # bytes of an answer
-_READ, _SHOWN = 2**16, 400  # of a refusal: bytes that are read, characters that are shown
+_SHOWN = 400  # characters of a refusal
 _PART = 8  # characters of a key that are not shown in a row
 
 
@@ -72,10 +72,9 @@ class Judge:
             NoRating: if there is none after all attempts; `JudgeDown` if that is for want of an answer.
             S2FTError: if the judge cannot be used at all.
         """
-        body = json.dumps({"model": self.model, "temperature": 0, "messages": messages}).encode()
         for attempt in range(1, self.attempts + 1):
             try:
-                return self._once(body)
+                return self._once(messages)
             except _Passing as failure:
                 last = failure
             if attempt < self.attempts:
@@ -83,15 +82,18 @@ class Judge:
         kind = JudgeDown if last.down else NoRating
         raise kind(f"{last} (tried {self.attempts} times)")
 
-    def _once(self, body: bytes) -> tuple[float, str]:
+    def _once(self, messages: list[dict[str, str]]) -> tuple[float, str]:
+        from openai import APIConnectionError, APIStatusError
+
+        from s2ft.evaluate.judge_http import ask  # takes a second to import
+
         try:
-            text = self._text(json.loads(self._post(body)))
-        except urllib.error.HTTPError as error:
+            text = self._text(json.loads(ask(self.url, self.key, self.model, messages, self.timeout)))
+        except APIStatusError as error:
             raise self._sorted(error) from None
-        except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, an answer cut short
-            raise _Passing(
-                self._clean(f"no answer from the judge: {getattr(error, 'reason', None) or error!r}")
-            ) from None
+        except APIConnectionError as error:  # no connection, a time-out, an answer cut short
+            reason = self._clean(repr(error.__cause__ or error.message))
+            raise _Passing(f"no answer from the judge: {reason}") from None
         except (ValueError, RecursionError):  # the second where it is nested too deeply
             raise _Passing("the judge's answer is not JSON") from None
         rating = read_rating(text)
@@ -99,20 +101,6 @@ class Judge:
             end = self._clean(text)[-80:]
             raise _Passing(f"no rating [[{LOWEST}]] to [[{HIGHEST}]] in the judge's answer: {end!r}", down=False)
         return rating, self._clean(text)
-
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", data=body, headers=headers)
-        end = time.monotonic() + self.timeout
-        answer = b""
-        with _OPENER.open(request, timeout=self.timeout) as response:
-            while part := response.read1(2**16):
-                answer += part
-                if (
-                    time.monotonic() > end or len(answer) > _LARGEST
-                ):  # each read has its time-out; all of them have this one
-                    raise TimeoutError("the answer took too long, or has no end")
-        return answer
 
     def _text(self, value: Any) -> str:
         try:
@@ -123,14 +111,14 @@ class Judge:
             raise _Passing("the judge's answer is JSON, but no chat completion", down=False)
         return text
 
-    def _sorted(self, error: urllib.error.HTTPError) -> Exception:
+    def _sorted(self, error: APIStatusError) -> Exception:
         """What an HTTP status means for us."""
-        with error:
-            said = self._clean(_body(error)).strip()[:_SHOWN]
-        reason = f"the judge answered with HTTP {error.code}{': ' if said else ''}{said}"
-        if error.code in _PASSING or error.code >= 500:
-            return _Passing(reason, _seconds(error.headers.get("Retry-After")))
-        if error.code in _UNUSABLE or error.code < 400:
+        code = error.status_code
+        said = self._clean(error.response.text).strip()[:_SHOWN]
+        reason = f"the judge answered with HTTP {code}{': ' if said else ''}{said}"
+        if code in _PASSING or code >= 500:
+            return _Passing(reason, _seconds(error.response.headers.get("Retry-After")))
+        if code in _UNUSABLE or code < 400:
             return S2FTError(f"judge_url={self.url!r}, judge_model={self.model!r} cannot be used: {reason}")
         return NoRating(reason)
 
@@ -155,13 +143,6 @@ def without_key(text: str, key: str) -> str:
             hidden[start : start + length] = b"\1" * length
     runs = groupby(zip(hidden, text, strict=True), key=itemgetter(0))
     return "".join("***" if covered else "".join(letter for _, letter in run) for covered, run in runs)
-
-
-def _body(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(_READ).decode(errors="replace")
-    except (OSError, http.client.HTTPException):  # the connection broke off; the status says enough
-        return ""
 
 
 def read_rating(text: str) -> float | None:
@@ -195,6 +176,8 @@ def find_judge(url: str | None = None, model: str | None = None) -> Judge | None
             *([f"{KEY} holds characters that no key has (its value is not shown)"] if key and not _is_key(key) else []),
         ]
     )
+    with from_extra("eval", "a judge"):
+        import openai  # noqa: F401 - before the answers are written, which may take hours
     return Judge(url, model, key)
 
 
@@ -222,13 +205,3 @@ def _is_key(text: str) -> bool:
 def _seconds(text: str | None) -> float | None:
     """Of the header Retry-After; its other form, a date, is left to our own pauses."""
     return float(text) if text and text.strip().isdigit() else None
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another server."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)

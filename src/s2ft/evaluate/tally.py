@@ -1,10 +1,6 @@
 """Counts, shares and their 95% intervals.
 
-Wilson's interval for a share p = k / n:
-
-    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),    z = 1.96
-
-It stays within [0, 1] and is honest near its ends, where p ± z √(p(1-p)/n) is not.
+Shares have Wilson's interval, which stays within [0, 1] and is honest near its ends, where p ± z √(p(1-p)/n) is not.
 
 Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 """
@@ -19,7 +15,8 @@ from typing import Any
 from s2ft.evaluate.answers import Row
 from s2ft.evaluate.tasks import TASKS, Task
 
-Z = NormalDist().inv_cdf(0.975)
+LEVEL = 0.95
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -29,11 +26,12 @@ def wilson(right: int, count: int) -> tuple[float, float]:
         >>> [round(end, 4) for end in wilson(8, 10)]
         [0.4902, 0.9433]
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     if not count:
         return 0.0, 1.0
-    share, square = right / count, Z * Z / count
-    half = Z * math.sqrt(share * (1 - share) / count + square / count / 4)
-    return max(0.0, (share + square / 2 - half) / (1 + square)), min(1.0, (share + square / 2 + half) / (1 + square))
+    low, high = binomtest(right, count).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:

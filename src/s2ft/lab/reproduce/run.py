@@ -105,7 +105,7 @@ def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
             f"batch_size={options.batch_size} times {process_count()} processes does not divide the {GLOBAL_BATCH} examples "
             "of a step; take a power of two"
         )
-    values = {
+    values: dict[str, Any] = {
         "learning_rate": METHODS[recipe.method].learning_rate,
         **recipe.options,
         **_smaller(recipe, options),
@@ -171,7 +171,7 @@ def eval_options(recipe: Recipe, options: ReproduceOptions) -> EvalOptions:
     """The recipe's suite as options of `s2ft eval`, for what was trained."""
     trained, base = str(options.output / "training"), options.model or MODELS[recipe.model].hub
     is_model = recipe.is_trained and METHODS[recipe.method].leaves_model
-    values = {
+    values: dict[str, Any] = {
         "model": trained if is_model else base,
         "adapter": [trained] if recipe.is_trained and not is_model else [],
         "suite": [recipe.suite],
