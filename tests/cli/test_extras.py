@@ -9,7 +9,7 @@ import pytest
 from s2ft.demo import base_path
 
 TRAIN = ["train", "-m", str(base_path()), "-d", "data.json", "-o", "new"]
-EVAL = ["eval", "--model", str(base_path()), "--task", "boolq", "--data", ".", "--output", "new"]
+EVAL = ["eval", "--model", str(base_path()), "--task", "boolq", "--data", "org/questions", "--output", "new"]
 
 WITHOUT = """
 import sys
