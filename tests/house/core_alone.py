@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.demo import base_path
+from s2ft.runtime.environment import environment
 
 EXTRAS = ("trl", "datasets", "matplotlib", "pandas", "pyarrow", "gguf", "lm_eval")
 COMMANDS = {  # what they say here; no key: they run
@@ -89,6 +90,7 @@ def main() -> None:
         use_adapters(folder)
         for words, said in COMMANDS.items():
             run(words, said, folder)
+    assert "trl" not in environment()  # what issues are asked to paste
     print(f"s2ft {s2ft.__version__}: the core works alone")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ LIBRARIES = ("s2ft", "torch", "transformers", "peft", "trl", "accelerate", "data
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the machine, without any path or name of it."""
-    found: dict[str, Any] = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    """Versions of what is installed, and the machine, without any path or name of it."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):  # the core does without some
+            found[name] = version(name)
     found["system"] = f"{platform.system()} {platform.machine()}"
     found["cpu"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
