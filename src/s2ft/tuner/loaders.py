@@ -69,36 +69,34 @@ def _guard_of(model: Any) -> AbstractContextManager[None]:
 
 
 def _before_from_pretrained(arguments: dict[str, Any]) -> Any:
-    return _announced(_look(arguments, "model_id", whole=arguments.get("config") is not None))
+    weights = _adapter_weights(arguments, "model_id", check=arguments.get("config") is not None)
+    return nullcontext() if weights is None else _incoming(_without_values(weights))
 
 
 def _before_load_adapter(arguments: dict[str, Any]) -> Any:
     model = arguments["self"]
     if model.peft_type != NAME:
         return nullcontext()
-    return _announced(_look(arguments, "model_id", whole=arguments["adapter_name"] in model.peft_config, only=True))
-
-
-def _announced(folder: Path | None) -> Any:
-    """Tells the tuner names and shapes of what PEFT is about to load, as far as they are known."""
-    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-        return nullcontext()
-    headers = WeightFile(folder).headers()
-    return _incoming({name: _without_values(header) for name, header in headers.items()})
-
-
-def _without_values(header: Header) -> Tensor:
-    return torch.empty(header.shape, dtype=getattr(torch, header.dtype, torch.uint8), device="meta")
+    is_there = arguments["adapter_name"] in model.peft_config
+    weights = _adapter_weights(arguments, "model_id", check=is_there, refuse_others=True)
+    return nullcontext() if weights is None else _incoming(_without_values(weights))
 
 
 def _before_native(arguments: dict[str, Any]) -> Any:
     config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
     if tensors is not None:
         return _incoming(tensors) if isinstance(config, S2FTConfig) else nullcontext()
-    folder = _look({**arguments, **(arguments.get("adapter_kwargs") or {})}, "peft_model_id", whole=True)
-    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-        return nullcontext()
-    return _incoming(WeightFile(folder))
+    arguments = {**arguments, **(arguments.get("adapter_kwargs") or {})}
+    weights = _adapter_weights(arguments, "peft_model_id", check=True)
+    return nullcontext() if weights is None else _incoming(weights)
+
+
+def _without_values(weights: WeightFile) -> dict[str, Tensor]:
+    """Names, shapes and dtypes, which PEFT looks up before it loads values."""
+    return {
+        name: torch.empty(header.shape, dtype=getattr(torch, header.dtype, torch.uint8), device="meta")
+        for name, header in weights.headers().items()
+    }
 
 
 @contextmanager
@@ -110,30 +108,34 @@ def _incoming(tensors: Mapping[str, Tensor]) -> Iterator[None]:
         INCOMING.reset(token)
 
 
-def _look(arguments: dict[str, Any], where: str, whole: bool, only: bool = False) -> Path | None:
-    """The local folder of an S²FT adapter; None for another method's, and for a name on the Hub.
+def _adapter_weights(
+    arguments: dict[str, Any], where: str, check: bool, refuse_others: bool = False
+) -> WeightFile | None:
+    """The weight file of an S²FT adapter in a local folder; None if it is pickled, another method's, or on the Hub.
 
     Args:
         arguments: Of the loader.
         where: The argument that names the folder.
-        whole: Whether to check the weights too; else PEFT reads the config next, and with it they are checked.
-        only: Whether to refuse another method's.
+        check: Whether to check config and weights; else PEFT reads the config next, and they are checked then.
+        refuse_others: Whether to refuse another method's.
     """
     given = arguments.get(where)
     folder = Path(str(given), arguments.get("subfolder") or "")
     if given is None or not folder.is_dir():
         return None
     fields = read_fields(folder)
-    if is_foreign(fields) and not only:
+    if is_foreign(fields) and not refuse_others:
         return None
     check_method(folder, fields)
-    pickled = not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
-    if pickled and not (folder / WEIGHTS_NAME).exists():
+    is_pickled = not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
+    if is_pickled and not (folder / WEIGHTS_NAME).exists():
         raise S2FTError(f"{folder} holds no adapter weights: there is no {SAFETENSORS_WEIGHTS_NAME}")
-    config = S2FTConfig.from_folder(folder, fields) if whole or pickled else None
-    if config is not None and pickled:
-        _check_pickled(folder, config)
-    return folder
+    if is_pickled:
+        _check_pickled(folder, S2FTConfig.from_folder(folder, fields))
+        return None
+    if check:
+        S2FTConfig.from_folder(folder, fields)
+    return WeightFile(folder)
 
 
 def _check_pickled(folder: Path, config: S2FTConfig) -> None:
