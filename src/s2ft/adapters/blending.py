@@ -46,7 +46,7 @@ def blend(
     """
     dtype = reduce(torch.promote_types, (delta.dtype for delta in deltas))
     wide = [delta.to(torch.promote_types(dtype, torch.float32)) for delta in deltas]
-    places = [torch.from_numpy(np.searchsorted(union.indices, chosen.indices)) for chosen in slices]
+    places = [torch.from_numpy(np.searchsorted(union.indices, trained.indices)) for trained in slices]
     result = _laid_out(wide[0], union.dim, len(union.indices), -0.0)  # -0.0 + x is x, bit for bit; 0.0 + -0.0 is not
     for place, delta, weight in zip(places, wide, weights, strict=True):
         result.index_add_(union.dim, place, delta * weight)

@@ -165,19 +165,20 @@ class Checkpoint:
         """Raises `S2FTError` if the adapter was made for other weights, as far as they can be compared."""
         expected = adapter.config.base_digest or {}
         found = {
-            module: self._digest(module, chosen, expected.get(module, "")) for module, chosen in adapter.slices.items()
+            module: self._digest(module, trained, expected.get(module, ""))
+            for module, trained in adapter.slices.items()
         }
         check_base(expected, found, adapter.config.base_model_name_or_path)
 
-    def _digest(self, module: str, chosen: Slice, expected: str) -> str | None:
+    def _digest(self, module: str, trained: Slice, expected: str) -> str | None:
         try:
             if self._problem(module):
                 return None
         except S2FTError:  # stored in another form
             return None
         matrix = self.matrix(module, self.tensor(self.tensor_name(module)))
-        parts = digest_parts(expected, chosen)
-        return join_digests({part: slice_digest(Slice.parse(part).of(matrix)) for part in parts}, chosen)
+        parts = digest_parts(expected, trained)
+        return join_digests({part: slice_digest(Slice.parse(part).of(matrix)) for part in parts}, trained)
 
 
 def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = False) -> Checkpoint:

@@ -84,9 +84,9 @@ def _digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
     return digests
 
 
-def _digest(linear: nn.Module, chosen: Slice) -> str | None:
+def _digest(linear: nn.Module, trained: Slice) -> str | None:
     plain = is_plain(linear)
     weight = weight_matrix(linear) if plain else dequantised(linear)
     if weight is None or weight.is_meta:
         return None
-    return slice_digest(chosen.of(weight), None if plain else grid(linear))
+    return slice_digest(trained.of(weight), None if plain else grid(linear))

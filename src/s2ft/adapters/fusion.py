@@ -109,9 +109,9 @@ class Fusion:
     def tensors(self) -> dict[str, Tensor]:
         """The fused weight file: each module's delta and channels, and what the adapters keep beside, the same in all."""
         tensors = self.sources[0].others()
-        for module, chosen in self.slices.items():
+        for module, trained in self.slices.items():
             tensors[delta_name(module)] = self.delta(module).contiguous()
-            tensors[indices_name(module)] = chosen.channels
+            tensors[indices_name(module)] = trained.channels
         return tensors
 
     def save(self, output: str | Path) -> Path:
@@ -179,7 +179,7 @@ def plan_fusion(
 
 
 def _union(slices: Sequence[Slice]) -> Slice:
-    return Slice(slices[0].side, np.unique(np.concatenate([chosen.indices for chosen in slices])))
+    return Slice(slices[0].side, np.unique(np.concatenate([trained.indices for trained in slices])))
 
 
 def _option_problems(
@@ -220,16 +220,16 @@ def _module_problems(sources: Sequence[Source]) -> Iterator[str]:
     """Modules on which two adapters contradict each other."""
     firsts: dict[str, Source] = {}
     for source in sources:
-        for module, chosen in source.slices.items():
+        for module, trained in source.slices.items():
             first = firsts.setdefault(module, source)
             other = first.slices[module]
-            if other.side != chosen.side:
+            if other.side != trained.side:
                 yield (
                     f"{module}: {first.name} changes channels of its {other.side}put side, {source.name} of its "
-                    f"{chosen.side}put side; one slice cannot hold both"
+                    f"{trained.side}put side; one slice cannot hold both"
                 )
                 continue
-            ours, theirs = first.shapes[module][1 - chosen.dim], source.shapes[module][1 - chosen.dim]
+            ours, theirs = first.shapes[module][1 - trained.dim], source.shapes[module][1 - trained.dim]
             if ours != theirs:
                 yield (
                     f"{module}: {first.name} was made for {ours} features, {source.name} for {theirs}; these are adapters of "
@@ -279,7 +279,7 @@ def _fused_config(sources: Sequence[Source], slices: dict[str, Slice]) -> S2FTCo
             values[field.name] = field.default
     targets = [config.target_modules for config in configs]
     values["target_modules"] = targets[0] if all(target == targets[0] for target in targets) else set(slices)
-    values["slices"] = {module: str(chosen) for module, chosen in slices.items()}
+    values["slices"] = {module: str(trained) for module, trained in slices.items()}
     values["base_digest"] = _fused_digests(sources, slices) or None
     return replace(configs[0], **values)
 

@@ -51,15 +51,15 @@ def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChang
         ModuleChange(
             module=path,
             layer=layer_index(path),
-            side=chosen.side,
-            channels=len(chosen.indices),
+            side=trained.side,
+            channels=len(trained.indices),
             weights=adapter.deltas[path].numel(),
             norm=float(adapter.deltas[path].double().norm()),
             largest=float(adapter.deltas[path].abs().max()),
-            slice=str(chosen),
+            slice=str(trained),
             in_place=held.get(path),
         )
-        for path, chosen in adapter.slices.items()
+        for path, trained in adapter.slices.items()
     ]
     return sorted(rows, key=lambda row: -1 if row.layer is None else row.layer)
 
@@ -134,6 +134,6 @@ def _panels(adapter: Adapter) -> dict[str, list[str | None]]:
 
 
 def _binned(adapter: Adapter, path: str, width: int, bins: int) -> NDArray[np.float64]:  # [bins]
-    chosen = adapter.slices[path]
-    squares = adapter.deltas[path].double().square().sum(1 - chosen.dim).numpy()
-    return np.sqrt(np.bincount(chosen.indices * bins // width, weights=squares, minlength=bins))
+    trained = adapter.slices[path]
+    squares = adapter.deltas[path].double().square().sum(1 - trained.dim).numpy()
+    return np.sqrt(np.bincount(trained.indices * bins // width, weights=squares, minlength=bins))

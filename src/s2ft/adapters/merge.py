@@ -65,24 +65,24 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
 
 def merged_slice(
     matrix: Tensor,  # [out_features, in_features], the base's weight
-    chosen: Slice,
+    trained: Slice,
     delta: Tensor,  # [out_features, s] on the input side, [s, in_features] on the output side
 ) -> Tensor:  # shaped like delta, in the base's dtype
     """The slice's new values: the sum in float32 (a float64 base: float64), rounded once to the base's dtype."""
     # A live model's deltas are float32
-    return add_delta(chosen.of(matrix), delta if matrix.dtype == torch.float64 else delta.float())
+    return add_delta(trained.of(matrix), delta if matrix.dtype == torch.float64 else delta.float())
 
 
 def _merge_module(adapter: AdapterFile, base: Checkpoint, module: str, aside: Path) -> None:
-    name, chosen = base.tensor_name(module), adapter.slices[module]
+    name, trained = base.tensor_name(module), adapter.slices[module]
     weight = base.tensor(name)
     matrix = base.matrix(module, weight)
-    values = merged_slice(matrix, chosen, adapter.delta(module))
+    values = merged_slice(matrix, trained, adapter.delta(module))
     if not all_finite(values):
         raise S2FTError(
             f"{name}: merged values do not fit {weight.dtype}, or the base holds values that are not finite"
         )
-    matrix.index_copy_(chosen.dim, chosen.channels, values)
+    matrix.index_copy_(trained.dim, trained.channels, values)
     _overwrite(aside / base.files[name].name, name, weight)
 
 

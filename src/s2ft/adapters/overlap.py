@@ -65,7 +65,7 @@ def summary(fusion: Fusion) -> dict[str, Any]:
         "density": fusion.density,
         "seed": fusion.seed,
         "modules": len(fusion.slices),
-        "channels": sum(len(chosen.indices) for chosen in fusion.slices.values()),
+        "channels": sum(len(trained.indices) for trained in fusion.slices.values()),
         "shared": sum(row.shared for row in rows),
         "rows": [asdict(row) for row in rows],
     }
@@ -101,7 +101,7 @@ def _pairs(fusion: Fusion, module: str) -> list[tuple[int, int]]:
 
 def _overlap(fusion: Fusion, module: str, first: int, second: int) -> Overlap:
     slices = [fusion.sources[number].slices[module] for number in (first, second)]
-    counts = [len(chosen.indices) for chosen in slices]
+    counts = [len(trained.indices) for trained in slices]
     common = np.intersect1d(slices[0].indices, slices[1].indices, assume_unique=True)
     meeting = (None, None, 0.0, 0.0) if not len(common) else _meeting(fusion, module, (first, second), common)
     cosine, sign_conflict, on_first, on_second = meeting
@@ -147,6 +147,6 @@ def _norm(delta: Tensor) -> float:
     return float(torch.linalg.vector_norm(delta, dtype=torch.promote_types(delta.dtype, torch.float32)))
 
 
-def _at(delta: Tensor, chosen: Slice, channels: Indices) -> Tensor:
+def _at(delta: Tensor, trained: Slice, channels: Indices) -> Tensor:
     """The delta's values on some of its channels."""
-    return delta.index_select(chosen.dim, torch.from_numpy(np.searchsorted(chosen.indices, channels)))
+    return delta.index_select(trained.dim, torch.from_numpy(np.searchsorted(trained.indices, channels)))

@@ -61,8 +61,8 @@ def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progre
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         for module in progress(list(adapter.slices)):
-            chosen = adapter.slices[module]
-            low = factors(chosen, adapter.delta(module), base.sliced_size(module, chosen.side))
+            trained = adapter.slices[module]
+            low = factors(trained, adapter.delta(module), base.sliced_size(module, trained.side))
             _add(writer, f"{names[module]}.weight.lora_a", low.a)
             _add(writer, f"{names[module]}.weight.lora_b", _rows(base, architecture, module, low.b))
         writer.write_header_to_file()

@@ -40,7 +40,7 @@ class LowRank:
 
 
 def factors(
-    chosen: Slice,
+    trained: Slice,
     delta: Tensor,  # [out_features, s] on the input side, [s, in_features] on the output side
     size: int,  # channels of the sliced side
 ) -> LowRank:
@@ -52,10 +52,10 @@ def factors(
         >>> (low.b @ low.a).tolist()
         [[5.0, 0.0, 7.0]]
     """
-    indices = torch.from_numpy(chosen.indices)
+    indices = torch.from_numpy(trained.indices)
     one_hot = torch.zeros(len(indices), size, dtype=delta.dtype)
     one_hot[torch.arange(len(indices)), indices] = 1
-    return LowRank(one_hot, delta) if chosen.side == "in" else LowRank(delta, one_hot.T)
+    return LowRank(one_hot, delta) if trained.side == "in" else LowRank(delta, one_hot.T)
 
 
 def problems(adapter: AdapterFile) -> list[str]:
@@ -81,7 +81,7 @@ def problems_of_engine(adapter: AdapterFile, engine: str, takes_whole: Collectio
 
 def most_channels(adapter: AdapterFile) -> int:
     """The most channels of one module: the largest rank of the adapter as a LoRA."""
-    return max(len(chosen.indices) for chosen in adapter.slices.values())
+    return max(len(trained.indices) for trained in adapter.slices.values())
 
 
 def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
@@ -94,8 +94,8 @@ def low_ranks(adapter: AdapterFile, base: Checkpoint, progress: Progress) -> dic
     """Module → its slice as a LoRA."""
     low: dict[str, LowRank] = {}
     for module in progress(list(adapter.slices)):
-        chosen = adapter.slices[module]
-        low[module] = factors(chosen, adapter.delta(module), base.sliced_size(module, chosen.side))
+        trained = adapter.slices[module]
+        low[module] = factors(trained, adapter.delta(module), base.sliced_size(module, trained.side))
     return low
 
 

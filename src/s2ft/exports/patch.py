@@ -35,11 +35,11 @@ def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progre
     """Writes the patch into one safetensors file."""
     tensors: dict[str, Tensor] = {}
     for module in progress(list(adapter.slices)):
-        name, chosen = base.tensor_name(module), adapter.slices[module]
+        name, trained = base.tensor_name(module), adapter.slices[module]
         weight = base.tensor(name)
         matrix = base.matrix(module, weight)
-        values = merged_slice(matrix, chosen, adapter.delta(module))
-        flat, order = _positions(matrix, chosen).flatten().sort()
+        values = merged_slice(matrix, trained, adapter.delta(module))
+        flat, order = _positions(matrix, trained).flatten().sort()
         small = weight.numel() <= torch.iinfo(torch.int32).max
         tensors[f"{name}.indices"] = flat.to(torch.int32 if small else torch.int64)
         tensors[f"{name}.values"] = values.flatten()[order]
@@ -48,12 +48,12 @@ def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progre
 
 def _positions(
     matrix: Tensor,  # [out_features, in_features], a view of the stored tensor
-    chosen: Slice,
+    trained: Slice,
 ) -> Tensor:  # int64, shaped like the slice's delta
     """Where each entry of the slice lies in the stored tensor."""
     rows, columns = (torch.arange(size) for size in matrix.shape)
-    indices = torch.from_numpy(chosen.indices)
-    if chosen.side == "in":
+    indices = torch.from_numpy(trained.indices)
+    if trained.side == "in":
         columns = indices
     else:
         rows = indices

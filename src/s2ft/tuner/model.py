@@ -283,12 +283,12 @@ class S2FTModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        chosen = Slice.parse((config.slices or {})[current_key])
+        trained = Slice.parse((config.slices or {})[current_key])
         options = {"init_weights": config.init_weights, "inference_mode": config.inference_mode}
         if isinstance(target, S2FTLinear):
-            target.update_layer(adapter_name, chosen, **options)
+            target.update_layer(adapter_name, trained, **options)
             return
-        layer = S2FTLinear(target, adapter_name, chosen, self.shared, **options)
+        layer = S2FTLinear(target, adapter_name, trained, self.shared, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained by itself
         self._replace_module(parent, target_name, layer, target)

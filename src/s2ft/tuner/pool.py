@@ -140,8 +140,8 @@ class AdapterPool:
         raise_together(_beside(adapter))
         warn_of_overflow({self._tuner.model.get_submodule(module): delta for module, delta in adapter.deltas.items()})
         return {
-            module: _on_host(LooseSlice(chosen.side, chosen.channels, adapter.deltas[module]))
-            for module, chosen in adapter.slices.items()
+            module: _on_host(LooseSlice(trained.side, trained.channels, adapter.deltas[module]))
+            for module, trained in adapter.slices.items()
         }
 
     def _total(self, names: Iterable[str]) -> int:
