@@ -99,8 +99,8 @@ def _fill(model: nn.Module, adapter_name: str, deltas: dict[str, Tensor], fusion
 def _wrappers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
     """PEFT's modules to save and token rows that an adapter has."""
     for path, module in model.named_modules():
-        # Which adapters a wrapper has, PEFT says nowhere else
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:  # noqa: SLF001
+        adapters = module._adapters if isinstance(module, AuxiliaryTrainingWrapper) else ()  # noqa: SLF001 - no public list
+        if adapter_name in adapters:
             yield path, module
 
 
