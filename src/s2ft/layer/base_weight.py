@@ -1,52 +1,41 @@
-"""What stands in the weight of a base layer: its own values, or slices of adapters on top of them.
+"""What the weight of a base layer holds: its own values, or these plus slices of adapters.
 
-    own ──hold──▶ own + V₁ ──hold──▶ own + V₁ + V₂      merged, switched: each adapter on top of those before it
-    own ──set aside, write──▶ own + V ──write──▶ own + V′     in place: one slice, written anew whenever V has changed
-     ◀────────────────── restore ──────────────────      the last first, by copy: bit for bit
+    own ──hold──▶ own + V₁ ──hold──▶ own + V₁ + V₂            merged, switched: adapters are added one after the other
+    own ──set aside, write──▶ own + V ──write──▶ own + V′     in place: one slice, written again whenever V has changed
+     ◀────────────────────── restore ──────────────────────   by copy, the last first: bit for bit
 
-Every slice in the weight has a `Stash` of the values that it replaced; no sum is ever undone by a subtraction. A weight that
-another module reads too (a tied embedding) is left to that module: the layer gets a copy of its own for as long as something
-stands in it.
+Each slice in the weight has a `Stash` of the values that it replaced; a sum is never undone by a subtraction. If another
+module uses the weight too (a tied embedding), it keeps the original: the layer gets a copy while it holds adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
-from s2ft.layer.linears import weight_matrix, why_not_plain
+from s2ft.layer.block import S2FTBlock
+from s2ft.layer.linears import weight_matrix, weight_of, why_not_plain
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Delta(Protocol):
-    """One adapter's slice of the layer (`S2FTBlock`)."""
-
-    weight: nn.Parameter
-    indices: Tensor  # [s], int64
-
-    @property
-    def dim(self) -> int:
-        """The dimension of the weight matrix that `indices` select along."""
-
-
 @dataclass(eq=False)
 class Stash:
-    """Channels of a weight matrix that an adapter's slice stands in, and the weight's own values there."""
+    """The channels of a weight matrix where an adapter's slice is written, and the weight's own values there."""
 
-    dim: int  # of the weight matrix [out_features, in_features], that channels lie along
+    dim: int  # the dimension of the weight matrix [out_features, in_features] that `channels` index
     channels: Tensor  # [s], int64
     own: Tensor  # [out_features, s] for dim 1, [s, in_features] for dim 0
-    start: int | None = None  # the first channel, where all lie side by side
-    order: Tensor | None = None  # [s], int64, where they do so in another order: which one is at start, start + 1, ...
+    start: int | None = None  # the lowest channel, if they are contiguous
+    order: Tensor | None = None  # [s], int64, if they are contiguous but not sorted: what sorts them
 
     def find_start(self) -> None:
-        """Looks whether the channels lie side by side: writing and picking is faster then. Waits for a GPU."""
+        """Finds out whether the channels are contiguous, which makes `write` and `pick` faster. Waits for the device."""
         first, last = int(self.channels.min()), int(self.channels.max())
         if last - first + 1 == len(self.channels):
             self.start = first
@@ -54,11 +43,11 @@ class Stash:
 
     @torch.no_grad()
     def write(self, weight: Tensor, delta: Tensor | None = None) -> None:
-        """weight[channels] ← own + delta, or the own values alone.
+        """Sets weight[channels] to own + delta, or to the own values.
 
         Args:
-            weight: [out_features, in_features]. Autograd notices the write to a parameter, not that to its `data`.
-            delta: Shaped like `own`, in any dtype and on any device.
+            weight: [out_features, in_features]. Autograd notices a write to a parameter, but not to its `data`.
+            delta: Shaped like `own`, of any dtype and on any device.
         """
         if self.own.device != weight.device:
             self.apply(lambda kept: kept.to(weight.device))
@@ -70,11 +59,11 @@ class Stash:
         part.copy_(values if self.order is None else values.index_select(self.dim, self.order))
 
     def pick(self, activations: Tensor, copy: bool = False) -> Tensor:  # [*, in_features] or [*, out_features] → [*, s]
-        """activations[..., channels], a view where that is possible.
+        """Returns activations[..., channels], as a view if the channels are contiguous and sorted.
 
         Args:
-            activations: What goes into the layer (dim 1), or comes out of it (dim 0).
-            copy: Give a copy in any case, which does not keep the whole alive.
+            activations: The layer's input (dim 1), or output (dim 0).
+            copy: Return a copy in any case, so that the whole need not stay in memory.
         """
         if self.start is None or self.order is not None:
             return activations.index_select(-1, self.channels)
@@ -82,33 +71,31 @@ class Stash:
         return part.clone(memory_format=torch.contiguous_format) if copy else part
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Does to the tensors what `nn.Module.to` and its like do to the layer's."""
+        """Changes the tensors as `nn.Module.to` and the like change the layer's."""
         self.channels, self.own = change(self.channels), change(self.own)
         self.order = None if self.order is None else change(self.order)
 
 
 class BaseWeight:
-    """Puts slices into a linear layer's weight, and takes all of them out again."""
+    """Adds slices to a linear layer's weight, and restores it."""
 
     def __init__(self) -> None:
-        self.adapters: tuple[str, ...] = ()  # that `hold` put there, in order; also those without a slice of this layer
-        self.is_shared = False  # whether another module reads the weight too
-        self._stashes: list[Stash] = []  # the last put last
-        self._shared: nn.Parameter | None = (
-            None  # the parameter that the other module reads, while the layer has a copy
-        )
+        self.adapters: tuple[str, ...] = ()  # added by `hold`, in order; also those without a slice of this layer
+        self.is_shared = False  # another module uses the weight too
+        self._stashes: list[Stash] = []  # in the order of writing
+        self._shared: nn.Parameter | None = None  # the original, while the layer has a copy of a shared weight
 
     @property
     def is_own(self) -> bool:
         """Whether the weight holds its own values."""
         return not self._stashes and self._shared is None
 
-    def hold(self, linear: nn.Module, adapters: Mapping[str, Delta | None]) -> None:
-        """Makes the weight hold the slices of these adapters, in this order, and no others.
+    def hold(self, linear: nn.Module, adapters: Mapping[str, S2FTBlock | None]) -> None:
+        """Makes the weight hold the slices of exactly these adapters, added in this order.
 
         Args:
-            linear: The layer that the weight is of.
-            adapters: Name → slice; None where the adapter has none of this layer.
+            linear: The base layer.
+            adapters: Name → slice, or None if the adapter has no slice of this layer.
 
         Raises:
             S2FTError: if the weight cannot be written to. Whatever is raised, the weight has its own values again.
@@ -118,36 +105,38 @@ class BaseWeight:
             if names[: len(self.adapters)] != self.adapters:
                 self.restore(linear)
             for name in names[len(self.adapters) :]:
-                delta = adapters[name]
-                if delta is not None:
-                    self.put(linear, delta)
+                block = adapters[name]
+                if block is not None:
+                    self.put(linear, block)
                 self.adapters = (*self.adapters, name)
         except BaseException:
             self.restore(linear)
             raise
 
-    def put(self, linear: nn.Module, delta: Delta) -> None:
+    def put(self, linear: nn.Module, block: S2FTBlock) -> None:
         """Adds a slice to what the weight holds."""
         weight = plain_matrix(linear, "writing an adapter into it")
-        values = delta.weight.data.to(weight.device, non_blocking=weight.is_cuda)  # from a GPU, waiting is a must
-        channels = delta.indices.to(weight.device, non_blocking=weight.is_cuda)
+        values = block.weight.data.to(
+            weight.device, non_blocking=weight.is_cuda
+        )  # to the CPU, a copy must be waited for
+        channels = block.indices.to(weight.device, non_blocking=weight.is_cuda)
         if self.is_shared and self.is_own:
             self._shared = shared = cast(nn.Parameter, linear.weight)
             linear.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
             weight = weight_matrix(linear).data
-        self.set_aside(weight, delta.dim, channels).write(weight, values)
+        self.set_aside(weight, block.dim, channels).write(weight, values)
 
     def set_aside(self, weight: Tensor, dim: int, channels: Tensor) -> Stash:  # weight: [out_features, in_features]
-        """The own values of these channels, which `restore` puts back: from here on others may be written there."""
+        """Stashes the values of these channels, so that others may be written there until `restore` puts them back."""
         stash = Stash(dim, channels, take_slice(weight, dim, channels))
         self._stashes.append(stash)
         return stash
 
     def restore(self, linear: nn.Module) -> None:
-        """The weight's own values again."""
+        """Gives the weight its own values back."""
         self.adapters = ()
         if self._shared is not None:
-            present: Tensor = linear.weight  # type: ignore[assignment]
+            present = weight_of(linear)
             self._shared.data = self._shared.data.to(present.device, present.dtype)
             linear.weight, self._shared = self._shared, None
             self._stashes.clear()
@@ -156,7 +145,7 @@ class BaseWeight:
             self._stashes.pop()
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Does to the kept tensors what `nn.Module.to` and its like do to the layer's."""
+        """Changes the stashed tensors as `nn.Module.to` and the like change the layer's."""
         for stash in self._stashes:
             stash.apply(change)
         if self._shared is not None:
@@ -164,7 +153,7 @@ class BaseWeight:
 
 
 def plain_matrix(linear: nn.Module, what: str) -> Tensor:  # [out_features, in_features]
-    """The weight's data, where it is a plain tensor; raises `S2FTError` with the reason where it is not."""
+    """The weight's data; raises `S2FTError` with the reason if it is not a plain tensor."""
     reason = why_not_plain(linear)
     if reason is not None:
         raise S2FTError(f"the base layer's weight {reason}; {what} is possible on plain weights only")
@@ -172,25 +161,34 @@ def plain_matrix(linear: nn.Module, what: str) -> Tensor:  # [out_features, in_f
 
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:
-    """The sum in base's dtype, computed in float32 at least and rounded once.
+    """The sum in the dtype of `base`, computed in float32 at least and rounded once.
 
     Example:
         >>> add_delta(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0**-8 + 2.0**-20])).item()  # 1 + 2**-7
         1.0078125
     """
-    return (base + delta).to(base.dtype)  # two halves, too, are summed in float32 inside of torch
+    return (base + delta).to(base.dtype)  # two tensors of half precision, too, torch adds in float32
 
 
-def take_slice(weight: Tensor, dim: int, indices: Tensor) -> Tensor:  # weight: [out_features, in_features]
-    """A copy of the weight's channels `indices`. Columns on a CPU go by `gather` of integers: up to twice as fast."""
+def take_slice(
+    weight: Tensor,  # [out_features, in_features]
+    dim: int,
+    indices: Tensor,  # [s], int64
+) -> Tensor:  # [out_features, s] for dim 1, [s, in_features] for dim 0
+    """`weight.index_select(dim, indices)`; columns on a CPU by `gather` of integers, which is up to twice as fast."""
     if not _lies_in_columns(weight, dim):
         return weight.index_select(dim, indices)
     bits = _INTEGERS[weight.itemsize]
     return weight.view(bits).gather(dim, _every_entry(weight, dim, indices)).view(weight.dtype)
 
 
-def put_slice(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> None:
-    """`weight.index_copy_(dim, indices, values)`; columns on a CPU go by `scatter_` of integers, up to twice as fast."""
+def put_slice(
+    weight: Tensor,  # [out_features, in_features]
+    dim: int,
+    indices: Tensor,  # [s], int64
+    values: Tensor,  # [out_features, s] for dim 1, [s, in_features] for dim 0
+) -> None:
+    """`weight.index_copy_(dim, indices, values)`; columns on a CPU by `scatter_` of integers, up to twice as fast."""
     if _lies_in_columns(weight, dim):
         bits = _INTEGERS[weight.itemsize]
         weight.view(bits).scatter_(dim, _every_entry(weight, dim, indices), values.view(bits))
@@ -199,7 +197,7 @@ def put_slice(weight: Tensor, dim: int, indices: Tensor, values: Tensor) -> None
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """Addresses of the weights that several modules of the model read; `data_ptr()` tells whether one is among them."""
+    """The addresses (`data_ptr()`) of the parameters that several modules of the model share."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in model.modules():
@@ -214,7 +212,7 @@ def _lies_in_columns(weight: Tensor, dim: int) -> bool:
 
 
 def _every_entry(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """The index of each entry of the slice, as `gather` and `scatter_` want it; no memory is taken."""
+    """The index of each entry of the slice, for `gather` and `scatter_`: a view, which takes no memory."""
     if dim == 1:
         return indices.expand(weight.shape[0], -1)
     return indices[:, None].expand(-1, weight.shape[1])

@@ -39,8 +39,7 @@ class S2FTBlock(nn.Module):
         zero: bool = True,
     ) -> None:
         super().__init__()
-        self.side = trained.side
-        self.slice_text = str(trained)
+        self.trained, self.side = trained, trained.side
         count = len(trained.indices)
         shape = (across, count) if trained.side == "in" else (count, across)
         self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype) if zero else 0.02 * torch.randn(shape, dtype=dtype))
@@ -88,9 +87,9 @@ class S2FTBlock(nn.Module):
         """As in every module; indices that differ from the config's are refused, and values that are not finite."""
         found = state_dict.get(prefix + "indices")
         if found is not None and not found.is_meta:
-            expected = Slice.parse(self.slice_text).indices
+            expected = self.trained.indices
             if found.numel() != len(expected) or not bool((found.cpu() == torch.from_numpy(expected)).all()):
-                raise S2FTError(f"{prefix}indices differ from the slice {self.slice_text!r} in the adapter's config")
+                raise S2FTError(f"{prefix}indices differ from the slice {str(self.trained)!r} in the adapter's config")
             delta = state_dict.get(prefix + "weight")
             if delta is None or (not delta.is_meta and not delta.isfinite().all()):
                 raise S2FTError(

@@ -11,7 +11,7 @@ from typing import Any
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from s2ft.layer.linears import features
+from s2ft.layer.linears import features, weight_of
 
 _GRID = ("quant_type", "qtype", "blocksize", "block_size", "_group_size", "axis")  # attributes that say how
 
@@ -38,7 +38,7 @@ def grid(layer: nn.Module) -> str:
         >>> grid(nn.Linear(2, 2))
         'Parameter'
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = weight_of(layer)
     sources = (weight, getattr(weight, "quant_state", None))
     words = [
         str(getattr(source, name)) for source in sources for name in _GRID if getattr(source, name, None) is not None

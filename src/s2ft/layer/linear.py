@@ -231,10 +231,6 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         super().train(mode)
         return self
 
-    def slice_text(self, adapter_name: str) -> str:
-        """The adapter's slice of this layer, such as "in 3,17,40-41"."""
-        return self.block(adapter_name).slice_text
-
     def choose(self, adapter_name: str, indices: Indices) -> None:
         """Replaces the channels of an adapter that is about to be loaded.
 
@@ -244,7 +240,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         """
         self.require_own("loading other channels")
         block = self.block(adapter_name)
-        block.slice_text = str(Slice(block.side, indices))
+        block.trained = Slice(block.side, indices)
         block.indices.data.copy_(torch.from_numpy(indices))
         forget(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,12 +21,12 @@ def linear_layer(module: nn.Module) -> nn.Module | None:
     return module if is_linear else None
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """`(in_features, out_features)` of a linear layer; the weight of a Conv1D (GPT-2) is [in_features, out_features]."""
     if isinstance(module, Conv1D):
         shape = getattr(module.weight, "ds_shape", module.weight.shape)  # DeepSpeed ZeRO-3 keeps a part of the weight
         return int(shape[0]), int(shape[1])
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    return int(module.in_features), int(module.out_features)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -35,7 +36,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def why_not_plain(module: nn.Module) -> str | None:
     """What the layer's weight is instead of a plain tensor of its values, such as "is quantised (Linear4bit)"."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = weight_of(module)
     kind = type(weight.data).__name__
     if hasattr(weight, "ds_id"):
         return "is partitioned by DeepSpeed ZeRO-3"
@@ -50,9 +51,14 @@ def why_not_plain(module: nn.Module) -> str | None:
     return None
 
 
+def weight_of(module: nn.Module) -> Tensor:  # [out_features, in_features]; of a Conv1D [in_features, out_features]
+    """The layer's weight, as it is."""
+    return cast(Tensor, module.weight)
+
+
 def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], a view
     """The weight of a linear layer in the orientation of `nn.Linear`, sharing its storage."""
-    return as_matrix(module, module.weight)  # type: ignore[arg-type]
+    return as_matrix(module, weight_of(module))
 
 
 def as_matrix(module: nn.Module, weight_like: Tensor) -> Tensor:  # [out_features, in_features], a view

@@ -63,10 +63,9 @@ def forget(layer: nn.Module) -> None:
     _tables.pop(layer, None)
 
 
-def find_slice(layer: nn.Module, name: str) -> Any:  # S2FTBlock | LooseSlice | None
+def find_slice(layer: Any, name: str) -> Any:  # S2FTBlock | LooseSlice | None
     """The adapter's slice of this layer, from the model or from a pool."""
-    blocks: nn.ModuleDict = layer.s2ft_block  # type: ignore[assignment]
-    return blocks[name] if name in blocks else layer.pooled.get(name)  # type: ignore[operator, union-attr]
+    return layer.s2ft_block[name] if name in layer.s2ft_block else layer.pooled.get(name)
 
 
 _tables: WeakKeyDictionary[nn.Module, tuple[Any, list[Pack]]] = WeakKeyDictionary()

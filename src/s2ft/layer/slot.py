@@ -1,12 +1,12 @@
-"""A trained slice that lives in the base weight: its slot.
+"""Training in place: the trained slice is written into the base weight, at its slot.
 
-    forward    W[slot] ← own values + V, rounded to W's dtype;   y = base(x): one dense product, and nothing around it
-    backward   the base layer's own input gradient, and the slice's
-               input side   dL/dV = gᵀ x[..., slot]     keeps a copy of the selected activations
-               output side  dL/dV = g[..., slot]ᵀ x     keeps the layer's input, which its neighbours share
+    forward    W[slot] ← own values + V, rounded to W's dtype;   y = base(x): one dense product and nothing else
+    backward   the base layer's own input gradient, and the slice's gradient
+               input side   dL/dV = gᵀ x[..., slot]     saves a copy of the selected activations
+               output side  dL/dV = g[..., slot]ᵀ x     saves the layer's input, as its neighbours do
 
-The delta V stays what is trained, in fp32 and in the checkpoint's coordinates; the slot is written anew whenever V may have
-changed (S²FT paper, §3.3: update in place). `layer/base_weight.py` keeps the weight's own values, and puts them back.
+What is trained is still the delta V, in fp32 and with the checkpoint's channels; the slot is written again whenever V may have
+changed (S²FT paper, §3.3: update in place). `layer/base_weight.py` stashes the weight's own values, and restores them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from s2ft.layer.backprop import BeforeBackward, SliceGradient, may_change, stamp
 from s2ft.layer.base_weight import Stash
 from s2ft.layer.linears import weight_matrix
 
-_UNKNOWN = (0, -1)  # some delta stands in the slot
+_UNKNOWN = (0, -1)  # the stamp of a delta that must be written again
 
 
 class Slot:
-    """Where one adapter's slice lies in a base weight while a model is in the in-place layout.
+    """The part of a base weight that holds one adapter's slice, while a model is in the in-place layout.
 
     Args:
-        linear: The base layer, its channels in the layout's order, with its own values.
-        stash: Those of the slice's channels, in the order of the delta's.
+        linear: The base layer; its channels are in the layout's order.
+        stash: The slot's channels, in the order of the delta's, and the weight's own values there.
     """
 
     def __init__(self, linear: nn.Module, stash: Stash) -> None:
@@ -38,15 +38,15 @@ class Slot:
         stash.find_start()
         self._written: tuple[int, int] | None = None  # the stamp of the delta that was written; None: the own values
         self._is_open = True
-        stash.write(weight_matrix(linear))  # through the parameter: graphs that were made before are refused
+        stash.write(weight_matrix(linear))  # to the parameter: autograd refuses graphs that were made before
 
     def close(self, linear: nn.Module) -> None:
-        """Puts the weight's own values back; graphs that still need the slot are refused from here on."""
+        """Ends the use of the slot: graphs that were made with it are refused from here on."""
         self._is_open = False
-        self.stash.write(weight_matrix(linear))  # through the parameter, see above
+        self.stash.write(weight_matrix(linear))  # to the parameter, as above
 
     def expire(self) -> None:
-        """The slot is written anew at the next forward pass, whatever the delta's version says."""
+        """Lets the next forward pass write the slot again, even if the delta's version is the same."""
         if self._written is not None:
             self._written = _UNKNOWN
 
@@ -56,7 +56,7 @@ class Slot:
         Args:
             linear: The base layer.
             delta: [out_features, s] on the input side, [s, in_features] on the output side.
-            anew: Even if neither delta nor version has changed: writes to `.data`, as some optimizers make, are not counted.
+            anew: Write even if the delta's version is the same: writes to its `data`, as by some optimizers, do not count.
         """
         if not self._is_open:
             raise S2FTError(
@@ -95,7 +95,7 @@ class Slot:
         x: Tensor,  # [*, in_features]
         delta: Tensor | None,
     ) -> Tensor:  # [*, out_features]
-        """The same without questions that a compiler cannot follow: the slot is written in every pass."""
+        """For compiled code, which cannot look at addresses and versions: writes the slot in every pass."""
         self._write(linear, delta)
         self._written = None if delta is None else _UNKNOWN
         y = base(x)
@@ -119,7 +119,7 @@ class Slot:
 
     def _before_backward(self, linear: nn.Module, delta: Tensor | None) -> None:
         self.hold(linear, delta)
-        self.expire()  # an optimizer may follow that changes the delta unseen
+        self.expire()  # an optimizer that writes to `data` may follow
 
     def _write(self, linear: nn.Module, delta: Tensor | None) -> None:
         weight = weight_matrix(linear).data

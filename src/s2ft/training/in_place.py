@@ -1,12 +1,12 @@
-"""`in_place(model)`: the layout for training at full speed, entered, used, and left again exactly.
+"""`in_place(model)`: the layout for training at full speed.
 
     checkpoint order              in place
     W1 [gate, up]   W2 [down]     rows of W1 and columns of W2 in the order of `training/ordering.py`: chosen channels first;
     . . x . . x     . . x . . x   x x . . . .      the slice of W is a contiguous block that holds the trained values
                                                    (`layer/slot.py`), and no product is computed around it
 
-Deltas, indices and files stay in checkpoint coordinates throughout; only base weights move, by copies that are undone by
-copies. What cannot be laid out is named with its reason in `Layout.placements`, and runs as before.
+Deltas, indices and files keep the checkpoint's order; only base weights are permuted, and restored by copies. What cannot be
+laid out is listed with its reason in `Layout.placements`, and runs as before.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from s2ft.common.errors import S2FTError
-from s2ft.format.slices import Indices, Slice
+from s2ft.format.slices import Indices
 from s2ft.layer.adapted import adapted_layers, require_own, turns_of
-from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.linear import S2FTLinear, sliced_layers
 from s2ft.training.lean import Patches, lean
 from s2ft.training.plan import Move, Placement, Plan
 from s2ft.training.probe import Probe
@@ -30,7 +30,7 @@ from s2ft.training.probe import Probe
 
 @dataclass(eq=False)
 class Layout:
-    """A model in the in-place layout. Its state lies on the model's layers, so a copy of the model has one of its own."""
+    """A model in the in-place layout. The model's layers refer to it, so a copy of the model has its own."""
 
     adapter: str  # that trains
     placements: tuple[Placement, ...] = ()
@@ -40,25 +40,25 @@ class Layout:
     depth: int = 0  # of nested `in_place` blocks
 
     def move(self, moves: Iterable[Move]) -> None:
-        """Brings base weights into another order."""
+        """Permutes base weights."""
         for move in moves:
             move.apply()
             self.moves.append(move)
 
     def put_back(self) -> None:
-        """The base weights in the checkpoint's order."""
+        """Undoes all moves: base weights are in the checkpoint's order again."""
         while self.moves:
             self.moves.pop().apply(back=True)
 
     def leave(self) -> None:
-        """The base weights as they were, bit for bit."""
+        """Leaves the layout: base weights are as they were before, bit for bit."""
         while self.layers:
             self.layers.pop().leave_layout()
         self.put_back()
         self.patches.undo()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: nobody is inside an `in_place` block of theirs."""
+        """Copies and pickles start outside of any `in_place` block."""
         return {**self.__dict__, "depth": 0}
 
 
@@ -101,21 +101,19 @@ def in_place(model: nn.Module) -> Iterator[Layout]:
 
 
 def enter(model: nn.Module, permute: bool = True, activations: bool = True) -> Layout:
-    """What `in_place` enters; whoever calls this calls `leave()` too.
+    """Enters the layout, as `in_place` does; the caller leaves it by `leave()`.
 
     Args:
         model: As for `in_place`.
-        permute: Change the order of heads and channels; without it, few slices lie side by side.
-        activations: Replace what saves too much for backward.
+        permute: Permute heads and channels; otherwise few slices are contiguous.
+        activations: Replace modules that save too much for backward.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, S2FTLinear)}
     adapter = _only_adapter(model, layers)
-    plan = Plan(
-        model,
-        {path: Slice.parse(layer.slice_text(adapter)) for path, layer in layers.items() if adapter in layer.s2ft_block},
-    )
+    slices = {path: layer.block(adapter).trained for path, layer in sliced_layers(model, adapter).items()}
+    plan = Plan(model, slices)
     if not permute:
-        plan.unmovable |= dict.fromkeys(plan.slices, "not permuted, as asked")
+        plan.unmovable |= dict.fromkeys(slices, "not permuted, as asked")
     layout = Layout(adapter)
     try:
         orders = _permute(layout, model, plan)
@@ -134,7 +132,7 @@ def enter(model: nn.Module, permute: bool = True, activations: bool = True) -> L
 
 
 def _permute(layout: Layout, model: nn.Module, plan: Plan) -> dict[str, Indices]:
-    """Brings the base weights into the plan's order, as far as the model computes the same in it; returns the orders."""
+    """Permutes the base weights as planned, where the model computes the same afterwards; returns the orders."""
     orders = plan.orders()
     moved = [s for s in plan.structures if any(p.module in orders for p in s.projections)]
     if not moved:
@@ -163,7 +161,7 @@ def _permute(layout: Layout, model: nn.Module, plan: Plan) -> dict[str, Indices]
 
 
 def _present(model: nn.Module) -> Layout | None:
-    """The layout that the model is in already."""
+    """The layout that the model is already in."""
     layouts: Iterator[Layout] = (layer.layout for layer in adapted_layers(model) if layer.layout is not None)
     return next(layouts, None)
 

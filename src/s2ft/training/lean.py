@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from s2ft.layer.linears import features, linear_layer
+from s2ft.layer.linears import features, linear_layer, weight_of
 from s2ft.selection.families import ACTIVATIONS, NORM_EPSILONS, RMS_NORM
 from s2ft.selection.structure import read_structures
 from s2ft.training.probe import unnoticed
@@ -207,10 +207,10 @@ def _recognise_mlp(mlp: nn.Module, names: dict[str, str]) -> Forward | None:
     activations = (_name(getattr(mlp, child, None)) for child in ACTIVATIONS)
     activation = next(filter(None, activations), None)
     up = linear_layer(mlp.get_submodule(names["up_proj"]))
-    if activation is None or up is None or up.weight.is_meta:
+    if activation is None or up is None or weight_of(up).is_meta:
         return None
     forward = partial(_mlp_forward, names=names, activation=activation)
-    small = _sample(2, features(up)[0], like=up.weight)  # type: ignore[arg-type]
+    small = _sample(2, features(up)[0], like=weight_of(up))
     return forward if all(_same(mlp(x), forward(mlp, x)) for x in (small, 8 * small)) else None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from s2ft.layer.linears import linear_layer, why_not_plain
+from s2ft.layer.linears import linear_layer, weight_of, why_not_plain
 from s2ft.selection.families import HEAD_NORMS, POSITIONS, SHARED_NORM
 from s2ft.selection.structure import Projection, Structure
 
@@ -45,7 +45,7 @@ def find_obstacles(
 
 
 def _why_unwritable(linear: nn.Module, counts: Mapping[int, int], live: bool) -> str | None:
-    weight: Tensor = linear.weight  # type: ignore[assignment]
+    weight = weight_of(linear)
     if reason := why_not_plain(linear):
         return f"its weight {reason}"
     if counts[id(weight)] > 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.format.slices import Indices, Slice
-from s2ft.layer.linears import linear_layer, weight_matrix
+from s2ft.layer.linears import linear_layer, weight_matrix, weight_of
 from s2ft.selection.structure import Structure, read_structures
 from s2ft.training.obstacles import find_obstacles
 from s2ft.training.ordering import channel_order, copermutation
@@ -18,16 +18,16 @@ from s2ft.training.ordering import channel_order, copermutation
 
 @dataclass(frozen=True)
 class Placement:
-    """How one module's slice is held in the layout."""
+    """How the layout holds one module's slice."""
 
     module: str
-    how: str  # "contiguous" | "gathered": in the weight, not side by side | "added": around the layer, as outside
+    how: str  # "contiguous" | "gathered": in the weight, but not contiguous | "added": around the layer, as outside
     reason: str = ""  # why it is not contiguous
 
 
 @dataclass(frozen=True)
 class Move:
-    """Channels of a layer (or of a norm over its output) that change places: position ← source."""
+    """Channels of a layer (or of a norm over its output) that change places: positions ← sources."""
 
     module: nn.Module
     dim: int  # of the weight matrix [out_features, in_features]
@@ -36,13 +36,13 @@ class Move:
 
     @torch.no_grad()
     def apply(self, back: bool = False) -> None:
-        """Through the parameters, so that their versions count: autograd refuses a graph that was made in the other order."""
+        """Permutes the parameters, not their `data`: autograd then refuses graphs that were made in the other order."""
         to, source = (self.sources, self.positions) if back else (self.positions, self.sources)
         for tensor, dim in self._tensors():
             tensor.index_copy_(dim, to.to(tensor.device), tensor.index_select(dim, source.to(tensor.device)))
 
     def _tensors(self) -> Iterator[tuple[Tensor, int]]:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        weight = weight_of(self.module)
         yield (weight, 0) if weight.ndim == 1 else (weight_matrix(self.module), self.dim)
         bias = getattr(self.module, "bias", None)
         if bias is not None and self.dim == 0:
@@ -50,15 +50,15 @@ class Move:
 
 
 class Plan:
-    """How the layout holds an adapter's slices, as far as modules and shapes tell.
+    """How the layout can hold an adapter's slices, judged by modules and shapes.
 
-    Only a model that runs shows whether it computes the same in another order (`training/probe.py`): what turns out not to is
-    forbidden then.
+    Whether the model computes the same in another order shows only when it runs (`training/probe.py`); `forbid` takes note of
+    what does not.
 
     Args:
         model: The model, or one like it without values (device meta).
         slices: Module → its slice.
-        live: Whether it is the model itself, with its values, frozen and ready to train.
+        live: Whether it is the model itself, with its values, and frozen.
     """
 
     def __init__(self, model: nn.Module, slices: Mapping[str, Slice], live: bool = True) -> None:
@@ -67,7 +67,7 @@ class Plan:
         self.unmovable, self.unwritable, self.norms = find_obstacles(model, self.structures, live)
 
     def forbid(self, structures: Iterable[Structure], reason: str) -> None:
-        """These keep their order."""
+        """Keeps these structures in their order, for this reason."""
         self.unmovable |= {p.module: reason for structure in structures for p in structure.projections}
 
     def orders(self) -> dict[str, Indices]:
@@ -88,7 +88,7 @@ class Plan:
         return orders
 
     def moves(self, model: nn.Module, orders: Mapping[str, Indices]) -> Iterator[Move]:
-        """What brings the base weights, and the norms that go with them, into these orders."""
+        """The moves that bring the base weights, and the norms over their outputs, into these orders."""
         sides = {p.module: p.side for structure in self.structures for p in structure.projections}
         for path, order in orders.items():
             moved = np.flatnonzero(order != np.arange(len(order)))
@@ -97,12 +97,12 @@ class Plan:
                 yield Move(base, dim, torch.from_numpy(moved), torch.from_numpy(order[moved]))
 
     def channels(self, path: str, orders: Mapping[str, Indices]) -> Indices:  # [s]
-        """Where the slice's channels are in these orders."""
+        """Where the module's slice is, given these orders."""
         channels = self.slices[path].indices
         return np.argsort(orders[path])[channels] if path in orders else channels
 
     def placements(self, orders: Mapping[str, Indices]) -> tuple[Placement, ...]:
-        """How each slice is held in these orders."""
+        """How each slice is held, given these orders."""
         return tuple(self._placement(path, orders) for path in self.slices)
 
     def _placement(self, path: str, orders: Mapping[str, Indices]) -> Placement:

@@ -9,7 +9,7 @@ take two bytes each between steps.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,10 +54,10 @@ def round_steps(optimizer: Optimizer) -> None:
             raise S2FTError("an optimizer whose steps are rounded takes no closure; call backward() before step()")
         narrow(optimizer)  # in case the last step raised
         for parameter in _rounded(optimizer):
-            original[parameter] = (parameter.data, parameter.grad)  # type: ignore[assignment]
-            gradient = parameter.grad.float()  # type: ignore[union-attr]
+            gradient = cast(Tensor, parameter.grad)
+            original[parameter] = (parameter.data, gradient)
             parameter.data = parameter.data.float()
-            parameter.grad = gradient
+            parameter.grad = gradient.float()
             _cast_states(optimizer, parameter, Tensor.float)
 
     @torch.no_grad()

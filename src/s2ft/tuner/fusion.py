@@ -79,7 +79,7 @@ def add_weighted(
 
 def _loaded(tuner: BaseTuner, name: str) -> LoadedAdapter:
     layers = sliced_layers(tuner.model, name)
-    slices = {path: Slice.parse(layer.slice_text(name)) for path, layer in layers.items()}
+    slices = {path: layer.block(name).trained for path, layer in layers.items()}
     config: S2FTConfig = tuner.peft_config[name]
     return LoadedAdapter(name, tuner.model, config, layers, slices)
 

@@ -21,7 +21,6 @@ from s2ft.common.errors import raise_together
 from s2ft.common.reading import shown
 from s2ft.format.config import S2FTConfig
 from s2ft.format.names import bare, is_base_copy, part_name
-from s2ft.format.slices import Slice
 from s2ft.format.validation import DELTA_DTYPES, finite
 from s2ft.format.weight_file import Header
 from s2ft.layer.linear import S2FTLinear, sliced_layers
@@ -170,14 +169,14 @@ def _take_channels(
     raise_together(filter(None, problems))
     for path, found in differing.items():
         layers[path].choose(adapter_name, found.cpu().numpy())
-        config.slices = {**(config.slices or {}), path: layers[path].slice_text(adapter_name)}
+        config.slices = {**(config.slices or {}), path: str(layers[path].block(adapter_name).trained)}
     if differing and config.strategy == "random":
         config.seed = None  # which drew other channels
     return bool(differing)
 
 
 def _holds(layer: S2FTLinear, adapter_name: str, indices: Tensor) -> bool:
-    own = torch.from_numpy(Slice.parse(layer.slice_text(adapter_name)).indices)
+    own = torch.from_numpy(layer.block(adapter_name).trained.indices)
     return indices.is_meta or torch.equal(indices.cpu(), own)
 
 
@@ -186,7 +185,7 @@ def _channel_problem(
 ) -> str | None:
     block, found, name = layer.block(adapter_name), indices.cpu(), part_name(path, "indices")
     if not config.left_open("slices"):
-        return f"{name} differ from the slice {shown(block.slice_text)} in the adapter's config"
+        return f"{name} differ from the slice {shown(str(block.trained))} in the adapter's config"
     size = layer.in_features if block.side == "in" else layer.out_features
     sound = found.dtype == torch.int64 and found.shape == block.indices.shape and bool((found.diff() > 0).all())
     if sound and int(found[0]) >= 0 and int(found[-1]) < size:
