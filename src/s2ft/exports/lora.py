@@ -22,7 +22,7 @@ from torch import Tensor
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
 from s2ft.common.outputs import Progress
-from s2ft.format.names import PREFIX, is_of_module, is_token_rows
+from s2ft.format.names import PREFIX, is_token_rows
 from s2ft.format.slices import Slice
 
 
@@ -59,18 +59,13 @@ def factors(
 
 
 def problems(adapter: AdapterFile) -> list[str]:
-    """What lies in the file beside the slices, and neither PEFT's LoRA nor we know."""
-    whole = adapter.config.modules_to_save or []
-    return [
-        f"{name} is neither a slice nor in modules_to_save={whole}; a LoRA cannot carry it"
-        for name in adapter.kept
-        if not is_token_rows(name) and not is_of_module(name, whole)
-    ]
+    """None: PEFT's LoRA carries all that an adapter may hold."""
+    return []
 
 
 def problems_of_engine(adapter: AdapterFile, engine: str, takes_whole: Collection[str] = ()) -> list[str]:
-    """Also what an engine does not take of PEFT's LoRA: whole modules, but for `takes_whole`, and single token embeddings."""
-    found = problems(adapter)
+    """What an engine does not take of PEFT's LoRA: whole modules, but for `takes_whole`, and single token embeddings."""
+    found = []
     whole = [name for name in adapter.config.modules_to_save or [] if name not in takes_whole]
     if whole:
         found.append(f"modules_to_save={whole}: {engine} takes no whole modules beside a LoRA; use `s2ft merge`")

@@ -144,7 +144,8 @@ def _unreached(
                 yield name, path, EXPERTS
 
 
-def _is_stacked(module: nn.Module, parameter: Tensor) -> bool:
+def _is_stacked(module: nn.Module, parameter: Tensor) -> bool:  # parameter: of any shape
+    """Whether a parameter holds several weights, such as those of all experts, one upon the other."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return len(shape) >= 3 and not isinstance(module, _CONVOLUTIONS)
 

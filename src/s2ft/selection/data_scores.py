@@ -64,7 +64,7 @@ def by_gradient(structures: list[Structure], model: nn.Module, batches: Iterable
     idle = set(sums)
 
     def collect(layer: nn.Module, uses: list[tuple[Structure, Projection]]) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
+        def add(parameter: Tensor) -> None:  # the layer's weight, as it lies there
             assert parameter.grad is not None
             gradient = as_matrix(layer, parameter.grad)
             parameter.grad = None
@@ -76,7 +76,7 @@ def by_gradient(structures: list[Structure], model: nn.Module, batches: Iterable
 
     with ExitStack() as stack:
         for layer, uses in _uses_by_layer(structures, model):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight = layer.get_parameter("weight")
             weight.requires_grad_(True)
             stack.callback(weight.register_post_accumulate_grad_hook(collect(layer, uses)).remove)
         _backward(model, batches)

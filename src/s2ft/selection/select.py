@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ def select(
         model: Any model with linear layers, adapted or not; nothing in it is changed.
         config: How much to train, and where; its strategy says which. A config whose channels are chosen already is
             returned as it is.
-        batches: Calibration data for the strategies activation, product, gradient and saliency (the paper takes 1% of
-            the training data): an iterable of what the model is called with, such as a DataLoader. Read once, only running
-            sums are kept.
+        batches: Calibration data, for strategies that read data such as activation or gradient (the paper takes 1% of the
+            training data): an iterable of what the model is called with, such as a DataLoader. It is read once, and only
+            running sums are kept.
         scores: A score of your own, in place of `config.strategy`: a function of `(structures, model, batches)` that returns,
             for the key of each structure, one score for each of its units (`s2ft.selection.scores.Scorer`). The
             config that comes back holds the chosen channels, and `strategy="own"`: it loads without the function.
@@ -101,30 +102,30 @@ def _select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | Non
     covered = coverage(model, targets, by_name=config.target_modules is not None)
     counts = count_units(targets, config, model, covered.reached)
     structures = list({structure.key: structure for structure, _ in targets}.values())
-    if own is None:
-        seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
-        config = replace(config, seed=seed)
-        scores = score_units(config.strategy, structures, model, batches, seed or 0)
-    else:
-        name = f"scores={getattr(own, '__name__', repr(own))}"
-        scores = run_scorer(own, structures, model, batches, name)
-    avoided = held_channels(model, config.avoid or [])
-    slices = _to_slices(_choose(targets, counts, scores, config, avoided))
-    selection = Selection(
-        slices,
-        _resolved(config, slices, config.strategy if own is None else OWN),
-        trained_in_words(targets, counts),
-        str(covered),
-    )
+    scores, filled_in = _score(structures, model, config, batches, own)
+    slices = _to_slices(_choose(targets, counts, scores, config, held_channels(model, config.avoid or [])))
+    texts = {path: str(chosen) for path, chosen in slices.items()}
+    modules = set(slices) if config.target_modules is None else config.target_modules
+    resolved = replace(config, slices=texts, target_modules=modules, **filled_in)
+    selection = Selection(slices, resolved, trained_in_words(targets, counts), str(covered))
     if selection.left_out:
         warnings.warn(f"S²FT trains {selection.trained}; {selection.left_out}", stacklevel=3)
     return selection
 
 
-def _resolved(config: S2FTConfig, slices: Mapping[str, Slice], strategy: str) -> S2FTConfig:
-    texts = {path: str(chosen) for path, chosen in slices.items()}
-    modules = set(slices) if config.target_modules is None else config.target_modules
-    return replace(config, slices=texts, strategy=strategy, target_modules=modules)
+def _score(
+    structures: list[Structure],
+    model: nn.Module,
+    config: S2FTConfig,
+    batches: Iterable[Batch] | None,
+    own: Scorer | None,
+) -> tuple[Scores, dict[str, Any]]:
+    """The scores, and what the config says of them: the seed that was drawn, or that they are the user's own."""
+    if own is not None:
+        name = f"scores={getattr(own, '__name__', repr(own))}"
+        return run_scorer(own, structures, model, batches, name), {"strategy": OWN}
+    seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
+    return score_units(config.strategy, structures, model, batches, seed or 0), {"seed": seed}
 
 
 def _choose(

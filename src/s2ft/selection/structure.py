@@ -87,9 +87,7 @@ class Reading:
     """What `read_structures` found."""
 
     structures: list[Structure]
-    unreadable: dict[
-        str, str
-    ]  # path of a module that has the projections of a structure → why it has none all the same
+    unreadable: dict[str, str]  # path of a module with the projections of a structure → why it is none all the same
 
 
 def find_structures(model: nn.Module) -> list[Structure]:
@@ -118,7 +116,7 @@ def read_structures(model: nn.Module) -> Reading:
             continue
         for read in (_attention, _mlp):
             try:
-                reading.structures.extend(read(model, module, path, linears))
+                reading.structures.extend(read(_Block(model, module, path, linears)))
             except S2FTError as error:
                 reading.unreadable[path] = str(error)
     return reading
@@ -132,6 +130,28 @@ def single_linear(path: str, module: nn.Module) -> Structure:
 
 
 _DOTTED = dotted_names()
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A module that holds linear layers, and may hold a structure."""
+
+    model: nn.Module
+    module: nn.Module
+    path: str
+    linears: dict[str, nn.Module]  # by name, see `_linears_of`
+
+    def place(self, name: str) -> str:
+        """The path of one of its layers."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def inputs(self, name: str) -> int:
+        """The input channels of one of its layers."""
+        return features(self.linears[name])[0]
+
+    def outputs(self, name: str) -> int:
+        """The output channels of one of its layers."""
+        return features(self.linears[name])[1]
 
 
 def _linears_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -148,74 +168,76 @@ def _linears_of(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _attention(model: nn.Module, module: nn.Module, path: str, linears: dict[str, nn.Module]) -> Iterator[Structure]:
-    match = attention_names(module, linears)
+def _attention(block: _Block) -> Iterator[Structure]:
+    match = attention_names(block.module, block.linears)
     if match is None:
         return
     names, output = match
-    value_size = _size(module, VALUE_SIZES)
-    head_dim = value_size if names.mixed and value_size else _head_dim(model, module, path)
+    value_size = _size(block.module, VALUE_SIZES)
+    head_dim = value_size if names.mixed and value_size else _head_dim(block)
     value_dim = value_size or head_dim
-    heads = _whole(features(linears[output])[0], value_dim, f"{_join(path, output)}.in_features", path)
-    projections = [Projection("o_proj", _join(path, output), "in", heads, value_dim)]
+    heads = _whole(block.inputs(output), value_dim, f"{block.place(output)}.in_features", block.path)
+    projections = [Projection("o_proj", block.place(output), "in", heads, value_dim)]
     if not names.mixed:
-        projections = [*_heads(path, linears, names, heads, head_dim, value_dim), *projections]
-    partial = names.mixed and f"q, k and v are not read off {_join(path, names.k)}: {names.mixed}"
-    yield Structure("attention", path, layer_index(path), heads, tuple(projections), partial)
+        projections = [*_heads(block, names, heads, head_dim, value_dim), *projections]
+    partial = names.mixed and f"q, k and v are not read off {block.place(names.k)}: {names.mixed}"
+    yield Structure("attention", block.path, layer_index(block.path), heads, tuple(projections), partial)
 
 
-def _heads(
-    path: str, linears: dict[str, nn.Module], names: AttentionNames, heads: int, head_dim: int, value_dim: int
-) -> Iterator[Projection]:
+def _heads(block: _Block, names: AttentionNames, heads: int, head_dim: int, value_dim: int) -> Iterator[Projection]:
     """q, k and v. A q of twice the size holds each head's gate after its query (Qwen3-Next)."""
-    outputs = {name: features(linears[name])[1] for name in (names.q, names.k, names.v)}
-    of_q, both = (
-        (heads * head_dim if names.q == names.k else 0),
-        (head_dim + value_dim if names.v == names.k else head_dim),
-    )
-    what = f"{'the key and value part of ' if names.v == names.k else ''}{_join(path, names.k)}.out_features"
-    groups = _whole(outputs[names.k] - of_q, both, what, path, "head_dim" if both == head_dim else "2 * head_dim")
-    _whole(heads, groups, "the number of query heads", path, "the number of key-value heads")
-    gated = names.q != names.k and outputs[names.q] == 2 * heads * head_dim
+    groups = _groups(block, names, heads, head_dim, value_dim)
+    gated = names.q != names.k and block.outputs(names.q) == 2 * heads * head_dim
     widths = {"q_proj": 2 * head_dim if gated else head_dim, "k_proj": head_dim, "v_proj": value_dim}
     modules = {"q_proj": names.q, "k_proj": names.k, "v_proj": names.v}
     units = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-    yield from _stack(path, linears, modules, units, widths)
+    yield from _stack(block, modules, units, widths)
 
 
-def _mlp(model: nn.Module, module: nn.Module, path: str, linears: dict[str, nn.Module]) -> Iterator[Structure]:
-    names = mlp_names(linears)
+def _groups(block: _Block, names: AttentionNames, heads: int, head_dim: int, value_dim: int) -> int:
+    """How many key-value heads there are, by the rows of k's layer, which may hold q before k, and v after it."""
+    rows = block.outputs(names.k) - (heads * head_dim if names.q == names.k else 0)
+    what = f"{block.place(names.k)}.out_features"
+    if names.v == names.k:
+        what = f"the key and value part of {what}"
+        groups = _whole(rows, head_dim + value_dim, what, block.path, "2 * head_dim")
+    else:
+        groups = _whole(rows, head_dim, what, block.path)
+    _whole(heads, groups, "the number of query heads", block.path, "the number of key-value heads")
+    return groups
+
+
+def _mlp(block: _Block) -> Iterator[Structure]:
+    names = mlp_names(block.linears)
     if names is None:
         return
-    channels = features(linears[names.down])[0]
+    channels = block.inputs(names.down)
     modules = {"gate_proj": names.gate, "up_proj": names.up} if names.gate else {"up_proj": names.up}
     projections = [
-        *_stack(path, linears, modules, dict.fromkeys(modules, channels), dict.fromkeys(modules, 1)),
-        Projection("down_proj", _join(path, names.down), "in", channels, 1),
+        *_stack(block, modules, dict.fromkeys(modules, channels), dict.fromkeys(modules, 1)),
+        Projection("down_proj", block.place(names.down), "in", channels, 1),
     ]
-    yield Structure("mlp", path, layer_index(path), channels, tuple(projections))
+    yield Structure("mlp", block.path, layer_index(block.path), channels, tuple(projections))
 
 
-def _stack(
-    path: str, linears: dict[str, nn.Module], names: dict[str, str], units: dict[str, int], widths: dict[str, int]
-) -> Iterator[Projection]:
+def _stack(block: _Block, names: dict[str, str], units: dict[str, int], widths: dict[str, int]) -> Iterator[Projection]:
     """The output-side projections, one after the other where they share a fused layer; they must fill each layer."""
     filled = dict.fromkeys(names.values(), 0)
     for canonical, name in names.items():
-        yield Projection(canonical, _join(path, name), "out", units[canonical], widths[canonical], filled[name])
+        yield Projection(canonical, block.place(name), "out", units[canonical], widths[canonical], filled[name])
         filled[name] += units[canonical] * widths[canonical]
     for name, size in filled.items():
-        if features(linears[name])[1] != size:
+        if block.outputs(name) != size:
             raise S2FTError(
-                f"{_join(path, name)} has {features(linears[name])[1]} output channels; looked for {size}, which is what "
-                f"its coupled projections in {path} imply. s2ft cannot read this structure; name other target_modules."
+                f"{block.place(name)} has {block.outputs(name)} output channels; looked for {size}, which is what its "
+                f"coupled projections in {block.path} imply. s2ft cannot read this structure; name other target_modules."
             )
 
 
-def _head_dim(model: nn.Module, module: nn.Module, path: str) -> int:
+def _head_dim(block: _Block) -> int:
     """From the attention module itself, else from the config nearest to it."""
-    value = _size(module, HEAD_SIZES)
-    config = _nearest_config(model, path)
+    value = _size(block.module, HEAD_SIZES)
+    config = _nearest_config(block.model, block.path)
     if value is None and config is not None:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         value = getattr(config, "head_dim", None)
@@ -223,8 +245,8 @@ def _head_dim(model: nn.Module, module: nn.Module, path: str) -> int:
             value = config.hidden_size // config.num_attention_heads
     if not isinstance(value, int):
         raise S2FTError(
-            f"{path} has the projections of an attention block, but no size of a head: looked for head_dim on the module, "
-            "and for head_dim, or hidden_size and num_attention_heads, in the model's config"
+            f"{block.path} has the projections of an attention block, but no size of a head: looked for head_dim on the "
+            "module, and for head_dim, or hidden_size and num_attention_heads, in the model's config"
         )
     return value
 
@@ -244,12 +266,9 @@ def _nearest_config(model: nn.Module, path: str) -> Any:
 
 
 def _whole(total: int, part: int, what: str, path: str, unit: str = "head_dim") -> int:
+    """How many times `part` goes into `total`, which must be a whole number."""
     if part <= 0 or total <= 0 or total % part:
         raise S2FTError(
             f"{path}: {what} is {total}, which is no multiple of {unit} = {part}; s2ft cannot read its heads"
         )
     return total // part
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -1,4 +1,4 @@
-"""What stands beside the language model in a model of several parts: vision and audio towers, and adapters between."""
+"""What stands beside the language model in a model of several parts: vision and audio towers, and projectors between."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import nn
 
-_TEXT_PART, _TOWER_PART = (
-    re.compile(r"text|language|llm"),
-    re.compile(r"vision|audio|image|speech"),
-)  # of a config, by name
+# Parts of a config, by their names
+_TEXT_PART = re.compile(r"text|language|llm")
+_TOWER_PART = re.compile(r"vision|audio|image|speech")
 
 
 def towers(model: nn.Module) -> list[str]:
-    """Paths of what stands beside a language model (vision, audio, adapters between): built from such a part of its config.
+    """Paths of what stands beside a language model (vision, audio, projectors between): built from such a part of its config.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
