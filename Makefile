@@ -85,7 +85,7 @@ test-wheel:
 docs: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	rm -rf build/pages && mkdir -p build/pages
-	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs examples results src build/pages
+	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs examples results src tests build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
