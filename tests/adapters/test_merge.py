@@ -100,9 +100,10 @@ def test_shards_tokenizer_and_templates_come_along(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<user>x"
 
 
-def test_whole_modules_are_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lm_head", "head"])  # PEFT takes the end of a path
+def test_whole_modules_are_merged(name: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", torch.bfloat16)
-    adapter = save_adapter(tmp_path / "adapter", base, 0.3, modules_to_save=["lm_head"])
+    adapter = save_adapter(tmp_path / "adapter", base, 0.3, modules_to_save=[name])
     model = load(base, adapter).merge_and_unload()
     model.save_pretrained(tmp_path / "loaded")
     merge(adapter, tmp_path / "merged")

@@ -111,9 +111,10 @@ def test_factors_multiply_to_the_delta_on_odd_shapes(side: str) -> None:
     assert torch.equal(low.b @ low.a, wanted)
 
 
-def test_whole_modules_and_token_rows_come_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lm_head", "head"])  # PEFT takes the end of a path
+def test_whole_modules_and_token_rows_come_along(name: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", torch.float64)
-    extra = {"modules_to_save": ["lm_head"], "trainable_token_indices": [4, 9]}
+    extra = {"modules_to_save": [name], "trainable_token_indices": [4, 9]}
     adapter = save_adapter(tmp_path / "adapter", base, SIDES["input"], **extra)
     s2ft.export(adapter, "lora", tmp_path / "lora")
     native, lora, batch = load(base, adapter), load(base, tmp_path / "lora"), torch.tensor([[4, 9, 5, 4]])

@@ -18,8 +18,6 @@ from families import VOCABULARY, build, tokens
 from live import layers, logits
 from quantised import QUANTISED, stand_in
 from s2ft import S2FTConfig, S2FTError
-from s2ft.common.files import new_file, staged
-from s2ft.common.outputs import check_free
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import why_not_plain
@@ -487,24 +485,6 @@ def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyP
         count = iter(range(-6, 10**6))
         assert all(torch.equal(value, own[name]) for name, value in made.state_dict().items())
         assert torch.equal(logits(made, ids), expected)
-
-
-def test_two_files_can_be_written_into_one_folder_at_a_time(tmp_path: Path) -> None:
-    with new_file(tmp_path / "a.gguf") as first:
-        first.write_text("a")
-        with new_file(tmp_path / "b.gguf") as second:
-            second.write_text("b")
-    assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == [("a.gguf", "a"), ("b.gguf", "b")]
-
-
-def test_outputs_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for output in (tmp_path / "file" / "x", tmp_path / "link", tmp_path):
-        with pytest.raises(S2FTError, match="output="):
-            check_free(output)
-    with pytest.raises(S2FTError, match="cannot be written to"), staged(Path("/proc/x")):
-        pass
 
 
 def test_plain_modules_keep_loading_state_dicts() -> None:
