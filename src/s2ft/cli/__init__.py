@@ -2,7 +2,7 @@
 
 app         `s2ft`: its commands
 leaving     how errors are reported, and the process ends
-codes       exit codes
+options     options that several commands share, or that are declared elsewhere
 train       `s2ft train`
 quickstart  `s2ft quickstart`
 eval        `s2ft eval`
@@ -13,7 +13,6 @@ merge       `s2ft merge`
 export      `s2ft export`
 bench       `s2ft bench`
 study       `s2ft study`
-options     command-line options from options that other modules declare
 tables      tables that are not cut off in a narrow terminal
-quiet       fewer messages from the libraries
+progress    bars, log lines, and less noise from the libraries
 """

@@ -11,11 +11,10 @@ import typer
 
 import s2ft
 from s2ft.cli import bench, eval, reproduce, study, train
-from s2ft.cli.codes import INTERRUPTED
 from s2ft.cli.export import export
 from s2ft.cli.fuse import fuse
 from s2ft.cli.inspect import inspect
-from s2ft.cli.leaving import as_flags, leave, leaving
+from s2ft.cli.leaving import INTERRUPTED, as_flags, leave, leaving
 from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
 

@@ -28,15 +28,11 @@ def _bench(name: str, json_file: Path | None, png: Path | None = None, **options
     """Runs a benchmark under a progress bar; prints, writes and draws its rows."""
     check_writable(json_file)
     check_writable(png, "png", ".png")
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from s2ft.cli.quiet import quiet
+    from s2ft.cli.progress import bar, quiet
 
     module = import_module(f"s2ft.lab.bench.{name}")
-    with quiet(), Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=1.0)
-        report = getattr(module, f"bench_{name}")(tell=lambda done: bar.update(task, completed=done), **options)
+    with quiet(), bar("measuring") as tell:
+        report = getattr(module, f"bench_{name}")(tell=tell, **options)
     _print(report.rows, getattr(module, f"{name}_line", dict))
     for what, reason in report.settings.get("left_out", {}).items():
         typer.echo(f"{what} is left out: {reason}")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from s2ft.cli.codes import INTERRUPTED
+from s2ft.cli.leaving import INTERRUPTED
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.cli.tables import show
 from s2ft.common.errors import S2FTError
@@ -43,11 +41,11 @@ with_options(
 
 def _by_tasks(values: dict[str, Any], json_file: Path | None) -> int:
     options = EvalOptions.parse(values)
-    from s2ft.cli.quiet import quiet
+    from s2ft.cli.progress import bars, quiet
     from s2ft.evaluate import run
 
     try:
-        with quiet(), progress() as tell:
+        with quiet(), bars() as tell:
             found = run.evaluate(options, tell)
     except KeyboardInterrupt:
         typer.echo("interrupted; what was answered is kept, and the same command goes on from there")
@@ -66,7 +64,7 @@ def _by_harness(harness: str, values: dict[str, Any], json_file: Path | None) ->
     if harness != HARNESS:
         raise S2FTError(f"harness={harness!r} is unknown; there is {HARNESS}")
     options = HarnessOptions.parse(values)
-    from s2ft.cli.quiet import quiet
+    from s2ft.cli.progress import quiet
     from s2ft.evaluate.harness import run_harness
 
     with quiet():
@@ -75,35 +73,6 @@ def _by_harness(harness: str, values: dict[str, Any], json_file: Path | None) ->
     if json_file is not None:
         write_json(json_file, report, ensure_ascii=False)
     return 0
-
-
-@contextmanager
-def progress() -> Iterator[Any]:
-    """A bar for each task of each model, with the time that is left."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    bars: dict[str, Any] = {}
-    display = Progress(*columns, "left", TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-
-    def tell(title: str, done: int, total: int) -> None:
-        display.start()  # not before: another bar may be there until then
-        if title not in bars:
-            bars[title] = display.add_task(title, total=total)
-        display.update(bars[title], completed=done, total=total)
-
-    try:
-        yield tell
-    finally:
-        display.stop()
 
 
 def _show(report: Any, options: EvalOptions) -> None:

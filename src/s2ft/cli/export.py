@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from s2ft.cli.options import AdapterFolder, Base, JsonFile
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
 from s2ft.exports.targets import TARGETS
@@ -15,14 +16,11 @@ _FILES = ", ".join(f"a new {target.suffix} file for {name}" for name, target in 
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
+    adapter: AdapterFolder,
     to: Annotated[str, typer.Option(help=_FORMS, show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help=f"A new folder; {_FILES}", show_default=False)],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base model [default: the one that the adapter names]", show_default=False),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary here", show_default=False)] = None,
+    base: Base = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Write an adapter in the form that another engine takes (vLLM, SGLang, llama.cpp, ...). Lossless.
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from s2ft.cli.tables import print_table
+from s2ft.cli.options import JsonFile
+from s2ft.cli.tables import layer_table, print_table
 from s2ft.common.errors import S2FTError
 from s2ft.common.files import replaced_file, write_json
 from s2ft.common.outputs import check_free, check_writable
@@ -37,7 +38,7 @@ def fuse(
     density: Annotated[float, typer.Option(help="Share of those entries that ties and dare keep")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the entries that dare drops")] = 0,
     png: Annotated[Path | None, typer.Option(help="Draw the overlap, layer by layer", show_default=False)] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here", show_default=False)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Fuse adapters of one base model, on their files alone. Prints where they overlap before anything is written.
 
@@ -84,26 +85,18 @@ def _numbers(text: str) -> list[float]:
 
 
 def table(rows: list[Overlap]) -> Table:
-    """The rows for people; a blank layer repeats the one above."""
-    from rich.markup import escape
-    from rich.table import Table
+    """A row for each module and pair of adapters that change it."""
+    columns = ("adapters", "channels", "shared", "share", "cosine", "sign conflict", "interference")
+    return layer_table(columns, (), map(_cells, rows))
 
-    result = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("layer", "module", "side"):
-        result.add_column(name, no_wrap=True)
-    for name in ("adapters", "channels", "shared", "share", "cosine", "sign conflict", "interference"):
-        result.add_column(name, justify="right", no_wrap=True)
-    above: int | None = None
-    for row in rows:
-        layer = "" if row.layer is None or row.layer == above else str(row.layer)
-        above = row.layer
-        result.add_row(
-            *(layer, escape(".".join(row.module.split(".")[-2:])), row.side),
-            *(f"{row.first}, {row.second}", f"{row.first_channels}, {row.second_channels}", str(row.shared)),
-            *(f"{row.share:.0%}", _shown(row.cosine, ".2f"), _shown(row.sign_conflict, ".0%")),
-            f"{_shown(row.interference_on_first, '.2f')}, {_shown(row.interference_on_second, '.2f')}",
-        )
-    return result
+
+def _cells(row: Overlap) -> tuple[str, ...]:
+    return (
+        *("" if row.layer is None else str(row.layer), row.module, row.side),
+        *(f"{row.first}, {row.second}", f"{row.first_channels}, {row.second_channels}", str(row.shared)),
+        *(f"{row.share:.0%}", _shown(row.cosine, ".2f"), _shown(row.sign_conflict, ".0%")),
+        f"{_shown(row.interference_on_first, '.2f')}, {_shown(row.interference_on_second, '.2f')}",
+    )
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from s2ft.cli.tables import print_table
+from s2ft.cli.options import AdapterFolder, JsonFile
+from s2ft.cli.tables import layer_table, print_table
 from s2ft.common.files import replaced_file, write_json
 from s2ft.common.outputs import check_writable
 from s2ft.format.folder import check_folder
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from s2ft.adapters.file import Adapter
+    from s2ft.adapters.inspection import ModuleChange
 
 _WHICH = 12  # characters of the list of channels that a row shows; JSON has them all
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
+    adapter: AdapterFolder,
     png: Annotated[
         Path | None, typer.Option(help="Draw which channels change in which layers", show_default=False)
     ] = None,
@@ -30,7 +32,7 @@ def inspect(
         str | None,
         typer.Option(help="Base model: also print how the in-place layout holds each slice", show_default=False),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here", show_default=False)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Print what an adapter changes, per layer, with counts and norms. Needs no base model; of --base, reads the configuration.
 
@@ -71,27 +73,18 @@ def inspect(
 
 
 def table(adapter: Adapter, base: nn.Module | None = None) -> Table:
-    """The rows for people; a blank layer repeats the one above."""
-    from rich.markup import escape
-    from rich.table import Table
-
+    """A row for each module that the adapter changes."""
     from s2ft.adapters.inspection import changes
 
-    result = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("layer", "module", "side"):
-        result.add_column(name, no_wrap=True)
-    for name in ("channels", "weights", "‖Δ‖", "max |Δ|"):
-        result.add_column(name, justify="right", no_wrap=True)
-    result.add_column("which")
-    if base is not None:
-        result.add_column("in place", no_wrap=True)
-    above: int | None = None
-    for row in changes(adapter, base):
-        layer = "" if row.layer is None or row.layer == above else str(row.layer)
-        above = row.layer
-        name = ".".join(row.module.split(".")[-2:])
-        numbers = (str(row.channels), f"{row.weights:,}", f"{row.norm:.4g}", f"{row.largest:.3g}")
-        which = row.slice.partition(" ")[2]
-        which = which if len(which) <= _WHICH else which[: _WHICH - 1] + "…"
-        result.add_row(layer, escape(name), row.side, *numbers, which, *([row.in_place] if base is not None else []))
-    return result
+    words = ("which",) if base is None else ("which", "in place")
+    return layer_table(("channels", "weights", "‖Δ‖", "max |Δ|"), words, map(_cells, changes(adapter, base)))
+
+
+def _cells(row: ModuleChange) -> tuple[str, ...]:
+    which = row.slice.partition(" ")[2]
+    return (
+        *("" if row.layer is None else str(row.layer), row.module, row.side),
+        *(str(row.channels), f"{row.weights:,}", f"{row.norm:.4g}", f"{row.largest:.3g}"),
+        which if len(which) <= _WHICH else which[: _WHICH - 1] + "…",
+        *([] if row.in_place is None else [row.in_place]),
+    )

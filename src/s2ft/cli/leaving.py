@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from s2ft.cli.codes import BAD_INPUT
 from s2ft.common.errors import S2FTError, no_space
 from s2ft.common.extras import from_extra
 
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell would say
 _OUTSIDE = {  # what is wrong with the machine, not with the program
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENAMETOOLONG", "EMFILE", "ENFILE")

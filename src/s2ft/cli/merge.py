@@ -5,21 +5,19 @@ from typing import Annotated
 
 import typer
 
+from s2ft.cli.options import AdapterFolder, Base, JsonFile
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
 from s2ft.format.folder import check_folder
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)],
+    adapter: AdapterFolder,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A new folder for the merged model", show_default=False)
     ],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base model [default: the one that the adapter names]", show_default=False),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary here", show_default=False)] = None,
+    base: Base = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Merge an adapter into its base, on files: same shards and dtypes, tokenizer and chat template along.
 

@@ -13,6 +13,11 @@ from pydantic.fields import FieldInfo
 
 from s2ft.lab.registry import Entry
 
+AdapterFolder = Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)]
+Base = Annotated[
+    str | None, typer.Option(help="Base model [default: the one that the adapter names]", show_default=False)
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here", show_default=False)]
 _SHORT = {"model": "-m", "data": "-d", "output": "-o", "config": "-c"}
 
 

@@ -2,11 +2,9 @@
 
 import shutil
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from s2ft.cli.options import JsonFile
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
 
@@ -14,7 +12,7 @@ SHOWN = 2  # generations of each skill, side by side
 
 
 def quickstart(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here", show_default=False)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Fine-tune the embedded base model on a skill it lacks; three minutes on two CPU cores.
 
@@ -23,7 +21,7 @@ def quickstart(
     check_writable(json_file)
     from rich.console import Console
 
-    from s2ft.cli.quiet import quiet
+    from s2ft.cli.progress import quiet
     from s2ft.demo.quickstart import NEW_SKILL, fresh_folder
     from s2ft.demo.quickstart import quickstart as run
     from s2ft.demo.skills import SKILLS

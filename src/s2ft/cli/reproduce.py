@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from s2ft.cli.codes import INTERRUPTED
-from s2ft.cli.eval import progress
+from s2ft.cli.leaving import INTERRUPTED
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.cli.tables import show
 from s2ft.common.errors import raise_together
@@ -38,11 +37,11 @@ def reproduce(recipe: str | None, listed: bool, json_file: Path | None, **values
     named = {"RECIPE": recipe, "--data": typed.get("data"), "--output": typed.get("output")}
     raise_together(f"{name}: missing; {WANTED[name]}" for name, value in named.items() if value is None)
     options = ReproduceOptions.parse({"recipe": recipe, **typed})
-    from s2ft.cli.quiet import quiet
+    from s2ft.cli.progress import bars, quiet
     from s2ft.lab.reproduce import run
 
     try:
-        with quiet(), progress() as tell:
+        with quiet(), bars() as tell:
             found = run.reproduce(options, tell)
     except KeyboardInterrupt:
         found = None
@@ -81,15 +80,11 @@ def _interrupted() -> int:
 
 
 def _list(json_file: Path | None) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from s2ft.cli.quiet import quiet
+    from s2ft.cli.progress import bar, quiet
     from s2ft.lab.reproduce.table import recipe_line, recipe_rows
 
-    with quiet(), Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("computing memory", total=1.0)
-        rows = recipe_rows(lambda done: bar.update(task, completed=done))
+    with quiet(), bar("computing memory") as tell:
+        rows = recipe_rows(tell)
     show([recipe_line(row) for row in rows])
     if json_file is not None:
         write_json(json_file, rows, indent=1)

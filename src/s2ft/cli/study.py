@@ -52,7 +52,7 @@ def _run(name: str, folder: Path, seeds: int, options: dict[str, Any]) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from s2ft.cli.quiet import quiet
+    from s2ft.cli.progress import quiet
 
     transformers.logging.disable_progress_bar()  # a bar for each base that is loaded would tear ours
     module = import_module(f"s2ft.lab.study.{name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,28 @@ def print_table(table: Table, console: Console | None = None) -> None:
     needed = console.measure(table, options=console.options.update(width=_AMPLE))
     console.width = max(console.width, needed.minimum if console.is_terminal else needed.maximum)
     console.print(table)
+
+
+def layer_table(numbers: Sequence[str], words: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A row for each module; a blank layer repeats the one above.
+
+    Args:
+        numbers: Names of the columns after layer, module and side.
+        words: Names of the columns after those.
+        rows: Begin with layer, module (of whose path the last two names are shown) and side.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "module", "side", *numbers, *words):
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
+    above = ""
+    for layer, module, *rest in rows:
+        shown = ("" if layer == above else layer, ".".join(module.split(".")[-2:]), *rest)
+        table.add_row(*map(Text, shown))  # names may hold brackets
+        above = layer
+    return table
 
 
 def show(rows: list[dict[str, Any]], title: str | None = None, wraps_first: bool = False) -> None:
