@@ -23,6 +23,7 @@ from s2ft.layer.adapted import (
     switch_layers,
     turns_of,
 )
+from s2ft.layer.backprop import stamp
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linear import S2FTLinear, sliced_layers
 
@@ -112,11 +113,10 @@ def _layer_problem(layer: S2FTLinear, adapter: str) -> str | None:
 def _is_finite(block: S2FTBlock) -> bool:
     """Whether the delta is finite; checked again only after it was changed, since on a GPU the check waits for it."""
     delta = block.weight
-    state = None if delta.is_inference() else (delta.data_ptr(), delta._version)  # noqa: SLF001 - torch counts writes there alone
-    if state is None or block.finite_at != state:
+    if delta.is_inference() or block.finite_at != stamp(delta):  # writes to an inference tensor are not counted
         if not all_finite(delta):
             return False
-        block.finite_at = state
+        block.finite_at = stamp(delta)
     return True
 
 
