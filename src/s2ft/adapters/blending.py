@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import reduce
+from typing import Literal
 
 import numpy as np
 import torch
@@ -77,8 +78,8 @@ def _on_shared(
             torch.default_generator.manual_seed(
                 int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "little") >> 1
             )
-            kind = "magnitude" if method == "ties" else "random"
-            entries = prune(entries, density, kind, rescale=method == "dare")  # type: ignore[arg-type]
+            kind: Literal["magnitude", "random"] = "magnitude" if method == "ties" else "random"
+            entries = prune(entries, density, kind, rescale=method == "dare")
     where = torch.searchsorted(shared, place[held])
     return _laid_out(entries, dim, len(shared), 0.0).index_copy_(dim, where, entries)
 

@@ -40,8 +40,9 @@ class UnknownKeywordError(S2FTError, TypeError):
 
 def explain_unknown(cls: type[T]) -> type[T]:
     """Class decorator for a dataclass: its constructor explains the keywords that it refuses."""
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    plain: Callable[..., None] = cls.__init__
+    made: Any = cls
+    known = [field.name for field in dataclasses.fields(made)]
+    plain: Callable[..., None] = made.__init__
 
     @functools.wraps(plain)
     def explaining(self: T, *args: Any, **values: Any) -> None:
@@ -50,7 +51,7 @@ def explain_unknown(cls: type[T]) -> type[T]:
             raise UnknownKeywordError(_message(cls.__name__, unknown, known))
         plain(self, *args, **values)
 
-    setattr(cls, "__init__", explaining)  # noqa: B010 (mypy refuses the plain assignment)
+    made.__init__ = explaining
     return cls
 
 

@@ -95,7 +95,8 @@ def auxiliary_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[s
 def warn_of_overflow(deltas: Mapping[Any, Tensor]) -> None:  # layer → [out_features, s] or [s, in_features]
     """Warns of deltas that the dtype of their base layer cannot hold, or add up."""
     for layer, delta in deltas.items():
-        dtype: torch.dtype = (layer.get_base_layer() if isinstance(layer, S2FTLinear) else layer).weight.dtype  # type: ignore[assignment]
+        base: Any = layer.get_base_layer() if isinstance(layer, S2FTLinear) else layer
+        dtype: torch.dtype = base.weight.dtype
         if delta.is_meta or not dtype.is_floating_point or not delta.numel():
             continue
         largest = float(delta.detach().abs().amax())

@@ -273,18 +273,19 @@ class S2FTModel(BaseTuner):
         found = check_target_module_exists(config, key)
         return found if isinstance(found, _ExcludedModule) else False
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(
         self,
-        config: S2FTConfig,
+        peft_config: Any,  # S2FTConfig
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        *_: Any,
+        **__: Any,
     ) -> None:
-        trained = Slice.parse((config.slices or {})[current_key])
-        options = {"init_weights": config.init_weights, "inference_mode": config.inference_mode}
+        trained = Slice.parse(peft_config.slices[current_key])
+        options = {"init_weights": peft_config.init_weights, "inference_mode": peft_config.inference_mode}
         if isinstance(target, S2FTLinear):
             target.update_layer(adapter_name, trained, **options)
             return
