@@ -14,8 +14,7 @@ from s2ft.cli.app import app
 from s2ft.data.prompts import alpaca_prompt
 from s2ft.evaluate import run as work
 from s2ft.evaluate.comparison import Scorer, check_scores, score, section
-from s2ft.evaluate.engines import Answer
-from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.engines import Answer, TransformersEngine
 from s2ft.evaluate.options import EvalOptions
 from s2ft.evaluate.questions import digest
 from s2ft.evaluate.run import evaluate

@@ -10,8 +10,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from s2ft import S2FTConfig, S2FTError
-from s2ft.evaluate.engines import Answer, VllmEngine, end_ids, prompt_ids
-from s2ft.evaluate.generation import TransformersEngine, batches
+from s2ft.evaluate.engines import Answer, TransformersEngine, VllmEngine, batches, end_ids, prompt_ids
 from s2ft.evaluate.tasks import Decoding
 from tiny_base import CHATML, CHATML_TOKENS, byte_tokenizer, tiny_model
 

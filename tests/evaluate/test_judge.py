@@ -18,11 +18,9 @@ from s2ft import S2FTError
 from s2ft.cli.app import app
 from s2ft.data.prompts import alpaca_conversation
 from s2ft.evaluate.answers import Answers
-from s2ft.evaluate.engines import Answer
-from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.engines import Answer, TransformersEngine
 from s2ft.evaluate.judge import Judge, JudgeDown, NoRating, find_judge, read_rating
-from s2ft.evaluate.judging import judge_messages
-from s2ft.evaluate.mt_bench import Dialogue, load_dialogues, write_dialogues
+from s2ft.evaluate.mt_bench import Dialogue, judge_messages, load_dialogues, write_dialogues
 from s2ft.evaluate.options import EvalOptions
 from s2ft.evaluate.run import EvalReport, evaluate
 from s2ft.evaluate.tasks import Decoding

@@ -20,11 +20,10 @@ from s2ft.evaluate.tally import wilson
 from s2ft.evaluate.tasks import TASKS
 from s2ft.finetune.options import parse_options
 from s2ft.lab.reproduce import memory, run
-from s2ft.lab.reproduce.duration import hours
 from s2ft.lab.reproduce.options import ReproduceOptions
 from s2ft.lab.reproduce.recipes import GLOBAL_BATCH, MODELS, find_recipe, recipes
 from s2ft.lab.reproduce.run import reproduce, train_options
-from s2ft.lab.reproduce.table import recipe_line, recipe_rows
+from s2ft.lab.reproduce.table import hours, recipe_line, recipe_rows
 from s2ft.runtime.processes import process_count
 from tiny_base import byte_tokenizer
 

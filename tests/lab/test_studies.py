@@ -12,19 +12,19 @@ from s2ft.format.slices import Slice
 from s2ft.lab.study import fusion, generalization, selection, tuning
 from s2ft.lab.study.contenders import Contender, fit
 from s2ft.lab.study.report import LOSS
-from s2ft.lab.study.training import Recipe, fresh_base
+from s2ft.lab.study.training import Workload, fresh_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = Recipe(steps=2, batch_size=4, train_examples=8, test_examples=4)
+TINY = Workload(steps=2, batch_size=4, train_examples=8, test_examples=4)
 SELECTION = selection.SelectionSettings(
-    seeds=2, strategies=("R", "W−", "saliency+"), tasks=("river",), rates=(1e-3,), recipe=TINY
+    seeds=2, strategies=("R", "W−", "saliency+"), tasks=("river",), rates=(1e-3,), workload=TINY
 )
 FEW = (Contender("lora", "lora", 0.04), Contender("s2ft 4%", "s2ft", 0.04))
 GENERALIZATION = generalization.GeneralizationSettings(
-    seeds=2, contenders=FEW, rates={"lora": (1e-3, 2e-3), "s2ft": (1e-3,)}, recipe=TINY
+    seeds=2, contenders=FEW, rates={"lora": (1e-3, 2e-3), "s2ft": (1e-3,)}, workload=TINY
 )
-FUSION = fusion.FusionSettings(seeds=2, rates={"lora": (1e-2,), "s2ft": (1e-2,)}, recipe=TINY)
+FUSION = fusion.FusionSettings(seeds=2, rates={"lora": (1e-2,), "s2ft": (1e-2,)}, workload=TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_generalization_asks_every_kind_of_skill(tmp_path):
 
 
 def test_near_and_far_are_the_means_of_their_skills(tmp_path):
-    settings = generalization.GeneralizationSettings(seeds=1, contenders=(), recipe=TINY)
+    settings = generalization.GeneralizationSettings(seeds=1, contenders=(), workload=TINY)
     scores = {row["task"]: row["score"] for row in generalization.study_generalization(tmp_path, settings).rows}
     for kind, names in {"near": NEAR_SKILLS, "far": FAR_SKILLS, "old": OLD_SKILLS}.items():
         assert scores[kind] == pytest.approx(sum(scores[name] for name in names) / len(names))

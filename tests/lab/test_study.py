@@ -19,13 +19,13 @@ from s2ft.lab.study.report import LOSS, StudyReport, cell, draw
 from s2ft.lab.study.runs import FILE, Runs
 from s2ft.lab.study.selection import STRATEGIES, contender
 from s2ft.lab.study.summary import interval, summarize
-from s2ft.lab.study.training import Recipe, calibration, fresh_base, tokens_of
+from s2ft.lab.study.training import Workload, calibration, fresh_base, tokens_of
 from s2ft.lab.study.tuning import best_rate
 from s2ft.selection.select import select
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = Recipe(steps=2, batch_size=4, train_examples=8, test_examples=4)
+TINY = Workload(steps=2, batch_size=4, train_examples=8, test_examples=4)
 
 
 # Intervals

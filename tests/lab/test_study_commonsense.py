@@ -14,7 +14,7 @@ from s2ft.lab.study import commonsense
 from s2ft.lab.study.commonsense import ASKED, MAJORITY, CommonsenseSettings, load_material, majority, study_commonsense
 from s2ft.lab.study.contenders import Contender
 from s2ft.lab.study.report import LOSS
-from s2ft.lab.study.training import Recipe, base_tokenizer, fresh_base, response_loss, tokens_of
+from s2ft.lab.study.training import Workload, base_tokenizer, fresh_base, response_loss, tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ TINY = CommonsenseSettings(
     seeds=2,
     contenders=(Contender("s2ft 4%", "s2ft", 0.04),),
     rates={"s2ft": (1e-3,)},
-    recipe=Recipe(steps=2, batch_size=4, train_examples=8, test_examples=3),
+    workload=Workload(steps=2, batch_size=4, train_examples=8, test_examples=3),
 )
 
 

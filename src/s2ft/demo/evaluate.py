@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from s2ft.demo.skills import Example
+from s2ft.evaluate.engines import pad_left
 
 
 @dataclass(frozen=True)
 class Score:
-    accuracy: float
+    """How a model did on some examples."""
+
+    accuracy: float  # in [0, 1]
     completions: list[str]  # in the order of the examples
 
 
@@ -44,13 +46,6 @@ def complete(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[st
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )  # (examples, prompt + new)
-    return tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """(tokens, mask), (rows, longest) each: the prompts end together, where the completions begin."""
-    longest = max(map(len, rows))
-    tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return tokens, mask
+    )  # [examples, prompt + new]
+    texts: list[str] = tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+    return texts

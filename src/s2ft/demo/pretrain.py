@@ -1,10 +1,10 @@
-"""Pre-trains the embedded base model on the old skills and saves it, with its tokenizer, in Hugging Face format.
+r"""Pre-trains the embedded base model on the old skills and saves it, with its tokenizer, in Hugging Face format.
 
     python -m s2ft.demo.pretrain --output DIR
 
 The model is a Llama with grouped-query attention that reads bytes. Examples are packed end to end, as in
 
-    reverse: planet\\ntenalp<|end|>add: 12+34\\n46<|end|>...
+    reverse: planet\ntenalp<|end|>add: 12+34\n46<|end|>...
 
 and only the completions are predicted: the inputs are random letters, about which there is nothing to learn.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from s2ft.data.tokens import IGNORED
 from s2ft.demo.evaluate import exact_match
 from s2ft.demo.skills import OLD_SKILLS, SKILLS, Example
 
@@ -31,7 +32,6 @@ MAX_LENGTH = 2048
 HEAD_DIM = 32
 HEADS_PER_KV = 3
 PACKED_LENGTH = 128
-IGNORED = -100  # the label that the loss leaves out
 SHARES = {"add": 2, "sort": 3}  # for one example of each other skill: these two are the last to be learned
 
 # A chat is written as the examples are, so the base model answers chat messages too; `generation` marks what TRL's
@@ -70,6 +70,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
+    """A Llama with random weights; three heads share a key and a value.
+
+    Args:
+        hidden: Hidden size, a multiple of 96.
+        layers: Blocks.
+    """
     heads = hidden // HEAD_DIM
     if hidden % (HEAD_DIM * HEADS_PER_KV):
         raise ValueError(f"--hidden {hidden}: must be a multiple of {HEAD_DIM * HEADS_PER_KV} (groups of heads)")
@@ -102,7 +108,7 @@ def draw_examples(seed: int) -> Iterator[Example]:
 
 
 def pack(examples: Iterator[Example], tokenizer: PreTrainedTokenizerFast, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (tokens, labels), (rows, PACKED_LENGTH) each, with the prompts left out of the labels."""
+    """Batches of tokens and labels, [rows, PACKED_LENGTH] each, with the prompts left out of the labels."""
     tokens: list[int] = []
     labels: list[int] = []
     size = rows * PACKED_LENGTH
@@ -157,6 +163,7 @@ def train(model: LlamaForCausalLM, batches: Iterator[tuple[Tensor, Tensor]], ste
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    """Writes the model in bf16, and its tokenizer, for transformers 4 and 5."""
     model.to(torch.bfloat16).save_pretrained(output)
     for file in output.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes a file for its owner alone; this one is to be packaged
@@ -167,6 +174,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 
 def main() -> None:
+    """Trains, saves, and prints the scores on the old skills."""
     parser = argparse.ArgumentParser(description="Pre-train the embedded base model on the old skills.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)

@@ -22,7 +22,7 @@ from s2ft.runtime.precision import choose_precision
 
 NEW_SKILL = NEW_SKILLS[0]
 SKILL_NAMES = (NEW_SKILL, *OLD_SKILLS)
-RECIPE: dict[str, Any] = {
+TRAINING: dict[str, Any] = {
     "ratios": {"o_proj": 1 / 6, "down_proj": 0.1},  # a small model needs a larger share than a large one
     "learning_rate": 2e-3,
     "batch_size": 32,
@@ -56,7 +56,7 @@ def quickstart(folder: Path, train_examples: int = 1000, test_examples: int = 10
     data = folder / f"{NEW_SKILL}.jsonl"
     folder.mkdir(parents=True)
     _write_jsonl(data, SKILLS[NEW_SKILL].examples(train_examples, seed=0))
-    options = TrainOptions(model=str(base_path()), data=[str(data)], output=str(folder / "adapter"), **RECIPE)
+    options = TrainOptions(model=str(base_path()), data=[str(data)], output=str(folder / "adapter"), **TRAINING)
     base = _scores(*_base_model(options), examples)
     result = train(options)
     tuned = _scores(result.model, result.tokenizer, examples)

@@ -1,4 +1,4 @@
-"""Small text skills, made from a seed: what the embedded base model knows, and what it has yet to learn.
+r"""Small text skills, made from a seed: what the embedded base model knows, and what it has yet to learn.
 
 An example is one line that names a skill and gives its input, and the answer to it:
 
@@ -56,10 +56,10 @@ class Skill:
     held_out: bool = True  # False: the skill is recall, its test prompts are its training prompts
 
     def example(self, text: str) -> Example:
-        """The example for one given input.
+        r"""The example for one given input.
 
         >>> SKILLS["reverse"].example("planet")
-        {'prompt': 'reverse: planet\\n', 'completion': 'tenalp'}
+        {'prompt': 'reverse: planet\n', 'completion': 'tenalp'}
         """
         return {"prompt": f"{self.name}: {text}\n", "completion": self.answer(text)}
 
@@ -90,6 +90,7 @@ def draw_pair_word(rng: random.Random) -> str:
 
 
 def draw_sum(rng: random.Random) -> str:
+    """Two numbers of two digits, such as 12+34."""
     return f"{rng.randrange(10, 100)}+{rng.randrange(10, 100)}"
 
 
@@ -107,6 +108,11 @@ RIVERS = dict(zip(invent_names(NEW_FACTS, 3, "rivers"), invent_names(NEW_FACTS, 
 
 
 def add(text: str) -> str:
+    """The value of a sum.
+
+    >>> add("12+34")
+    '46'
+    """
     left, right = text.split("+")
     return str(int(left) + int(right))
 

@@ -6,16 +6,14 @@ Read `options` and `tasks`, then `run`.
     tasks       the table of tasks
     questions   a task's questions, from files and the Hub
     extraction  how an answer is read
-    engines     what writes answers: the interface, and vLLM
-    generation  answers by transformers, in batches of similar length
+    engines     what writes answers: transformers, in batches of similar length, or vLLM
     answers     answers written, scored, and kept in JSONL; resumable
     tally       counts, intervals, means
     subjects    what is evaluated: the base and its adapters
     run         evaluation in one call
     comparison  scores of the base and the result, for the run card
-    mt_bench    MT-Bench's questions and both turns
+    mt_bench    MT-Bench: questions, answers to both turns, ratings
     judge       a judge that speaks OpenAI's chat completions
     judge_http  one question to the judge's server, by OpenAI's client
-    judging     answers rated, ratings counted
     harness     tasks of the lm-evaluation-harness
 """

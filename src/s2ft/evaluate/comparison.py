@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2ft.common.errors import S2FTError
 from s2ft.evaluate.answers import Answers, answer_questions
-from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.engines import TransformersEngine
 from s2ft.evaluate.questions import Question, load_questions
 from s2ft.evaluate.tally import tally
 from s2ft.evaluate.tasks import DECODING, Task, find_tasks

@@ -70,7 +70,8 @@ def find_harness() -> ModuleType:
         raise S2FTError(
             f"harness='lm-eval' needs the lm-evaluation-harness: pip install 's2ft[eval]' ({error})"
         ) from None
-    return lm_eval
+    found: ModuleType = lm_eval
+    return found
 
 
 def _check_tasks(tasks: Sequence[str], manager: Any) -> None:

@@ -23,8 +23,16 @@ from s2ft.common.locks import locked
 from s2ft.evaluate.answers import Answers, answer_questions
 from s2ft.evaluate.engines import check_vllm
 from s2ft.evaluate.judge import Judge
-from s2ft.evaluate.judging import judge_dialogues, tally_ratings
-from s2ft.evaluate.mt_bench import MT_BENCH, TURNS, Dialogue, load_dialogues, turn_id, write_dialogues
+from s2ft.evaluate.mt_bench import (
+    MT_BENCH,
+    TURNS,
+    Dialogue,
+    judge_dialogues,
+    load_dialogues,
+    tally_ratings,
+    turn_id,
+    write_dialogues,
+)
 from s2ft.evaluate.options import ADAPTER_FILE, AUTO, MODEL_FILE, PROMPTS, EvalOptions, Subject, find_subjects
 from s2ft.evaluate.questions import Question, digest, load_questions
 from s2ft.evaluate.subjects import Models, fingerprint, trained_on
@@ -51,9 +59,9 @@ class EvalReport:
     @property
     def errors(self) -> int:
         """How many answers or ratings are missing because of an error."""
-        return sum(row["errors"] for row in self.rows if "(strict)" not in row["task"]) + sum(
-            row["errors"] for row in self.ratings if row["part"].startswith("turn")
-        )
+        answers = (row["errors"] for row in self.rows if "(strict)" not in row["task"])
+        ratings = (row["errors"] for row in self.ratings if row["part"].startswith("turn"))
+        return int(sum(answers) + sum(ratings))
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form, with the environment that it was made in."""

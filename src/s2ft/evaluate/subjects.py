@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import read_json
 from s2ft.data.tokens import end_tokens
-from s2ft.evaluate.engines import Engine, VllmEngine, end_ids, in_words
-from s2ft.evaluate.generation import TransformersEngine
+from s2ft.evaluate.engines import Engine, TransformersEngine, VllmEngine, end_ids, in_words
 from s2ft.evaluate.options import Subject
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_model, load_tokenizer

@@ -11,10 +11,12 @@ A new benchmark or study is such a module, its row here, and its test.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+TellShare = Callable[[float], object]  # is told which share of the work is done, from 0 to 1
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from s2ft.common.errors import raise_together
 from s2ft.data.prompts import alpaca_prompt
 from s2ft.demo import base_path
-from s2ft.evaluate.engines import prompt_ids
-from s2ft.evaluate.generation import TransformersEngine, batches
+from s2ft.evaluate.engines import TransformersEngine, batches, prompt_ids
 from s2ft.evaluate.options import EvalOptions
 from s2ft.evaluate.questions import digest, load_questions
 from s2ft.evaluate.tasks import DECODING, TASKS, Decoding
 from s2ft.lab.bench.report import Report
+from s2ft.lab.registry import TellShare
 from s2ft.runtime.models import load_model, load_tokenizer, positions
 from s2ft.runtime.timing import milliseconds, spread
 
@@ -51,7 +51,7 @@ def bench_evaluation(
     limit: int = 200,
     rounds: int = 3,
     decoding: Decoding = DECODING[TASK.suite],
-    tell: Callable[[float], Any] = lambda done: None,
+    tell: TellShare = lambda done: None,
 ) -> Report:
     """Times how `limit` questions are answered, in each of `rounds`; a few of them warm up.
 
@@ -170,7 +170,7 @@ def _by_generate(
 
 
 def _take_turns(
-    turns: Mapping[str, Contestant], rounds: int, prompts: int, tell: Callable[[float], Any]
+    turns: Mapping[str, Contestant], rounds: int, prompts: int, tell: TellShare
 ) -> tuple[dict[str, list[float]], dict[str, list[Texts]]]:
     """Of each contestant, a time in seconds and the texts for each round."""
     times: dict[str, list[float]] = {name: [] for name in turns}

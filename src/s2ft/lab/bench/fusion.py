@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from s2ft.format.config import S2FTConfig
 from s2ft.format.names import delta_name, indices_name
 from s2ft.format.slices import Slice
 from s2ft.lab.bench.report import Report
+from s2ft.lab.registry import TellShare
+from s2ft.lab.shapes import LLAMA3_8B
 from s2ft.runtime.timing import spread
 
-LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 RATIO = 0.03  # of the channels of down_proj, as in the paper
 
 _CHILD = """
@@ -46,7 +47,7 @@ print(json.dumps({"fuse_ms": 1e3 * fused, "floor_ms": 1e3 * (time.perf_counter()
 def bench_fusion(
     repeats: int = 5,
     shape: dict[str, int] = LLAMA3_8B,
-    tell: Callable[[float], Any] = lambda done: None,
+    tell: TellShare = lambda done: None,
 ) -> Report:
     """Fuses two adapters with different channels, `repeats` times; rows: fuse_ms, floor_ms (p20, p80), bytes, memory."""
     with tempfile.TemporaryDirectory() as folder:

@@ -29,6 +29,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from s2ft.lab.bench.report import Report
+from s2ft.lab.registry import TellShare
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.mixed import add_mixed
 from s2ft.layer.pack import LooseSlice, MixedBatch
@@ -52,7 +53,7 @@ def bench_parallel(
     rounds: int = 40,
     seconds: float = 20,
     large: int = LARGE,
-    tell: Callable[[float], Any] = lambda done: None,
+    tell: TellShare = lambda done: None,
 ) -> Report:
     """Times each number of adapters on the CPU and, where there is one, on the GPU, in at most `rounds` rounds or `seconds`.
 

@@ -15,23 +15,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.bench.report import Report
+from s2ft.lab.registry import TellShare
+from s2ft.lab.shapes import LLAMA2_7B
 from s2ft.layer.linears import weight_matrix
 from s2ft.runtime.timing import milliseconds, spread
 from s2ft.selection.select import select
 from s2ft.selection.structure import find_structures
 
-LLAMA2_7B = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
 RATIOS = {"o_proj": 0.052, "down_proj": 0.02}  # the paper's
 
 
 def bench_selection(
-    repeats: int = 5, shape: dict[str, int] | None = None, tell: Callable[[float], Any] = lambda done: None
+    repeats: int = 5, shape: dict[str, int] | None = None, tell: TellShare = lambda done: None
 ) -> Report:
     """Times `select` with the strategies that need no data, beside one pass over the same weights."""
     shape = shape or LLAMA2_7B
@@ -48,10 +43,10 @@ def bench_selection(
     return Report(settings={"shape": shape, "dtype": "bfloat16", "ratios": RATIOS, "repeats": repeats}, rows=rows)
 
 
-def shared_layers(shape: dict[str, int]) -> nn.Module:
+def shared_layers(shape: dict[str, int]) -> LlamaForCausalLM:
     """A bf16 Llama whose blocks all hold the first block's weights; embeddings have no values."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16")).bfloat16()
+        model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16")).bfloat16()
     first, *others = model.model.layers
     first.to_empty(device="cpu")
     for parameter in first.parameters():

@@ -29,6 +29,7 @@ from torch import nn
 
 from s2ft.format.slices import Slice
 from s2ft.lab.bench.report import Report
+from s2ft.lab.registry import TellShare
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linear import S2FTLinear
 from s2ft.runtime.timing import bytes_per_ms, free_bytes, milliseconds, no_spread, spread
@@ -46,7 +47,7 @@ Row = dict[str, Any]
 
 
 def bench_switch(
-    dims: Sequence[int] = DIMS, rounds: int = 40, seconds: float = 10, tell: Callable[[float], Any] = lambda done: None
+    dims: Sequence[int] = DIMS, rounds: int = 40, seconds: float = 10, tell: TellShare = lambda done: None
 ) -> Report:
     """Times each dimension on the CPU and, where there is one, on the GPU, in at most `rounds` rounds or `seconds`.
 

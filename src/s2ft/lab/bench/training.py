@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -35,11 +35,12 @@ from s2ft.lab.bench.contestants import (
 from s2ft.lab.bench.report import Report
 from s2ft.lab.bench.saved import own_tensors, saved_bytes
 from s2ft.lab.bench.training_plot import draw_training as draw_training
+from s2ft.lab.registry import TellShare
+from s2ft.lab.shapes import LLAMA2_7B, LLAMA3_8B, SMALL
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.timing import milliseconds, no_spread, spread
 
 Row = dict[str, Any]
-Tell = Callable[[float], None]  # how much of the work is done, from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,6 @@ class Preset:
     share: float = 0.01  # of the parameters that is trained, by the methods that have a choice
     ablation: bool = False  # variants of S²FT and of the others, at the main cell
 
-
-SMALL = {
-    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 2048,
-}  # fmt: skip
-LLAMA2_7B = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
-}  # fmt: skip
-LLAMA3_8B = {**LLAMA2_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 
 PRESETS = {
     "cpu": Preset(
@@ -115,7 +108,7 @@ def bench_training(
     preset: Preset | str = "cpu",
     liger: bool = False,
     methods: Mapping[str, Prepare] = CONTESTANTS,
-    tell: Tell = lambda done: None,
+    tell: TellShare = lambda done: None,
 ) -> Report:
     """Measures every method at every cell of a preset, or of the one of that name in `PRESETS`.
 
@@ -311,7 +304,7 @@ def _free() -> None:
 class _Bar:
     """Adds up what is done, and tells which part of it all that is."""
 
-    tell: Tell
+    tell: TellShare
     total: int
     done: int = 0
 

@@ -4,6 +4,5 @@ options   every option, once
 recipes   rows of the paper's tables, as recipes
 run       runs a recipe: train, evaluate, compare
 memory    how much GPU memory a recipe needs
-duration  how long it trains
-table     memory and time of all recipes
+table     the recipes as a table, with memory and an estimate of hours
 """

@@ -19,7 +19,7 @@ import yaml
 
 from s2ft.common.errors import S2FTError
 from s2ft.evaluate.tasks import SUITES
-from s2ft.lab.bench.training import LLAMA2_7B, LLAMA3_8B
+from s2ft.lab.shapes import LLAMA2_7B, LLAMA3_8B, MISTRAL_7B
 
 VANILLA = "vanilla"  # the base model, as it is
 GLOBAL_BATCH = 64  # examples of an optimizer step, on all GPUs together
@@ -36,7 +36,7 @@ class BaseModel:
 MODELS = {
     "llama2-7b": BaseModel("meta-llama/Llama-2-7b-hf", LLAMA2_7B),
     "llama3-8b": BaseModel("meta-llama/Meta-Llama-3-8B", LLAMA3_8B),
-    "mistral-7b": BaseModel("mistralai/Mistral-7B-v0.1", {**LLAMA3_8B, "vocab_size": 32000}),
+    "mistral-7b": BaseModel("mistralai/Mistral-7B-v0.1", MISTRAL_7B),
 }
 
 

@@ -2,23 +2,28 @@
 
     recipe | paper | learning rate | GB at 4 examples of 512 and of 2,048 tokens | hours on one A100
 
-Memory is computed (`memory.py`), hours are estimated (`duration.py`).
+Memory is computed (`memory.py`). Hours of training are estimated from the steps that the S²FT paper timed on one A100 with
+80 GB (its figure 5):
+
+    time = tokens · slope + optimizer steps · constant,    both in proportion to the model's parameters
+
+The figure has LLaMA-7B at 512 tokens with one and two examples: their difference is the slope, the rest is what an optimizer
+step costs besides. Read off a figure; loading, evaluation and padding come on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from s2ft.finetune.methods import METHODS
-from s2ft.lab.reproduce.duration import hours
+from s2ft.lab.registry import TellShare
 from s2ft.lab.reproduce.memory import Memory, parameters, training_memory
-from s2ft.lab.reproduce.recipes import MODELS, Recipe, recipes
+from s2ft.lab.reproduce.recipes import GLOBAL_BATCH, MODELS, Recipe, recipes
 
 BATCH, LENGTHS = 4, (512, 2048)  # examples at once, `s2ft train`'s default; tokens of each: long ones, and the longest
 
 
-def recipe_rows(tell: Callable[[float], Any] = lambda done: None) -> list[dict[str, Any]]:
+def recipe_rows(tell: TellShare = lambda done: None) -> list[dict[str, Any]]:
     """A row for each recipe; `tell` hears the share that is done."""
     rows: list[dict[str, Any]] = []
     memory: dict[tuple[str, str], Memory] = {}  # a method has one size on a model, whatever it learns
@@ -50,3 +55,35 @@ def _row(recipe: Recipe, memory: Memory | None) -> dict[str, Any]:
     size = parameters(MODELS[recipe.model].shape)
     rate = recipe.options.get("learning_rate", METHODS[recipe.method].learning_rate)
     return {**row, "learning_rate": rate, "memory": vars(memory), "hours": hours(recipe, size)}
+
+
+TIMED_TOKENS = 512
+TIMED_PARAMETERS = 6.74e9
+STEP_MS = {  # method → one and two examples
+    "s2ft": (118, 231),
+    "lora": (138, 260),
+    "dora": (234, 398),
+    "lisa": (135, 250),
+    "galore": (610, 717),
+    "full": (314, 439),
+}
+
+
+def hours(recipe: Recipe, parameters: float) -> float:
+    """Estimated hours of training on one A100; 0 where nothing is trained.
+
+    Args:
+        parameters: Of the base model.
+
+    Example:
+        >>> from s2ft.lab.reproduce.recipes import recipes
+        >>> round(hours(recipes()["arithmetic/llama2-7b/s2ft"], 6.74e9), 2)
+        0.29
+    """
+    if not recipe.is_trained:
+        return 0.0
+    one, two = STEP_MS[recipe.method]
+    examples = recipe.options["epochs"] * recipe.examples
+    tokens = examples * recipe.tokens_per_example
+    ms = tokens / TIMED_TOKENS * (two - one) + examples / GLOBAL_BATCH * (2 * one - two)
+    return float(ms * parameters / TIMED_PARAMETERS / 3.6e6)

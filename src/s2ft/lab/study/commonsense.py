@@ -2,11 +2,11 @@
 
     trained     boolq, obqa, arc-e, arc-c: their train.json files      asked: boolq, obqa, arc-e (there is a test.json)
     untrained   siqa (has the answers of obqa), winogrande (has others)
-    majority    what always giving a task's most frequent right answer would score: the floor here
+    majority    what always giving a task's most frequent right answer would score: the baseline here
 
 Training and asking go through `s2ft train`'s trainer and `s2ft eval`'s prompts and reading of answers, which are written
 greedily: four beams take five times as long here. The learning rate is tuned on the loss of held-out training examples:
-accuracies near the floor would be noise.
+accuracies near the baseline would be noise.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from s2ft.demo.skills import Example, Split, belongs
 from s2ft.evaluate.comparison import Checked, check_scores, score
 from s2ft.evaluate.questions import digest
 from s2ft.evaluate.tasks import TASKS
+from s2ft.lab.registry import TellShare
 from s2ft.lab.study.contenders import TUNING_SEED, Contender, fit_examples, old_skills, scores_on, tests_of
 from s2ft.lab.study.report import LOSS, StudyReport
-from s2ft.lab.study.runs import Result, Runs, Tell
+from s2ft.lab.study.runs import Result, Runs
 from s2ft.lab.study.summary import Row
-from s2ft.lab.study.training import Recipe, Tuned, base_tokenizer, fresh_base, response_loss, tokens_of
+from s2ft.lab.study.training import Tuned, Workload, base_tokenizer, fresh_base, response_loss, tokens_of
 from s2ft.lab.study.tuning import best_rate
 
 TRAINED = ("boolq", "obqa", "arc-e", "arc-c")  # tasks whose train.json is read
@@ -61,8 +62,8 @@ class CommonsenseSettings:
             "s2ft": (8e-3, 1.6e-2),
         }
     )
-    recipe: Recipe = field(
-        default_factory=lambda: Recipe(steps=60, batch_size=8, train_examples=480, test_examples=100)
+    workload: Workload = field(
+        default_factory=lambda: Workload(steps=60, batch_size=8, train_examples=480, test_examples=100)
     )
 
     @property
@@ -87,7 +88,7 @@ class _Material:
 
 
 def study_commonsense(
-    folder: Path, settings: CommonsenseSettings | None = None, tell: Tell | None = None, *, data: str
+    folder: Path, settings: CommonsenseSettings | None = None, tell: TellShare | None = None, *, data: str
 ) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet.
 
@@ -99,13 +100,13 @@ def study_commonsense(
         S2FTError: if files are missing or malformed, before anything is trained.
     """
     settings = settings or CommonsenseSettings()
-    material = load_material(data, settings.recipe.test_examples)
+    material = load_material(data, settings.workload.test_examples)
     runs = Runs(folder, settings.runs, tell)
     rates = {who.name: _rate(runs, who, settings, material) for who in settings.contenders}
     rows = [_row(MAJORITY, task, 0, share) for task, share in majority(material.checked).items()]
     trainable = {}
     for seed, who in product(range(settings.seeds), (VANILLA, *settings.contenders)):
-        result = _run(runs, who, settings.recipe, rates.get(who.name, 0.0), seed, material)
+        result = _run(runs, who, settings.workload, rates.get(who.name, 0.0), seed, material)
         rows += _rows(who.name, seed, result)
         trainable[who.name] = result["trainable"]
     found = {"learning_rate": rates, "trainable": trainable, "seconds": round(runs.seconds), "data": material.digest}
@@ -148,22 +149,22 @@ def majority(checked: Checked) -> dict[str, float]:
 
 
 def _rate(runs: Runs, who: Contender, settings: CommonsenseSettings, material: _Material) -> float:
-    recipe = settings.recipe
-    validation = tokens_of(material.draw("validation", recipe.test_examples, TUNING_SEED))
+    workload = settings.workload
+    validation = tokens_of(material.draw("validation", workload.test_examples, TUNING_SEED))
 
     def run(rate: float) -> Result:
-        tuned = _fit(who, recipe, rate, TUNING_SEED, material)
-        return {"validation_loss": response_loss(tuned.model, validation, recipe.batch_size)}
+        tuned = _fit(who, workload, rate, TUNING_SEED, material)
+        return {"validation_loss": response_loss(tuned.model, validation, workload.batch_size)}
 
-    asked = {"tuning": asdict(who), "task": "commonsense", "recipe": asdict(recipe), "data": material.digest}
+    asked = {"tuning": asdict(who), "task": "commonsense", "workload": asdict(workload), "data": material.digest}
     return best_rate(runs, settings.rates[who.method], asked, run, lambda result: -float(result["validation_loss"]))
 
 
-def _run(runs: Runs, who: Contender, recipe: Recipe, rate: float, seed: int, material: _Material) -> Result:
+def _run(runs: Runs, who: Contender, workload: Workload, rate: float, seed: int, material: _Material) -> Result:
     def run() -> Result:
-        tuned = None if who == VANILLA else _fit(who, recipe, rate, seed, material)
+        tuned = None if who == VANILLA else _fit(who, workload, rate, seed, material)
         model = fresh_base() if tuned is None else tuned.model
-        scores = {**_accuracies(model, material.checked), **scores_on(model, tests_of(old_skills(), recipe, seed))}
+        scores = {**_accuracies(model, material.checked), **scores_on(model, tests_of(old_skills(), workload, seed))}
         counts = (
             {"trainable": 0, "loss": None}
             if tuned is None
@@ -171,12 +172,12 @@ def _run(runs: Runs, who: Contender, recipe: Recipe, rate: float, seed: int, mat
         )
         return {**counts, "scores": scores}
 
-    asked = {"contender": asdict(who), "task": "commonsense", "rate": rate, "seed": seed, "recipe": asdict(recipe)}
+    asked = {"contender": asdict(who), "task": "commonsense", "rate": rate, "seed": seed, "workload": asdict(workload)}
     return runs.result({**asked, "data": material.digest}, run)
 
 
-def _fit(who: Contender, recipe: Recipe, rate: float, seed: int, material: _Material) -> Tuned:
-    return fit_examples(who, material.draw("fit", recipe.train_examples, seed), recipe, rate, seed)
+def _fit(who: Contender, workload: Workload, rate: float, seed: int, material: _Material) -> Tuned:
+    return fit_examples(who, material.draw("fit", workload.train_examples, seed), workload, rate, seed)
 
 
 def _accuracies(model: Any, checked: Checked) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Who is compared: each contender says what it trains; its learning rate is chosen on the validation split.
 
-    vanilla     nothing                             the floor of every study
+    vanilla     nothing                             the base, to compare with
     full        every weight
     lora, dora  low-rank factors on all linear layers   ┐
     shira       scattered entries of all linear layers  ├ about `budget` of the parameters
@@ -25,7 +25,7 @@ from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.study.runs import Runs
-from s2ft.lab.study.training import Recipe, Tuned, accuracy, calibration, fine_tune, fresh_base, tokens_of
+from s2ft.lab.study.training import Tuned, Workload, accuracy, calibration, fine_tune, fresh_base, tokens_of
 from s2ft.lab.study.tuning import best_rate
 from s2ft.selection.select import select
 
@@ -43,7 +43,7 @@ class Contender:
     subset: str = "largest"
 
     def config(
-        self, model: PreTrainedModel, tokens: Dataset, recipe: Recipe, seed: int, avoid: Sequence[str] = ()
+        self, model: PreTrainedModel, tokens: Dataset, workload: Workload, seed: int, avoid: Sequence[str] = ()
     ) -> PeftConfig | None:
         """The PEFT config; None where the model's own weights are trained.
 
@@ -51,7 +51,7 @@ class Contender:
             avoid: For s2ft: folders of adapters whose channels are not to be chosen.
         """
         if self.method == "s2ft":
-            return self._channels(model, tokens, recipe, seed, avoid)
+            return self._channels(model, tokens, workload, seed, avoid)
         parameters = round(self.budget * model.num_parameters())
         if self.method == "shira":
             rank = equal_rank(model, parameters)
@@ -61,7 +61,7 @@ class Contender:
         return method.peft_config(options, model, None)
 
     def _channels(
-        self, model: PreTrainedModel, tokens: Dataset, recipe: Recipe, seed: int, avoid: Sequence[str]
+        self, model: PreTrainedModel, tokens: Dataset, workload: Workload, seed: int, avoid: Sequence[str]
     ) -> S2FTConfig:
         config = S2FTConfig(
             budget=self.budget,
@@ -71,35 +71,37 @@ class Contender:
             avoid=list(avoid) or None,
             task_type="CAUSAL_LM",
         )
-        return select(model, config, [calibration(tokens, recipe.batch_size)]).config
+        return select(model, config, [calibration(tokens, workload.batch_size)]).config
 
 
-def fit(contender: Contender, task: str, recipe: Recipe, rate: float, seed: int, avoid: Sequence[str] = ()) -> Tuned:
+def fit(
+    contender: Contender, task: str, workload: Workload, rate: float, seed: int, avoid: Sequence[str] = ()
+) -> Tuned:
     """A fresh base, tuned by `contender` on the `fit` split of a study's skill."""
-    examples = STUDY_SKILLS[task].examples(recipe.train_examples, seed, split="fit")
-    return fit_examples(contender, examples, recipe, rate, seed, avoid)
+    examples = STUDY_SKILLS[task].examples(workload.train_examples, seed, split="fit")
+    return fit_examples(contender, examples, workload, rate, seed, avoid)
 
 
 def fit_examples(
     contender: Contender,
     examples: Sequence[Example],
-    recipe: Recipe,
+    workload: Workload,
     rate: float,
     seed: int,
     avoid: Sequence[str] = (),
 ) -> Tuned:
     """A fresh base, tuned by `contender` on `examples`."""
     tokens, model = tokens_of(examples), fresh_base()
-    return fine_tune(model, tokens, contender.config(model, tokens, recipe, seed, avoid), recipe, rate, seed)
+    return fine_tune(model, tokens, contender.config(model, tokens, workload, seed, avoid), workload, rate, seed)
 
 
 def train_and_score(
-    contender: Contender, task: str, recipe: Recipe, rate: float, seed: int, tests: Mapping[str, list[Example]]
+    contender: Contender, task: str, workload: Workload, rate: float, seed: int, tests: Mapping[str, list[Example]]
 ) -> dict[str, Any]:
     """What a run leaves: parameters, training loss, and the accuracy on each test."""
     if contender.method == "vanilla":
         return {"trainable": 0, "loss": None, "scores": scores_on(fresh_base(), tests)}
-    tuned = fit(contender, task, recipe, rate, seed)
+    tuned = fit(contender, task, workload, rate, seed)
     return {"trainable": tuned.trainable, "loss": tuned.final_loss, "scores": scores_on(tuned.model, tests)}
 
 
@@ -108,9 +110,9 @@ def scores_on(model: Any, tests: Mapping[str, list[Example]]) -> dict[str, float
     return {name: accuracy(model, examples) for name, examples in tests.items()}
 
 
-def tests_of(skills: Mapping[str, Skill], recipe: Recipe, seed: int) -> dict[str, list[Example]]:
+def tests_of(skills: Mapping[str, Skill], workload: Workload, seed: int) -> dict[str, list[Example]]:
     """Test examples of each skill; another seed draws others."""
-    return {name: skill.examples(recipe.test_examples, seed, split="test") for name, skill in skills.items()}
+    return {name: skill.examples(workload.test_examples, seed, split="test") for name, skill in skills.items()}
 
 
 def old_skills() -> dict[str, Skill]:
@@ -118,12 +120,12 @@ def old_skills() -> dict[str, Skill]:
     return {name: SKILLS[name] for name in OLD_SKILLS}
 
 
-def tuned_rate(runs: Runs, contender: Contender, task: str, rates: Sequence[float], recipe: Recipe) -> float:
+def tuned_rate(runs: Runs, contender: Contender, task: str, rates: Sequence[float], workload: Workload) -> float:
     """The rate whose run is best on the validation split, looked for from `rates` on."""
-    validation = STUDY_SKILLS[task].examples(recipe.test_examples, TUNING_SEED, split="validation")
-    settings = {"tuning": asdict(contender), "task": task, "recipe": asdict(recipe)}
+    validation = STUDY_SKILLS[task].examples(workload.test_examples, TUNING_SEED, split="validation")
+    settings = {"tuning": asdict(contender), "task": task, "workload": asdict(workload)}
 
     def run(rate: float) -> dict[str, Any]:
-        return train_and_score(contender, task, recipe, rate, TUNING_SEED, {task: validation})
+        return train_and_score(contender, task, workload, rate, TUNING_SEED, {task: validation})
 
     return best_rate(runs, rates, settings, run, lambda result: float(result["scores"][task]))

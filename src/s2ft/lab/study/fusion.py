@@ -19,11 +19,12 @@ from typing import Any
 from peft import PeftModel
 
 from s2ft.demo.skills import STUDY_SKILLS, Example
+from s2ft.lab.registry import TellShare
 from s2ft.lab.study.contenders import Contender, fit, old_skills, scores_on, tests_of, tuned_rate
 from s2ft.lab.study.report import StudyReport
-from s2ft.lab.study.runs import Result, Runs, Tell
+from s2ft.lab.study.runs import Result, Runs
 from s2ft.lab.study.summary import Row
-from s2ft.lab.study.training import Recipe, fresh_base
+from s2ft.lab.study.training import Workload, fresh_base
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 FUSIONS = {"sum": 1.0, "mean": 0.5}  # the weight of each adapter
@@ -43,7 +44,7 @@ class FusionSettings:
     rates: Mapping[str, tuple[float, ...]] = field(  # tried first
         default_factory=lambda: {"lora": (4e-3, 8e-3, 1.6e-2), "s2ft": (8e-3, 1.6e-2, 3.2e-2)}
     )
-    recipe: Recipe = field(default_factory=Recipe)
+    workload: Workload = field(default_factory=Workload)
 
     @property
     def runs(self) -> int:
@@ -51,7 +52,7 @@ class FusionSettings:
         return sum(2 * len(rates) + self.seeds for rates in self.rates.values())
 
 
-def study_fusion(folder: Path, settings: FusionSettings | None = None, tell: Tell | None = None) -> StudyReport:
+def study_fusion(folder: Path, settings: FusionSettings | None = None, tell: TellShare | None = None) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet.
 
     Args:
@@ -61,7 +62,7 @@ def study_fusion(folder: Path, settings: FusionSettings | None = None, tell: Tel
     runs = Runs(folder, settings.runs, tell)
     contenders = [Contender(method, method, settings.budget) for method in settings.rates]
     rates = {
-        who.method: {task: tuned_rate(runs, who, task, own, settings.recipe) for task in settings.tasks}
+        who.method: {task: tuned_rate(runs, who, task, own, settings.workload) for task in settings.tasks}
         for who, own in zip(contenders, settings.rates.values(), strict=True)
     }
     rows: list[Row] = []
@@ -73,13 +74,13 @@ def study_fusion(folder: Path, settings: FusionSettings | None = None, tell: Tel
 
 
 def _run(runs: Runs, who: Contender, settings: FusionSettings, rates: dict[str, float], seed: int) -> Result:
-    tasks, recipe = settings.tasks, settings.recipe
+    tasks, workload = settings.tasks, settings.workload
 
     def run() -> Result:
-        tests = tests_of({**{task: STUDY_SKILLS[task] for task in tasks}, **old_skills()}, recipe, seed)
+        tests = tests_of({**{task: STUDY_SKILLS[task] for task in tasks}, **old_skills()}, workload, seed)
         return dict(_fuse_and_score(who, settings, rates, seed, tests))
 
-    asked = {"fusing": asdict(who), "tasks": tasks, "rates": rates, "seed": seed, "recipe": asdict(recipe)}
+    asked = {"fusing": asdict(who), "tasks": tasks, "rates": rates, "seed": seed, "workload": asdict(workload)}
     return runs.result(asked, run)
 
 
@@ -90,12 +91,12 @@ def _fuse_and_score(
     first, second = settings.tasks
     with TemporaryDirectory() as folder:
         kept = Path(folder, "first")
-        one = fit(who, first, settings.recipe, rates[first], seed).model
+        one = fit(who, first, settings.workload, rates[first], seed).model
         one.save_pretrained(str(kept))
         alone = {first: scores_on(one, tests)}
         for variant in VARIANTS[who.method]:
             avoid = [str(kept)] if "disjoint" in variant else []
-            other = fit(who, second, settings.recipe, rates[second], seed, avoid).model
+            other = fit(who, second, settings.workload, rates[second], seed, avoid).model
             other.save_pretrained(str(Path(folder, variant)))
             fused = fuse_adapters([kept, Path(folder, variant)], who.method)
             yield variant, {**alone, second: scores_on(other, tests), **_fused_scores(fused, tests)}

@@ -16,11 +16,12 @@ from statistics import fmean
 from typing import Any
 
 from s2ft.demo.skills import FAR_SKILLS, NEAR_SKILLS, STUDY_SKILLS, Skill
+from s2ft.lab.registry import TellShare
 from s2ft.lab.study.contenders import Contender, old_skills, tests_of, train_and_score, tuned_rate
 from s2ft.lab.study.report import LOSS, StudyReport
-from s2ft.lab.study.runs import Result, Runs, Tell
+from s2ft.lab.study.runs import Result, Runs
 from s2ft.lab.study.summary import Row
-from s2ft.lab.study.training import Recipe
+from s2ft.lab.study.training import Workload
 
 EQUAL = 0.04  # the budget at which methods are compared
 VANILLA = Contender("vanilla", "vanilla")
@@ -50,7 +51,7 @@ class GeneralizationSettings:
     task: str = "back"
     contenders: tuple[Contender, ...] = CONTENDERS
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)  # of each method
-    recipe: Recipe = field(default_factory=Recipe)
+    workload: Workload = field(default_factory=Workload)
 
     @property
     def runs(self) -> int:
@@ -60,7 +61,7 @@ class GeneralizationSettings:
 
 
 def study_generalization(
-    folder: Path, settings: GeneralizationSettings | None = None, tell: Tell | None = None
+    folder: Path, settings: GeneralizationSettings | None = None, tell: TellShare | None = None
 ) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet.
 
@@ -70,7 +71,7 @@ def study_generalization(
     settings = settings or GeneralizationSettings()
     runs = Runs(folder, settings.runs, tell)
     rates = {
-        who.name: tuned_rate(runs, who, settings.task, settings.rates[who.method], settings.recipe)
+        who.name: tuned_rate(runs, who, settings.task, settings.rates[who.method], settings.workload)
         for who in settings.contenders
     }
     rows: list[Row] = []
@@ -85,12 +86,12 @@ def study_generalization(
 
 
 def _run(runs: Runs, who: Contender, settings: GeneralizationSettings, rate: float, seed: int) -> Result:
-    recipe, task = settings.recipe, settings.task
+    workload, task = settings.workload, settings.task
 
     def run() -> Result:
-        return train_and_score(who, task, recipe, rate, seed, tests_of(_skills(task), recipe, seed))
+        return train_and_score(who, task, workload, rate, seed, tests_of(_skills(task), workload, seed))
 
-    asked = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "recipe": asdict(recipe)}
+    asked = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "workload": asdict(workload)}
     return runs.result({**asked, "tests": sorted(_skills(task))}, run)
 
 

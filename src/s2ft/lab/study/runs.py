@@ -18,10 +18,10 @@ from s2ft.common.errors import S2FTError
 from s2ft.common.files import staged
 from s2ft.common.outputs import check_place
 from s2ft.demo import base_path
+from s2ft.lab.registry import TellShare
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
-Tell = Callable[[float], None]  # is told the share of the runs that are done
 
 FILE = "runs.jsonl"
 VERSIONS = ("s2ft", "torch", "transformers", "peft", "trl")
@@ -38,7 +38,7 @@ class Runs:
         S2FTError: if the folder cannot be one, or a line of its file is no run.
     """
 
-    def __init__(self, folder: Path, total: int, tell: Tell | None = None) -> None:
+    def __init__(self, folder: Path, total: int, tell: TellShare | None = None) -> None:
         check_place(folder, "runs")
         self.folder, self.total, self.tell = folder, total, tell
         self.seconds = 0.0  # of all runs of the study, whenever they were done

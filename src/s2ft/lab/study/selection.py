@@ -13,11 +13,12 @@ from pathlib import Path
 from statistics import fmean
 
 from s2ft.demo.skills import STUDY_SKILLS
+from s2ft.lab.registry import TellShare
 from s2ft.lab.study.contenders import Contender, old_skills, tests_of, train_and_score, tuned_rate
 from s2ft.lab.study.report import StudyReport
-from s2ft.lab.study.runs import Result, Runs, Tell
+from s2ft.lab.study.runs import Result, Runs
 from s2ft.lab.study.summary import Row
-from s2ft.lab.study.training import Recipe
+from s2ft.lab.study.training import Workload
 
 SIGNS = (("+", "largest"), ("−", "smallest"))
 LETTERS = (("W", "weight"), ("A", "activation"), ("S", "product"), ("G", "gradient"))
@@ -40,7 +41,7 @@ class SelectionSettings:
     tasks: tuple[str, ...] = ("river", "ends")
     budget: float = 0.04
     rates: tuple[float, ...] = (8e-3, 1.6e-2, 3.2e-2)  # tried first
-    recipe: Recipe = field(default_factory=Recipe)
+    workload: Workload = field(default_factory=Workload)
 
     @property
     def runs(self) -> int:
@@ -48,7 +49,9 @@ class SelectionSettings:
         return len(self.tasks) * (len(self.rates) * len(self.strategies) + self.seeds * (1 + len(self.strategies)))
 
 
-def study_selection(folder: Path, settings: SelectionSettings | None = None, tell: Tell | None = None) -> StudyReport:
+def study_selection(
+    folder: Path, settings: SelectionSettings | None = None, tell: TellShare | None = None
+) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet.
 
     Args:
@@ -58,12 +61,12 @@ def study_selection(folder: Path, settings: SelectionSettings | None = None, tel
     runs = Runs(folder, settings.runs, tell)
     tuned = [contender(name, settings.budget) for name in settings.strategies]
     rates = {
-        task: {who.name: tuned_rate(runs, who, task, settings.rates, settings.recipe) for who in tuned}
+        task: {who.name: tuned_rate(runs, who, task, settings.rates, settings.workload) for who in tuned}
         for task in settings.tasks
     }
     rows: list[Row] = []
     for seed, task, who in product(range(settings.seeds), settings.tasks, [UNTUNED, *tuned]):
-        result = _run(runs, who, task, rates[task].get(who.name, 0.0), seed, settings.recipe)
+        result = _run(runs, who, task, rates[task].get(who.name, 0.0), seed, settings.workload)
         rows += _rows(who.name, task, seed, result["scores"])
     return StudyReport(
         {**asdict(settings), "learning_rate": rates, "seconds": round(runs.seconds)}, rows, ("strategy",)
@@ -75,12 +78,12 @@ def contender(strategy: str, budget: float) -> Contender:
     return Contender(strategy, "s2ft", budget, *STRATEGIES[strategy])
 
 
-def _run(runs: Runs, who: Contender, task: str, rate: float, seed: int, recipe: Recipe) -> Result:
+def _run(runs: Runs, who: Contender, task: str, rate: float, seed: int, workload: Workload) -> Result:
     def run() -> Result:
-        tests = tests_of({task: STUDY_SKILLS[task], **old_skills()}, recipe, seed)
-        return train_and_score(who, task, recipe, rate, seed, tests)
+        tests = tests_of({task: STUDY_SKILLS[task], **old_skills()}, workload, seed)
+        return train_and_score(who, task, workload, rate, seed, tests)
 
-    settings = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "recipe": asdict(recipe)}
+    settings = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "workload": asdict(workload)}
     return runs.result(settings, run)
 
 

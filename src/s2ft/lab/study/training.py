@@ -1,7 +1,7 @@
 """One fine-tuning of the embedded base, in memory: examples and a PEFT config in, the tuned model and its losses out.
 
-The trainer, its recipe and the labels are those of `s2ft train`; nothing is written. Weights are fp32 for every method, so that
-none is favoured by the precision.
+Trainer, settings and labels are those of `s2ft train`; nothing is written. Weights are fp32 for every method, so that none is
+favoured by the precision.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ LAST = 0.1  # the share of the steps whose mean loss is the final one
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What all runs of a study share."""
+class Workload:
+    """How much each run of a study trains and is tested on; the same for all methods."""
 
     steps: int = 60
     batch_size: int = 32
@@ -72,28 +72,33 @@ def tokens_of(examples: Sequence[Example]) -> Dataset:
 
 
 def fine_tune(
-    model: PreTrainedModel, tokens: Dataset, config: PeftConfig | None, recipe: Recipe, learning_rate: float, seed: int
+    model: PreTrainedModel,
+    tokens: Dataset,
+    config: PeftConfig | None,
+    workload: Workload,
+    learning_rate: float,
+    seed: int,
 ) -> Tuned:
     """Trains what `config` says, or every weight of `model` if it is None.
 
     Args:
         seed: Of the order of the examples, and of what a method draws without a seed of its own.
     """
-    trainer = _trainer(model, tokens, config, _options(recipe, learning_rate, seed))
+    trainer = _trainer(model, tokens, config, _options(workload, learning_rate, seed))
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Tuned(trainer.accelerator.unwrap_model(trainer.model), losses, trainable)
 
 
-def _options(recipe: Recipe, learning_rate: float, seed: int) -> TrainOptions:
+def _options(workload: Workload, learning_rate: float, seed: int) -> TrainOptions:
     return parse_options(
         {
             "model": str(base_path()),
             "data": "generated",
             "output": tempfile.gettempdir(),  # the trainer wants a folder; it saves nothing
-            "max_steps": recipe.steps,
-            "batch_size": recipe.batch_size,
+            "max_steps": workload.steps,
+            "batch_size": workload.batch_size,
             "gradient_accumulation": 1,
             "learning_rate": learning_rate,
             "train_seed": seed,
