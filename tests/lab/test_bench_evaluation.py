@@ -18,9 +18,9 @@ from s2ft.evaluate.questions import load_questions
 from s2ft.evaluate.tasks import Decoding, missing
 from s2ft.lab.bench import evaluation as bench
 from s2ft.lab.bench.evaluation import (
-    FLOOR,
+    REFERENCE,
     TASK,
-    Contestant,
+    AnswerAll,
     Texts,
     bench_evaluation,
     contestants,
@@ -33,7 +33,7 @@ from s2ft.runtime.models import load_model, load_tokenizer
 BASE = str(base_path())
 
 REAL = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[3] / "shared" / "data"))
-METHODS = ["s2ft eval", FLOOR, "generate, file order"]
+METHODS = ["s2ft eval", REFERENCE, "generate, file order"]
 SHORT = Decoding(beams=2, max_new_tokens=3)
 KEYS = {
     "method", "prompts", "batch_size", "beams", "max_new_tokens", "seconds", "seconds_p20", "seconds_p80", "ratio",
@@ -54,10 +54,10 @@ def put(folder: Path, records: object) -> str:
     return str(folder)
 
 
-def changed(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Contestant], Contestant]) -> None:
+def changed(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[AnswerAll], AnswerAll]) -> None:
     """One contestant is another one."""
 
-    def other(*args: object) -> dict[str, Contestant]:
+    def other(*args: object) -> dict[str, AnswerAll]:
         found = contestants(*args)
         return {**found, name: change(found[name])}
 
@@ -72,12 +72,12 @@ def test_rows_are_whole() -> None:
     heard: list[float] = []
     found = bench_evaluation(BASE, limit=3, rounds=2, decoding=SHORT, tell=heard.append).as_dict()
     assert [row["method"] for row in found["rows"]] == METHODS
-    floor = found["rows"][1]
+    reference = found["rows"][1]
     for row in found["rows"]:
         assert set(row) == KEYS
         assert [row[name] for name in ("prompts", "batch_size", "beams", "max_new_tokens")] == [3, 8, 2, 3]
         assert 0 < row["seconds_p20"] <= row["seconds"] <= row["seconds_p80"]
-        assert row["ratio"] == row["seconds"] / floor["seconds"]
+        assert row["ratio"] == row["seconds"] / reference["seconds"]
         assert evaluation_line(row)["differing"] == f"{row['differing']} of 3"
     assert heard == sorted(heard)
     assert heard[-1] == 1
@@ -104,7 +104,7 @@ def test_all_answer_every_prompt_the_first_two_in_the_same_batches(monkeypatch: 
 def test_answers_that_differ_are_counted_by_their_texts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     honest = differing(bench_evaluation(BASE, limit=4, rounds=1, decoding=SHORT))
 
-    def lying(contestant: Contestant) -> Contestant:
+    def lying(contestant: AnswerAll) -> AnswerAll:
         def answers() -> Iterator[Texts]:
             for batch in contestant():
                 yield {index: f"{text}!" if index in (1, 3) else text for index, text in batch.items()}
@@ -117,10 +117,12 @@ def test_answers_that_differ_are_counted_by_their_texts(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("brief")
-def test_a_lie_in_one_round_is_counted_and_so_is_a_floor_that_changes_its_mind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lie_in_one_round_is_counted_and_so_is_a_reference_that_changes_its_mind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rounds = iter(["warm-up", "first", "second"])
 
-    def fickle(contestant: Contestant) -> Contestant:
+    def fickle(contestant: AnswerAll) -> AnswerAll:
         def answers() -> Iterator[Texts]:
             is_last = next(rounds) == "second"
             for batch in contestant():
@@ -128,16 +130,16 @@ def test_a_lie_in_one_round_is_counted_and_so_is_a_floor_that_changes_its_mind(m
 
         return answers
 
-    changed(monkeypatch, FLOOR, fickle)
+    changed(monkeypatch, REFERENCE, fickle)
     assert differing(bench_evaluation(BASE, limit=4, rounds=2, decoding=SHORT)) == {
         **dict.fromkeys(METHODS, 0),
-        FLOOR: 1,
+        REFERENCE: 1,
     }
 
 
 @pytest.mark.usefixtures("brief")
 def test_no_answer_and_a_missing_one_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(contestant: Contestant) -> Contestant:
+    def failing(contestant: AnswerAll) -> AnswerAll:
         return lambda: ({index: None for index in batch if index != 0} for batch in contestant())
 
     changed(monkeypatch, "s2ft eval", failing)
@@ -147,7 +149,7 @@ def test_no_answer_and_a_missing_one_differ(monkeypatch: pytest.MonkeyPatch) -> 
 def test_questions_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def watched(model: object, tokenizer: object, prompts: list[str], decoding: Decoding) -> dict[str, Contestant]:
+    def watched(model: object, tokenizer: object, prompts: list[str], decoding: Decoding) -> dict[str, AnswerAll]:
         asked.append(list(prompts))
         return contestants(model, tokenizer, prompts, decoding)
 

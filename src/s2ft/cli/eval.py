@@ -84,7 +84,7 @@ def _show(report: Any, options: EvalOptions) -> None:
     console = Console(highlight=False, markup=False)
     console.print(f"answers: {options.output}", soft_wrap=True)
     if report.errors:
-        console.print(f"{report.errors} could not be had (errors); the same command tries those again, and no others")
+        console.print(f"{report.errors} answers or ratings failed; the same command tries only those again")
     if report.ratings and report.settings["judge"] is None:
         console.print(
             "not rated yet: run the same command with S2FT_JUDGE_URL, S2FT_JUDGE_MODEL and S2FT_JUDGE_KEY set"

@@ -99,7 +99,7 @@ def _report(result: dict[str, Any], output: Path) -> None:
         smaller = ", ".join(f"{name}={value}" for name, value in result["deviations"].items())
         console.print(f"not the paper's run: {smaller}")
     if result["errors"]:
-        console.print(f"{result['errors']} answers could not be had; the same command tries those again")
+        console.print(f"{result['errors']} answers or ratings failed; the same command tries only those again")
     console.print(f"result: {output}/reproduction.json", soft_wrap=True)
 
 

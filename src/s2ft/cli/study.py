@@ -47,7 +47,7 @@ def _study(name: str, seeds: int, runs: Path | None, json_file: Path | None, png
 
 
 def _run(name: str, folder: Path, seeds: int, options: dict[str, Any]) -> Any:
-    """The study under a progress bar, with nobody else in its folder."""
+    """Runs the study under a progress bar; its folder is locked meanwhile."""
     import transformers
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

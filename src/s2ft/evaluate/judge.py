@@ -2,10 +2,10 @@
 
     POST {url}/chat/completions   {"model", "temperature": 0, "messages"}   →   "... Rating: [[7]]"   →   7
 
-What may pass is tried again, after a pause that doubles each time or that the server asks for: a server that is down, slow or
-rate-limiting, an answer that is no JSON or holds no rating. What will not pass is said at once: a refused key, a wrong address.
-The key comes from the environment, goes into one header, and is written nowhere: what a judge says is kept and shown without
-it, and without long parts of it, since servers repeat keys, and may cut them.
+Failures that may be temporary are retried, after a pause that doubles each time or that the server asks for: a server that is
+down, slow or rate-limiting, an answer that is not JSON or holds no rating. A refused key or a wrong address is an error at
+once. The key comes from the environment, goes into one header, and is written nowhere: it is cut out of what the judge says, as
+are long parts of it, since servers repeat keys, sometimes abbreviated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ URL, MODEL, KEY = "S2FT_JUDGE_URL", "S2FT_JUDGE_MODEL", "S2FT_JUDGE_KEY"
 LOWEST, HIGHEST = 1, 10
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-_PASSING = (408, 409, 425, 429)  # and all from 500 on
+_PASSING = (408, 409, 425, 429)  # temporary, as all from 500 on
 _UNUSABLE = (401, 403, 404, 405)  # wrong for every question
 _LONGEST_PAUSE = 60.0  # seconds
 _SHOWN = 400  # characters of a refusal
@@ -39,15 +39,15 @@ _PART = 8  # characters of a key that are not shown in a row
 
 
 class NoRating(Exception):
-    """The judge gave no rating for this answer, however often it was asked."""
+    """The judge gave no rating for this answer in any attempt."""
 
 
 class JudgeDown(NoRating):
-    """It did not answer at all: likely the next question will fare the same."""
+    """The judge did not answer at all, so the next question is likely to fail too."""
 
 
 class _Passing(Exception):
-    """A failure that may pass; `pause` is what the server asks to wait, in seconds."""
+    """A failure that may be temporary; `pause` is what the server asks to wait, in seconds."""
 
     def __init__(self, reason: str, pause: float | None = None, down: bool = True) -> None:
         super().__init__(reason)
@@ -56,7 +56,7 @@ class _Passing(Exception):
 
 @dataclass(frozen=True)
 class Judge:
-    """Where a judge is, and how patient we are with it."""
+    """A judge: its address, its model, and how long and how often it is asked."""
 
     url: str  # up to and with /v1
     model: str
@@ -112,7 +112,7 @@ class Judge:
         return text
 
     def _sorted(self, error: APIStatusError) -> Exception:
-        """What an HTTP status means for us."""
+        """The error that an HTTP status stands for."""
         code = error.status_code
         said = self._clean(error.response.text).strip()[:_SHOWN]
         reason = f"the judge answered with HTTP {code}{': ' if said else ''}{said}"
@@ -123,7 +123,7 @@ class Judge:
         return NoRating(reason)
 
     def _clean(self, text: str) -> str:
-        """Before anything is cut, or a part of the key would stay."""
+        """The text without the key. Clean first, shorten after: otherwise a part of the key could stay."""
         return without_key(text, self.key) if self.key else text
 
 

@@ -1,8 +1,8 @@
-"""One question to a judge's server, by OpenAI's client; what the client would do beyond that is kept out.
+"""One question to a judge's server, by OpenAI's client, without some things that the client does.
 
-The client takes further keys and headers from the environment (OPENAI_ORG_ID, say) and follows redirects: here the judge gets
-its own key and nothing else, and nobody else gets that. It reads answers of any length, for as long as that takes: here both
-have a limit.
+The client sends further keys and headers from the environment (OPENAI_ORG_ID, say), and follows redirects: here the judge gets
+its own key only, and no other server gets it. The client reads answers of any length, for as long as that takes: here both have
+a limit.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class EvalOptions(HarnessOptions):
         checks: list[Callable[[], object]] = [self._check_data, self.judge]
         if self.output is not None:
             checks.append(partial(check_place, self.output))
-        return list(dict.fromkeys([*problems, *gathered(*checks)]))  # who asks for the tasks hears of the unknown ones
+        return list(dict.fromkeys([*problems, *gathered(*checks)]))  # two of the checks find unknown tasks
 
     def _check_data(self) -> None:
         raise_together([] if self.data is None else missing(self.tasks, self.data))

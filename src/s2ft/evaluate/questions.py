@@ -35,7 +35,7 @@ def load_questions(task: Task, data: str, limit: int | None = None, prompts: str
     Args:
         task: Any but MT-Bench.
         data: A folder with NAME/test.json or dataset/NAME/test.json; or a data set on the Hub that is laid out like that.
-        limit: The first so many.
+        limit: Use only the first N questions.
         prompts: "alpaca", the words of training; or "chat", the instruction through the model's chat template.
 
     Raises:

@@ -3,8 +3,8 @@
     output/base/gsm8k.jsonl           every answer, what was read from it, and the verdict
     output/my-adapter/gsm8k.jsonl     the same of an adapter
 
-What has an answer is not asked again, so the same call goes on after an interruption, and only counts once all is done.
-An answer that could not be produced is an error: it is counted as such, not as wrong, and tried again by the next call.
+Questions that have an answer are not asked again: after an interruption the same call continues, and once all is answered it
+only counts. An answer that could not be produced is counted as an error, not as wrong, and tried again by the next call.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def evaluate(options: EvalOptions, tell: Tell = lambda *_: None, judge: Judge | 
     """
     if options.engine == "vllm":
         check_vllm()
+    judge = judge or options.judge()
     advice = f"lower batch_size={options.batch_size}, or take precision='bf16'"
     with clear_failures(advice, str(options.output)), ExitStack() as locks:
         models = _models(options)
@@ -120,7 +121,7 @@ def evaluate(options: EvalOptions, tell: Tell = lambda *_: None, judge: Judge | 
             pending = [job for job in own if not job.is_done]
             if pending:
                 _write(models, subject, pending, options, tell)
-        return _report(options, jobs, judge or options.judge(), tell)
+        return _report(options, jobs, judge, tell)
 
 
 def _models(options: EvalOptions) -> Models:
@@ -170,7 +171,7 @@ def _load(task: Task, options: EvalOptions, words: str) -> list[Question] | list
 
 
 def _conditions(options: EvalOptions, task: Task, words: str, asked: Sequence[Question | Dialogue]) -> dict[str, Any]:
-    """What answers depend on, beside the model. The batch size is left out: whoever runs out of memory may lower it."""
+    """What answers depend on, beside the model; not the batch size, which may be lowered when memory runs out."""
     conditions = {"limit": options.limit, "prompt": words, "engine": options.engine} | vars(options.decoding(task))
     return {**conditions, "questions": digest([vars(item) for item in asked])}
 
@@ -187,7 +188,7 @@ def _write(models: Models, subject: Subject, jobs: list[_Job], options: EvalOpti
 
 
 def _counting(tell: Tell, title: str, total: int) -> Callable[[int], None]:
-    """Takes how many more are done, and tells how many are done."""
+    """Adds up what is reported in parts, and tells the sum."""
     done = 0
 
     def told(more: int) -> None:

@@ -1,6 +1,6 @@
 """`s2ft bench`: measurements beside other methods and a lower bound (the floor).
 
-report         what a benchmark returns
+report         what benchmarks share: turns, and what comes back
 training       what a training step costs
 contestants    sets up each method for it
 saved          what autograd keeps for backward

@@ -68,7 +68,7 @@ class Contestant:
             hidden: Tensor = getattr(whole, whole.base_model_prefix)(**self._inputs(ids)).last_hidden_state
         return hidden.sum()
 
-    def _inputs(self, ids: Tensor) -> dict[str, Any]:
+    def _inputs(self, ids: Tensor) -> dict[str, Any]:  # [batch, length]
         if self.optimizer is not None:
             return {"input_ids": ids, "use_cache": False}
         embed = self.model.get_input_embeddings()  # type: ignore[operator]

@@ -1,10 +1,10 @@
 """How fast does `s2ft eval` write answers beside transformers' own `generate`, on equal settings?
 
     s2ft eval               its engine: prompts of like length share a batch, the longest first
-    generate, same batches  tokenizer with padding, `model.generate`, decoding, on those very batches: the floor
+    generate, same batches  tokenizer with padding, `model.generate`, decoding, on those very batches: the reference
     generate, file order    the same calls on batches in the order of the questions: what one writes without sorting
 
-    ratio = median time / median time of the floor        differing = answers that are not the floor's
+    ratio = median time / median time of the reference        differing = answers that are not the reference's
 
 Each is timed from texts to texts. They take turns, all prompts in each turn, in an order that is drawn anew each round.
 """
@@ -34,7 +34,7 @@ from s2ft.runtime.timing import milliseconds, spread
 
 TASK = TASKS["gsm8k"]
 BATCH_SIZE: int = EvalOptions.model_fields["batch_size"].default
-FLOOR = "generate, same batches"
+REFERENCE = "generate, same batches"
 SEED = 0
 # Characters of GSM8K's test questions: their logarithm is close to normal
 SHORTEST, MEDIAN, LONGEST, LOG_DEVIATION = 73, 222, 848, 0.39
@@ -42,7 +42,7 @@ HALF_A_SENTENCE = 11  # characters: stories end at the sentence that is nearest 
 
 Row = dict[str, Any]
 Texts = dict[int, str | None]  # index of the prompt → what was written; None where nothing could be
-Contestant = Callable[[], Iterator[Texts]]  # answers all prompts, batch by batch
+AnswerAll = Callable[[], Iterator[Texts]]  # answers all prompts, batch by batch
 
 
 def bench_evaluation(
@@ -60,10 +60,10 @@ def bench_evaluation(
     Args:
         name: The model: a folder or a name on the Hub; the embedded base unless given.
         data: A folder (or a data set on the Hub) laid out like LLM-Adapters; none: questions made from a seed.
-        limit: The first so many.
+        limit: Use only the first N questions.
         rounds: How often each contestant answers all of them.
         decoding: How answers are written.
-        tell: Hears the share that is done.
+        tell: Is told the share that is done.
 
     Raises:
         S2FTError: for a number below 1, data without GSM8K, or a question that leaves too little room for its answer; before
@@ -84,14 +84,14 @@ def bench_evaluation(
 
 def contestants(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], decoding: Decoding
-) -> dict[str, Contestant]:
+) -> dict[str, AnswerAll]:
     """Name → a call that answers all prompts."""
     count, room = len(prompts), decoding.max_new_tokens
     same = batches([len(prompt_ids(tokenizer, prompt)) for prompt in prompts], [room] * count, BATCH_SIZE)
     in_order = [list(range(count))[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
     return {
         "s2ft eval": lambda: _by_engine(model, tokenizer, prompts, decoding),
-        FLOOR: lambda: _by_generate(model, tokenizer, prompts, same, decoding),
+        REFERENCE: lambda: _by_generate(model, tokenizer, prompts, same, decoding),
         "generate, file order": lambda: _by_generate(model, tokenizer, prompts, in_order, decoding),
     }
 
@@ -170,7 +170,7 @@ def _by_generate(
 
 
 def _take_turns(
-    turns: Mapping[str, Contestant], rounds: int, prompts: int, tell: TellShare
+    turns: Mapping[str, AnswerAll], rounds: int, prompts: int, tell: TellShare
 ) -> tuple[dict[str, list[float]], dict[str, list[Texts]]]:
     """Of each contestant, a time in seconds and the texts for each round."""
     times: dict[str, list[float]] = {name: [] for name in turns}
@@ -190,19 +190,19 @@ def _take_turns(
 
 
 def _row(name: str, times: Mapping[str, list[float]], texts: Mapping[str, list[Texts]], shared: Row) -> Row:
-    own, floor = spread(times[name], "seconds"), spread(times[FLOOR], "seconds")
+    own, reference = spread(times[name], "seconds"), spread(times[REFERENCE], "seconds")
     return {
         "method": name,
         **shared,
         **own,
-        "ratio": own["seconds"] / floor["seconds"],
-        "differing": _differing(texts[name], texts[FLOOR][0]),
+        "ratio": own["seconds"] / reference["seconds"],
+        "differing": _differing(texts[name], texts[REFERENCE][0]),
     }
 
 
-def _differing(rounds: Sequence[Texts], floor: Texts) -> int:
-    """How many prompts got, in any round, another answer than in the floor's first: its own later rounds are held to it too."""
-    return sum(any(texts.get(index) != text for texts in rounds) for index, text in floor.items())
+def _differing(rounds: Sequence[Texts], reference: Texts) -> int:
+    """How many prompts got in any round another answer than in the reference's first; its own later rounds count too."""
+    return sum(any(texts.get(index) != text for texts in rounds) for index, text in reference.items())
 
 
 def _settings(model: str, data: str | None, prompts: Sequence[str], rounds: int) -> Row:

@@ -16,8 +16,6 @@ else, as between the layers of a model.
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +26,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from s2ft.lab.bench.report import Report
+from s2ft.lab.bench.report import Report, take_turns
 from s2ft.lab.registry import TellShare
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.mixed import add_mixed
@@ -57,7 +55,7 @@ def bench_parallel(
 ) -> Report:
     """Times each number of adapters on the CPU and, where there is one, on the GPU, in at most `rounds` rounds or `seconds`.
 
-    A number that does not fit into the free memory has a row that says so. `tell` hears the share that is done.
+    A number that does not fit into the free memory has a row that says so. `tell` is told the share that is done.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     cases = [(device, dtype, count) for device in devices for dtype in DTYPES[device] for count in counts]
@@ -99,7 +97,8 @@ def _row(device: str, dtype: torch.dtype, count: int, shapes: Shapes, rounds: in
     needed, free = _bytes_needed(count, shapes, dtype, large), 0.8 * free_bytes(device)
     skipped = None if needed <= free else f"needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
     if skipped is None:
-        times = _take_turns(contestants(device, dtype, count, shapes), rounds, seconds, device, large)
+        turns, flush = contestants(device, dtype, count, shapes), torch.zeros(large // 4, device=device)
+        times = take_turns(turns, lambda name: _timed(turns[name], flush, device), rounds, seconds, warm_up=2)
     for name in TIMED:
         row |= spread(times[name], f"{name}_ms") if name in times else no_spread(f"{name}_ms")
     moved = count * sum(shape[1] * channels(*shape) for shape in shapes.values()) * dtype.itemsize
@@ -173,7 +172,7 @@ class _Projection:
 class _Silent(nn.Linear):
     """A base layer without its product."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [*, in_features] → [*, out_features]
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
@@ -222,22 +221,10 @@ def parallel_line(row: Row) -> dict[str, str]:
     }
 
 
-def _take_turns(
-    turns: dict[str, Callable[[], Any]], rounds: int, seconds: float, device: str, large: int
-) -> dict[str, list[float]]:
-    """The times of each contestant in ms; the first two rounds warm up, and there are three more at least."""
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    flush = torch.zeros(large // 4, device=device)
-    end = time.perf_counter() + seconds
-    for number in range(rounds + 2):
-        for name in random.sample(list(turns), len(turns)):
-            flush.sum()
-            taken = milliseconds(turns[name], device)
-            if number >= 2:
-                times[name].append(taken)
-        if number >= 4 and time.perf_counter() > end:
-            break
-    return times
+def _timed(run: Callable[[], Any], flush: Tensor, device: str) -> float:  # ms
+    """With the caches full of `flush`, [large / 4]."""
+    flush.sum()
+    return milliseconds(run, device)
 
 
 def _bytes_needed(count: int, shapes: Shapes, dtype: torch.dtype, large: int) -> float:

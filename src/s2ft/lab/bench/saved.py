@@ -28,7 +28,7 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
     left_out = {_storage(tensor) for tensor in own}
     kept: WeakSet[_Saved] = WeakSet()  # a part of the graph that dies before the end takes along what it saved
 
-    def pack(tensor: Tensor) -> _Saved:
+    def pack(tensor: Tensor) -> _Saved:  # of any shape
         saved = _Saved(tensor.detach())  # without its graph, which would hold itself
         kept.add(saved)
         return saved

@@ -16,8 +16,6 @@ change its time.
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +26,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from s2ft.format.slices import Slice
-from s2ft.lab.bench.report import Report
+from s2ft.lab.bench.report import Report, take_turns
 from s2ft.lab.registry import TellShare
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linear import S2FTLinear
@@ -51,7 +49,7 @@ def bench_switch(
 ) -> Report:
     """Times each dimension on the CPU and, where there is one, on the GPU, in at most `rounds` rounds or `seconds`.
 
-    A dimension that does not fit into the free memory has a row that says so. `tell` hears the share that is done.
+    A dimension that does not fit into the free memory has a row that says so. `tell` is told the share that is done.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
@@ -87,7 +85,8 @@ def _row(
         nothing = {key: None for name in TIMED for key in no_spread(f"{name}_ms")}
         skipped = f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
         return {**row, **nothing, "bandwidth_ms": None, "rounds": 0, "skipped": skipped}
-    times = _take_turns(contestants(device, dim), rounds, seconds, device)
+    turns = contestants(device, dim)
+    times = take_turns(turns, lambda name: _timed(turns[name], device), rounds, seconds, warm_up=1)
     for name, own in times.items():
         row |= spread(own, f"{name}_ms")
     moved = dim * min(CHANNELS, dim) * (2 * size + torch.float32.itemsize)
@@ -123,6 +122,16 @@ def contestants(device: str, dim: int) -> dict[str, Turn]:
         "peft": (_nothing, lora.merge, lora.unmerge),
         "floor": (_nothing, lambda: weight.index_copy_(1, at, values), _nothing),
     }
+
+
+def _timed(turn: Turn, device: str) -> float:  # ms
+    """Of the second of two runs, which finds in the caches what it left there itself."""
+    prepare, run, undo = turn
+    for _ in range(2):
+        prepare()
+        taken = milliseconds(run, device)
+        undo()
+    return taken
 
 
 def draw_switch(rows: Sequence[Row], png: Path) -> None:
@@ -168,24 +177,6 @@ def switch_line(row: Row) -> dict[str, str]:
         **times,
         **{name: f"{row[f'{a}_ms'] / row[f'{b}_ms']:.3g}" for name, (a, b) in ratios.items()},
     }
-
-
-def _take_turns(turns: dict[str, Turn], rounds: int, seconds: float, device: str) -> dict[str, list[float]]:
-    """The times of each contestant in ms; the first round warms up, and there are three more at least."""
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    end = time.perf_counter() + seconds
-    for number in range(rounds + 1):
-        for name in random.sample(list(turns), len(turns)):
-            prepare, run, undo = turns[name]
-            for _ in range(2):
-                prepare()
-                taken = milliseconds(run, device)
-                undo()
-            if number:
-                times[name].append(taken)
-        if number >= 3 and time.perf_counter() > end:
-            break
-    return times
 
 
 def _nothing() -> None: ...

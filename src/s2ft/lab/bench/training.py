@@ -197,7 +197,10 @@ def _enter(stack: ExitStack, run: Run, base: PreTrainedModel, share: float) -> C
 
 
 def _take_turns(
-    contestants: Sequence[Contestant | None], ids: Tensor, cell: Cell, bar: _Bar
+    contestants: Sequence[Contestant | None],
+    ids: Tensor,  # [batch, length]
+    cell: Cell,
+    bar: _Bar,
 ) -> list[list[float] | None]:
     """The times of each contestant's steps, in ms; None for those that ran out of memory."""
     times: list[list[float] | None] = [None if contestant is None else [] for contestant in contestants]
@@ -217,7 +220,7 @@ def _take_turns(
     return times
 
 
-def _timed_step(contestant: Contestant, ids: Tensor) -> float | None:
+def _timed_step(contestant: Contestant, ids: Tensor) -> float | None:  # [batch, length]
     """Milliseconds; None if memory does not suffice, of which nothing is then held."""
     try:
         return milliseconds(lambda: contestant.step(ids), ids.device)
@@ -229,7 +232,13 @@ def _timed_step(contestant: Contestant, ids: Tensor) -> float | None:
     return None
 
 
-def _row(cell: Cell, contestant: Contestant | None, times: list[float] | None, ids: Tensor, peak: int | None) -> Row:
+def _row(
+    cell: Cell,
+    contestant: Contestant | None,
+    times: list[float] | None,
+    ids: Tensor,  # [batch, length]
+    peak: int | None,
+) -> Row:
     trainable = None if contestant is None else contestant.trainable
     row: Row = {"batch_size": cell.batch_size, "seq_len": cell.seq_len, "trainable": trainable}
     if contestant is None or times is None:

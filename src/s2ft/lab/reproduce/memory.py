@@ -45,7 +45,7 @@ class Memory:
     a_token: float  # activations and logits
 
     def total(self, tokens: int) -> float:
-        """All of it, for so many tokens that go through the model at once."""
+        """The sum, with `tokens` going through the model at once."""
         return self.weights + self.trained + self.copies + tokens * self.a_token
 
 
@@ -132,7 +132,7 @@ def _ratios(options: TrainOptions) -> dict[str, float]:
 
 
 def _kept(shape: dict[str, int], options: TrainOptions, tokens: int) -> int:
-    """The bytes that one example of so many tokens keeps for backward, without the head."""
+    """The bytes that one example of `tokens` tokens keeps for backward, without the head."""
     base, model = _adapted({**shape, "vocab_size": SMALL_VOCABULARY}, options)
     ids = torch.zeros(1, tokens, dtype=torch.long)
 

@@ -39,7 +39,7 @@ from s2ft.runtime.processes import leads, process_count
 RESULT = "reproduction.json"
 # How a step is done, not which; and where the data lie, whose digest is compared
 SAME_RUN = {"layout", "batch_size", "gradient_accumulation", "gradient_checkpointing", "data"}
-HELD_OUT = 5  # of a smaller data set, one example in so many is held out at most
+HELD_OUT = 5  # of a smaller data set, at most one example in five is held out
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ BATCH, LENGTHS = 4, (512, 2048)  # examples at once, `s2ft train`'s default; tok
 
 
 def recipe_rows(tell: TellShare = lambda done: None) -> list[dict[str, Any]]:
-    """A row for each recipe; `tell` hears the share that is done."""
+    """A row for each recipe; `tell` is told the share that is done."""
     rows: list[dict[str, Any]] = []
     memory: dict[tuple[str, str], Memory] = {}  # a method has one size on a model, whatever it learns
     for recipe in recipes().values():
