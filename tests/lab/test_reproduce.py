@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,18 @@ def test_unknown_recipe_and_missing_files_are_refused_before_anything_is_written
 def test_numbers_are_refused_by_their_own_names(data, base, tmp_path):
     with pytest.raises(S2FTError, match="eval_limit=0 must be 1 or more"):
         reproduce(small("arithmetic/llama2-7b/s2ft", data, tmp_path / "out", base, eval_limit=0))
+    assert not (tmp_path / "out").exists()
+
+
+def test_everything_that_is_wrong_is_said_before_training(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("it trains"))
+    (tmp_path / "empty").mkdir()
+    options = small("arithmetic/llama2-7b/s2ft", tmp_path / "empty", tmp_path / "out", base, engine="vllm")
+    with pytest.raises(S2FTError) as caught:
+        reproduce(options)
+    for part in ("has nothing on multiarith", "has no ft-training_set/math_10k.json", "engine='vllm' needs vLLM"):
+        assert part in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

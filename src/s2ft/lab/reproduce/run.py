@@ -4,7 +4,7 @@
     OUTPUT/answers               what `s2ft eval` leaves: every answer
     OUTPUT/reproduction.json     {"environment", "settings", "rows", "result": {"paper", "score", "low", "high", ...}}
 
-The same call goes on where it was interrupted. Whatever makes a run smaller than the recipe's is listed with its result.
+After an interruption the same call continues. Everything that makes a run smaller than the recipe's is listed with its result.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.files import staged
 from s2ft.data.examples import data_digest, load_examples
 from s2ft.data.folder import find_file, places
+from s2ft.evaluate.engines import check_vllm
 from s2ft.evaluate.judge import Judge
 from s2ft.evaluate.options import EvalOptions
 from s2ft.evaluate.run import EvalReport, Tell, evaluate
@@ -37,7 +39,7 @@ from s2ft.runtime.environment import environment
 from s2ft.runtime.processes import leads, process_count
 
 RESULT = "reproduction.json"
-# How a step is done, not which; and where the data lie, whose digest is compared
+# Options that may change between two calls: they change how a step is computed, not what it learns; data are compared by digest
 SAME_RUN = {"layout", "batch_size", "gradient_accumulation", "gradient_checkpointing", "data"}
 HELD_OUT = 5  # of a smaller data set, at most one example in five is held out
 
@@ -67,23 +69,33 @@ def reproduce(
         S2FTError: for anything wrong with the options, data or folders, before anything is trained.
     """
     recipe = find_recipe(options.recipe)
-    raise_together(_problems(recipe, options))
-    training = train_options(recipe, options) if recipe.is_trained else None
+    training, evaluation = plan(recipe, options)
     if training is not None and not is_trained(training):
         goes_on = Path(training.output).is_dir() and get_last_checkpoint(training.output) is not None
         if train(training.model_copy(update={"resume": goes_on})).interrupted:
             return None
     if not _alone():
         return None
-    report = evaluate(eval_options(recipe, options), tell, judge)
+    report = evaluate(evaluation, tell, judge)
     result = compare(recipe, report, options)
     _write(options, training, report, result)
     return Reproduction(result, report)
 
 
-def _problems(recipe: Recipe, options: ReproduceOptions) -> list[str]:
-    problems = gathered(lambda: train_options(recipe, options)) if recipe.is_trained else []
-    return [*problems, *eval_options(recipe, options).task_problems()]
+def plan(recipe: Recipe, options: ReproduceOptions) -> tuple[TrainOptions | None, EvalOptions]:
+    """How to train, unless nothing is trained, and how to evaluate.
+
+    Raises:
+        S2FTError: with everything that is wrong with either.
+    """
+    evaluation, training = eval_options(recipe, options), list[TrainOptions]()
+    checks: list[Callable[[], object]] = [lambda: raise_together(evaluation.task_problems())]
+    if recipe.is_trained:
+        checks.append(lambda: training.append(train_options(recipe, options)))
+    if options.engine == "vllm":
+        checks.append(check_vllm)
+    raise_together(gathered(*checks))
+    return training[0] if training else None, evaluation
 
 
 def deviations(recipe: Recipe, options: ReproduceOptions) -> dict[str, Any]:
@@ -97,7 +109,7 @@ def train_options(recipe: Recipe, options: ReproduceOptions) -> TrainOptions:
     """The recipe as options of `s2ft train`.
 
     Raises:
-        S2FTError: if the global batch cannot be had, or an option is wrong.
+        S2FTError: if the global batch cannot be divided, or an option is wrong.
     """
     at_once = options.batch_size * process_count()
     if GLOBAL_BATCH % at_once:

@@ -156,7 +156,7 @@ def _rate(runs: Runs, who: Contender, settings: CommonsenseSettings, material: _
         tuned = _fit(who, workload, rate, TUNING_SEED, material)
         return {"validation_loss": response_loss(tuned.model, validation, workload.batch_size)}
 
-    asked = {"tuning": asdict(who), "task": "commonsense", "workload": asdict(workload), "data": material.digest}
+    asked = {"tuning": asdict(who), "task": "commonsense", "recipe": asdict(workload), "data": material.digest}
     return best_rate(runs, settings.rates[who.method], asked, run, lambda result: -float(result["validation_loss"]))
 
 
@@ -172,7 +172,7 @@ def _run(runs: Runs, who: Contender, workload: Workload, rate: float, seed: int,
         )
         return {**counts, "scores": scores}
 
-    asked = {"contender": asdict(who), "task": "commonsense", "rate": rate, "seed": seed, "workload": asdict(workload)}
+    asked = {"contender": asdict(who), "task": "commonsense", "rate": rate, "seed": seed, "recipe": asdict(workload)}
     return runs.result({**asked, "data": material.digest}, run)
 
 

@@ -123,7 +123,7 @@ def old_skills() -> dict[str, Skill]:
 def tuned_rate(runs: Runs, contender: Contender, task: str, rates: Sequence[float], workload: Workload) -> float:
     """The rate whose run is best on the validation split, looked for from `rates` on."""
     validation = STUDY_SKILLS[task].examples(workload.test_examples, TUNING_SEED, split="validation")
-    settings = {"tuning": asdict(contender), "task": task, "workload": asdict(workload)}
+    settings = {"tuning": asdict(contender), "task": task, "recipe": asdict(workload)}
 
     def run(rate: float) -> dict[str, Any]:
         return train_and_score(contender, task, workload, rate, TUNING_SEED, {task: validation})

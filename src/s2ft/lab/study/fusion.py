@@ -80,7 +80,7 @@ def _run(runs: Runs, who: Contender, settings: FusionSettings, rates: dict[str, 
         tests = tests_of({**{task: STUDY_SKILLS[task] for task in tasks}, **old_skills()}, workload, seed)
         return dict(_fuse_and_score(who, settings, rates, seed, tests))
 
-    asked = {"fusing": asdict(who), "tasks": tasks, "rates": rates, "seed": seed, "workload": asdict(workload)}
+    asked = {"fusing": asdict(who), "tasks": tasks, "rates": rates, "seed": seed, "recipe": asdict(workload)}
     return runs.result(asked, run)
 
 

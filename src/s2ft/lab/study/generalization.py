@@ -91,7 +91,7 @@ def _run(runs: Runs, who: Contender, settings: GeneralizationSettings, rate: flo
     def run() -> Result:
         return train_and_score(who, task, workload, rate, seed, tests_of(_skills(task), workload, seed))
 
-    asked = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "workload": asdict(workload)}
+    asked = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "recipe": asdict(workload)}
     return runs.result({**asked, "tests": sorted(_skills(task))}, run)
 
 

@@ -83,7 +83,7 @@ def _run(runs: Runs, who: Contender, task: str, rate: float, seed: int, workload
         tests = tests_of({task: STUDY_SKILLS[task], **old_skills()}, workload, seed)
         return train_and_score(who, task, workload, rate, seed, tests)
 
-    settings = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "workload": asdict(workload)}
+    settings = {"contender": asdict(who), "task": task, "rate": rate, "seed": seed, "recipe": asdict(workload)}
     return runs.result(settings, run)
 
 

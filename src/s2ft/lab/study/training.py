@@ -33,7 +33,7 @@ LAST = 0.1  # the share of the steps whose mean loss is the final one
 
 @dataclass(frozen=True)
 class Workload:
-    """How much each run of a study trains and is tested on; the same for all methods."""
+    """How much each run of a study trains and is tested on; the same for all methods. Kept runs call it their recipe."""
 
     steps: int = 60
     batch_size: int = 32
