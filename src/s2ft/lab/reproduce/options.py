@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from s2ft.common.errors import gathered
 from s2ft.evaluate.options import ENGINES, JudgeModel, JudgeUrl
+from s2ft.lab.reproduce.recipes import find_recipe
 from s2ft.runtime.options import Count, Options, one_of
 
 
@@ -31,3 +34,7 @@ class ReproduceOptions(Options):
     )
     judge_url: JudgeUrl = None
     judge_model: JudgeModel = None
+
+    def input_problems(self) -> list[str]:
+        """An unknown recipe. Files are looked for when the recipe says which."""
+        return [] if self.recipe is None else gathered(partial(find_recipe, self.recipe))
