@@ -32,7 +32,7 @@ MAX_LENGTH = 2048
 HEAD_DIM = 32
 HEADS_PER_KV = 3
 PACKED_LENGTH = 128
-SHARES = {"add": 2, "sort": 3}  # for one example of each other skill: these two are the last to be learned
+SHARES = {"add": 2, "sort": 3}  # examples of these for one of each other skill: they are the last to be learned
 
 # A chat is written as the examples are, so the base model answers chat messages too; `generation` marks what TRL's
 # assistant_only_loss trains. Nothing is to be added for the generation prompt: a question ends with its line.
@@ -166,7 +166,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     """Writes the model in bf16, and its tokenizer, for transformers 4 and 5."""
     model.to(torch.bfloat16).save_pretrained(output)
     for file in output.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes a file for its owner alone; this one is to be packaged
+        file.chmod(0o644)  # safetensors makes it readable by its owner only; this file goes into the package
     tokenizer.save_pretrained(output)
     # Transformers 5 writes its new class name, which engines on transformers 4 do not know; both know the old one.
     settings = output / "tokenizer_config.json"
@@ -194,7 +194,7 @@ def main() -> None:
     print(f"{args.steps * args.rows * PACKED_LENGTH / 1e6:.1f}M tokens in {minutes:.1f} min")
 
     save(model, tokenizer, args.output)
-    model.float()  # the scores are of the rounded weights, as they were saved
+    model.float()  # scores are of the weights as saved, rounded to bf16
     for name, skill in SKILLS.items():
         score = exact_match(model, tokenizer, skill.examples(500, seed=args.seed, split="test"))
         print(f"{name:8s} {score.accuracy:.1%}")

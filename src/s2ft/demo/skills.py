@@ -39,7 +39,7 @@ def split_of(prompt: str) -> Split:
 
 
 def belongs(prompt: str, split: Split) -> bool:
-    """Whether a prompt is of this side; other bytes of the hash part the training side into `fit` and `validation`."""
+    """Whether a prompt is of this side; other bytes of its hash divide the training side into `fit` and `validation`."""
     if split in ("train", "test"):
         return split_of(prompt) == split
     for_tuning = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[8:16]) % TEST_SHARE == 0

@@ -3,7 +3,7 @@
     {"run": {"task": "gsm8k", "model": "sha256:…", ...}}                    which run the file is of
     {"id": "0", "output": "... 18.", "extracted": "18.", "error": null}     one line for each answer
     {"id": "1", "output": null, "error": "out of memory"}                   no answer: tried again by the next run
-    {"id": "2", "outp                                                       torn by a crash: cut off
+    {"id": "2", "outp                                                       cut short by a crash: removed
 
 Of several lines with one id, the last one counts.
 """
@@ -29,7 +29,7 @@ MakeRow = Callable[[str, str | None, bool, str | None, Prompt], Row]  # id, text
 
 
 class Answers:
-    """The answers in one file. Nothing is written, and a torn line stays, until `add` is called.
+    """The answers in one file. Nothing in it changes until `add` is called.
 
     Args:
         path: The file; need not exist.
@@ -59,7 +59,7 @@ class Answers:
         return {name for name, row in self.rows.items() if row["error"] is None}
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Appends rows, to the disk: a run that is killed loses none of them."""
+        """Appends rows and flushes them to disk, so that a killed run loses none."""
         added = list(rows)
         header = [] if self._whole else [{"run": self.run}]
         lines = b"".join(_line(value) for value in (*header, *added))
@@ -82,14 +82,14 @@ class Answers:
             os.fsync(file.fileno())
 
     def _cut(self) -> None:
-        """Takes off what is torn."""
+        """Removes an unfinished line."""
         if self._whole:
             os.truncate(self.path, self._whole)
         else:
             self.path.unlink(missing_ok=True)
 
     def _read(self, content: bytes) -> None:
-        lines = content.split(b"\n")[:-1]  # what comes after the last line break was torn off
+        lines = content.split(b"\n")[:-1]  # text after the last line break is an unfinished line
         for number, line in enumerate(lines, start=1):
             value = self._parse(line, number, is_last=number == len(lines))
             if value is None:
@@ -101,7 +101,7 @@ class Answers:
             self._whole += len(line) + 1
 
     def _parse(self, line: bytes, number: int, is_last: bool) -> Row | None:
-        """The line's value; None for a last line that a crash may have spoiled."""
+        """The line's value; None for a last line that a crash may have cut short."""
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -138,7 +138,7 @@ def write_answers(
     decoding: Decoding,
     tell: Callable[[int], None],
 ) -> None:
-    """Adds a row to `answers` for each of `asked` (id, prompt) that has none, or only an error; calls `tell` with how many."""
+    """Adds a row to `answers` for each of `asked` (id, prompt) without an answer; `tell` is told how many were added."""
     ids = [prompt_ids(tokenizer, prompt) for _, prompt in asked]
     done = {index for index, (name, _) in enumerate(asked) if name in answers.done}
     tell(len(done))

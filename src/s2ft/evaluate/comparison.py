@@ -33,13 +33,13 @@ Scores = dict[str, dict[str, Any]]  # task → a row of `tally`
 
 @dataclass(frozen=True)
 class Checked:
-    """Tasks whose data is there and sound."""
+    """Tasks whose data was loaded without a problem."""
 
     questions: list[tuple[Task, list[Question]]]
 
 
 def check_scores(tasks: Sequence[str], data: str, limit: int | None = None, prompts: str = "alpaca") -> Checked:
-    """Loads the questions of tasks and suites (names), at most `limit` of each, so that nothing is wrong with them later.
+    """Loads the questions of tasks and suites (names), at most `limit` of each, so that problems show before training.
 
     They are asked in the words of `prompts`, "alpaca" or "chat".
 

@@ -35,10 +35,10 @@ _CHUNK = 256  # prompts that vLLM gets at once: after each chunk the answers are
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a prompt: a text, or an error that says why there is none."""
+    """The answer to a prompt: a text, or an error that says why there is none."""
 
     text: str | None
-    truncated: bool = False  # it had not ended when it reached the limit
+    truncated: bool = False  # cut off at the limit
     error: str | None = None
 
 
@@ -126,9 +126,9 @@ def rescued(write: Callable[[list[list[int]]], list[Answer]], prompts: list[list
     """
     try:
         return write(prompts)
-    except Exception as error:  # the libraries raise whatever they like
+    except Exception as error:  # libraries raise many kinds of errors here
         reason = "out of memory" if is_out_of_memory(error) else in_words(error)
-    if torch.cuda.is_available():  # outside of `except`: only here the failed batch is let go
+    if torch.cuda.is_available():  # outside of `except`, which holds on to the failed batch
         torch.cuda.empty_cache()
     if len(prompts) == 1:
         return [Answer(None, error=reason)]
@@ -251,7 +251,7 @@ def pad_left(
 
 @contextmanager
 def _only(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Generates by `settings` and nothing else: a model's own (a repetition penalty, say) would not be the protocol."""
+    """Generates with `settings` alone: a model's own (a repetition penalty, say) would change the protocol."""
     own, model.generation_config = model.generation_config, settings
     try:
         yield

@@ -36,7 +36,7 @@ class Rule(Protocol):
         """The answer in `text`; None if there is none."""
 
     def gold(self, value: Any) -> str | None:
-        """The right answer of a record; None if it is none that this rule could read."""
+        """The right answer of a record; None if this rule could never read it."""
 
     def agree(self, answer: str, gold: str) -> bool:
         """Whether what was read is right."""
@@ -44,7 +44,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """The first of a few words, in the case that they have: "True" is not "true".
+    """The first of a few words, spelled exactly so: "True" is not "true".
 
     Example:
         >>> Words("true", "false").read("True. So the answer is false, not true.")

@@ -32,10 +32,10 @@ LOWEST, HIGHEST = 1, 10
 
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _PASSING = (408, 409, 425, 429)  # temporary, as all from 500 on
-_UNUSABLE = (401, 403, 404, 405)  # wrong for every question
+_UNUSABLE = (401, 403, 404, 405)  # the same for every question
 _LONGEST_PAUSE = 60.0  # seconds
 _SHOWN = 400  # characters of a refusal
-_PART = 8  # characters of a key that are not shown in a row
+_PART = 8  # a run of so many characters of a key is hidden
 
 
 class NoRating(Exception):
@@ -94,7 +94,7 @@ class Judge:
         except APIConnectionError as error:  # no connection, a time-out, an answer cut short
             reason = self._clean(repr(error.__cause__ or error.message))
             raise _Passing(f"no answer from the judge: {reason}") from None
-        except (ValueError, RecursionError):  # the second where it is nested too deeply
+        except (ValueError, RecursionError):  # RecursionError: nested too deeply
             raise _Passing("the judge's answer is not JSON") from None
         rating = read_rating(text)
         if rating is None:

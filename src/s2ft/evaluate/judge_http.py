@@ -32,15 +32,13 @@ class _Client(DefaultHttpxClient):
         try:
             for part in response.iter_raw():
                 content += part
-                if (
-                    time.monotonic() > end or len(content) > LARGEST
-                ):  # each read has its time-out; all of them have this one
+                if time.monotonic() > end or len(content) > LARGEST:  # the client's time-out is for each read
                     raise APIConnectionError(message="the answer took too long, or has no end", request=request)
         finally:
             response.close()
         headers = {
             "Retry-After": response.headers.get("Retry-After", "")
-        }  # no encoding: what is packed is not unpacked
+        }  # without Content-Encoding: compressed answers are not unpacked
         return type(response)(response.status_code, headers=headers, content=content, request=request)
 
 

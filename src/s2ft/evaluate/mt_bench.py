@@ -194,7 +194,7 @@ def _part(title: str, text: str) -> str:
 def judge_dialogues(
     judge: Judge | None, dialogues: list[Dialogue], answers: Answers, tell: Callable[[int], None]
 ) -> Answers | None:
-    """Has every answer rated that has no rating yet; None without a judge.
+    """Rates every answer that has no rating yet; None without a judge.
 
     Raises:
         S2FTError: if the judge cannot be used, or is down; ratings that it gave are kept.

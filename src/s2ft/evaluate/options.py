@@ -44,7 +44,7 @@ class HarnessOptions(Options):
     precision: Annotated[str, one_of(*PRECISIONS)] = Field(AUTO, description=f"Of the weights: {', '.join(PRECISIONS)}")
 
     def input_problems(self) -> list[str]:
-        """Missing tasks, and data that are no folder; whether the harness knows the tasks is its own to say."""
+        """No task, data that are no folder, a missing model or adapter. The harness itself checks the names of tasks."""
         problems = [] if self.task else ["task: name at least one task of lm-eval"]
         if self.data is not None and not Path(self.data).is_dir():
             problems.append(
@@ -54,7 +54,7 @@ class HarnessOptions(Options):
 
 
 class EvalOptions(HarnessOptions):
-    """All options of an evaluation on our tasks; `evaluate` looks at the files that they name."""
+    """All options of an evaluation on our tasks; `parse` looks for the files that they name."""
 
     data: str = Field(description="Folder with dataset/NAME/test.json (MT-Bench: question.jsonl); or Hub name")
     output: Path = Field(description="Folder for the answers; what it holds is not asked again")
@@ -97,7 +97,7 @@ class EvalOptions(HarnessOptions):
         return [*self.task_problems(), *gathered(*_of_models(self))]
 
     def task_problems(self) -> list[str]:
-        """Unknown tasks, missing data, an output that cannot be written, half a judge."""
+        """Unknown tasks, missing data, an output that cannot be written, an incomplete judge."""
         problems = [] if self.suite or self.task else ["task: name at least one task or suite"]
         checks: list[Callable[[], object]] = [self._check_data, self.judge]
         if self.output is not None:

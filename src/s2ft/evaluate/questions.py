@@ -47,7 +47,7 @@ def load_questions(task: Task, data: str, limit: int | None = None, prompts: str
 
 
 def digest(value: Any) -> str:
-    """16 hex digits that tell values apart.
+    """16 hex digits of a hash of `value`.
 
     Example:
         >>> digest(["a", 1])
@@ -71,7 +71,7 @@ def _from_hub(task: Task, name: str) -> Iterator[Record]:
     for place in data_places(task)[1:]:
         try:
             rows = load_dataset(name, data_files={"test": place}, split="test")
-        except Exception as error:  # the library raises a dozen kinds here, from HTTP errors to plain ValueErrors
+        except Exception as error:  # many kinds, from HTTP errors to ValueError
             errors.append(error)
         else:
             return (Record(f"{name}/{place}, row {number}", row) for number, row in enumerate(rows, start=1))
@@ -80,7 +80,7 @@ def _from_hub(task: Task, name: str) -> Iterator[Record]:
 
 
 def _problem(record: Any, task: Task) -> str | None:
-    """What keeps a record from being a question; None if nothing does."""
+    """What is wrong with a record; None if it is a question."""
     assert task.rule is not None
     if not isinstance(record, dict) or not isinstance(record.get("instruction"), str):
         return "expected an object with instruction (text) and answer"

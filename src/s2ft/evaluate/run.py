@@ -44,7 +44,7 @@ from s2ft.runtime.precision import choose_precision
 
 log = logging.getLogger("s2ft")
 
-Tell = Callable[[str, int, int], None]  # what is being done, how many are done now, of how many
+Tell = Callable[[str, int, int], None]  # title, questions done, of how many
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Job:
 
 
 def evaluate(options: EvalOptions, tell: Tell = lambda *_: None, judge: Judge | None = None) -> EvalReport:
-    """Asks what is still unanswered, then counts.
+    """Asks the questions that have no answer yet, then counts.
 
     Args:
         options: From `EvalOptions.parse`, which looks for the files that they name.

@@ -26,7 +26,7 @@ from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_model, load_tokenizer
 
 RUN_FILE = "run.json"
-_DIGESTED = (".safetensors", ".json")  # a run card (run.json) says when, not what
+_DIGESTED = (".safetensors", ".json")  # the run card (run.json) is left out: it holds dates
 
 
 def trained_on(name: str) -> str | None:
@@ -44,7 +44,7 @@ def trained_on(name: str) -> str | None:
 
 
 def fingerprint(name: str, file: str) -> str:
-    """What tells a model or adapter from another, wherever it lies: a digest of its files, or its commit on the Hub.
+    """An identity that does not depend on the path: a digest of the files, or the commit on the Hub.
 
     Args:
         name: A folder, or a name on the Hub.
@@ -138,7 +138,7 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
         return PeftModel.from_pretrained(base, adapter).eval()
     except S2FTError:
         raise
-    except Exception as error:  # as many kinds as there are ways for files to be broken
+    except Exception as error:  # broken files raise many kinds of errors
         if is_out_of_memory(error):
             raise
         raise S2FTError(f"adapter={adapter!r} cannot be loaded: {in_words(error)}") from error

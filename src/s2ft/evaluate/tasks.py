@@ -43,7 +43,7 @@ class Task:
     name: str
     suite: str
     folder: str
-    size: int  # a fact to compare with, never a condition
+    size: int  # of the published test set, to compare with; other sizes are allowed
     rule: Rule | None  # None: a judge rates the answers
     strict: Rule | None = None  # a second reading, reported beside the first
 

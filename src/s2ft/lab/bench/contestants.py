@@ -31,7 +31,7 @@ from s2ft.training.in_place import enter, in_place
 from s2ft.training.lean import lean
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
-LEARNING_RATE = 1e-6  # random weights must stay finite; what a step costs does not depend on it
+LEARNING_RATE = 1e-6  # small, so that random weights stay finite; a step costs the same at any rate
 
 
 @dataclass

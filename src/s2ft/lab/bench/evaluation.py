@@ -38,7 +38,7 @@ REFERENCE = "generate, same batches"
 SEED = 0
 # Characters of GSM8K's test questions: their logarithm is close to normal
 SHORTEST, MEDIAN, LONGEST, LOG_DEVIATION = 73, 222, 848, 0.39
-HALF_A_SENTENCE = 11  # characters: stories end at the sentence that is nearest to their length
+HALF_A_SENTENCE = 11  # characters: a story ends at the sentence nearest to its length
 
 Row = dict[str, Any]
 Texts = dict[int, str | None]  # index of the prompt → what was written; None where nothing could be
@@ -134,7 +134,7 @@ def _prompts(data: str, limit: int) -> list[str]:
 def _check_room(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, decoding: Decoding
 ) -> None:
-    """The engine would cut such an answer short, and `generate` would not: settings would not be equal."""
+    """Refuses questions without room for an answer: the engine would cut such an answer short, `generate` would not."""
     longest, wanted = positions(model), decoding.max_new_tokens
     lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
     raise_together(

@@ -37,7 +37,7 @@ COUNTS = (1, 8, 64, 256, 1000, 10_000, 100_000)
 SHAPES = {"o_proj": (4096, 4096), "down_proj": (14336, 4096)}  # in, out: LLaMA3-8B and Mistral-7B
 RANK = 16
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-MOST_IN_PEFT = 1000  # its layer takes time that grows with the square
+MOST_IN_PEFT = 1000  # the time of PEFT's layer grows with the square
 TIMED = ("s2ft", "lora", "layer", "peft", "base")
 LARGE = 1 << 28  # bytes of the large copy, and of what fills the caches
 

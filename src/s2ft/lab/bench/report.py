@@ -10,7 +10,7 @@ from typing import Any
 
 from s2ft.runtime.environment import environment
 
-LEAST = 3  # rounds that are measured, however long they take
+LEAST = 3  # rounds are measured, however long they take
 
 
 @dataclass(frozen=True)

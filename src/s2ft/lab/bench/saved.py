@@ -26,15 +26,15 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
         24
     """
     left_out = {_storage(tensor) for tensor in own}
-    kept: WeakSet[_Saved] = WeakSet()  # a part of the graph that dies before the end takes along what it saved
+    kept: WeakSet[_Saved] = WeakSet()  # weak: what a part of the graph saved is dropped with that part
 
     def pack(tensor: Tensor) -> _Saved:  # of any shape
-        saved = _Saved(tensor.detach())  # without its graph, which would hold itself
+        saved = _Saved(tensor.detach())  # without its graph, or the graph would keep itself alive
         kept.add(saved)
         return saved
 
     with saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        output = forward()  # alive until the count
+        output = forward()  # keeps the graph alive until the count
     sizes = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in kept}
     del output
     return sum(size for storage, size in sizes.items() if storage not in left_out)

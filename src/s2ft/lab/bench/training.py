@@ -96,7 +96,7 @@ class Group:
 
     runs: Sequence[Run]
     cells: Sequence[Cell]
-    hidden: frozenset[str] = frozenset()  # methods that are there for the ratio only
+    hidden: frozenset[str] = frozenset()  # methods that are measured for the ratio only and get no row
 
     @property
     def tokens(self) -> int:
@@ -186,7 +186,7 @@ def _bench_group(preset: Preset, base: PreTrainedModel, group: Group, bar: _Bar)
 
 
 def _enter(stack: ExitStack, run: Run, base: PreTrainedModel, share: float) -> Contestant | None:
-    """The contestant, until `stack` closes; None if memory does not suffice even for that."""
+    """The contestant, until `stack` closes; None if there is too little memory to set it up."""
     try:
         contestant = stack.enter_context(run.prepare(base, round(share * base.num_parameters())))
     except Exception as error:
@@ -221,7 +221,7 @@ def _take_turns(
 
 
 def _timed_step(contestant: Contestant, ids: Tensor) -> float | None:  # [batch, length]
-    """Milliseconds; None if memory does not suffice, of which nothing is then held."""
+    """Milliseconds; None if there is too little memory, all of which is then free again."""
     try:
         return milliseconds(lambda: contestant.step(ids), ids.device)
     except Exception as error:
@@ -311,7 +311,7 @@ def _free() -> None:
 
 @dataclass
 class _Bar:
-    """Adds up what is done, and tells which part of it all that is."""
+    """Adds up the work that is done, and tells its share of the whole."""
 
     tell: TellShare
     total: int

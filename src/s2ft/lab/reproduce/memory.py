@@ -28,9 +28,9 @@ from s2ft.layer.linears import layer_stack
 from s2ft.training.in_place import in_place
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
-SMALL_VOCABULARY = 8  # of the models that are measured: the head is counted, not measured
+SMALL_VOCABULARY = 8  # of the models that are measured: memory of the head is computed
 MEASURED_TOKENS = (32, 64)
-NARROWER = 4  # their width: heads keep their size
+NARROWER = 4  # by which their width is divided; heads keep their size
 WIDTHS = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}
 GRADIENT, MOMENTS, FP32, BF16 = 4, 8, 4, 2  # bytes a value
 
@@ -120,7 +120,9 @@ def _activations(shape: dict[str, int], options: TrainOptions) -> tuple[float, f
 def _at_depth(shape: dict[str, int], options: TrainOptions, tokens: int) -> float:
     """Of the narrow model, as deep as the model itself."""
     narrow = {name: size // NARROWER if name in WIDTHS else size for name, size in shape.items()}
-    one_head = 1 / narrow["num_attention_heads"]  # it cannot train less; what a head's input takes is little
+    one_head = (
+        1 / narrow["num_attention_heads"]
+    )  # the least that can be trained; the input of a head takes little memory
     ratios = {name: max(ratio, one_head) if name == "o_proj" else ratio for name, ratio in _ratios(options).items()}
     thin = options.model_copy(update={"lora_rank": options.lora_rank // NARROWER, "ratios": ratios or None})
     one, two = (_kept({**narrow, "num_hidden_layers": blocks}, thin, tokens) for blocks in (1, 2))

@@ -36,5 +36,5 @@ class ReproduceOptions(Options):
     judge_model: JudgeModel = None
 
     def input_problems(self) -> list[str]:
-        """An unknown recipe. Files are looked for when the recipe says which."""
+        """An unknown recipe. `reproduce` looks for the files that the recipe names."""
         return [] if self.recipe is None else gathered(partial(find_recipe, self.recipe))

@@ -66,7 +66,7 @@ class Recipe:
 
 @cache
 def recipes() -> dict[str, Recipe]:
-    """Every recipe by its name.
+    """Every recipe, by name.
 
     Example:
         >>> recipe = recipes()["arithmetic/llama2-7b/s2ft"]

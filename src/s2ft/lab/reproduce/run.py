@@ -46,7 +46,7 @@ HELD_OUT = 5  # of a smaller data set, at most one example in five is held out
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came out."""
+    """The result, and the evaluation behind it."""
 
     result: dict[str, Any]
     report: EvalReport
@@ -243,7 +243,7 @@ def _write(
 
 
 def _alone() -> bool:
-    """Ends the processes' group and frees their memory after training; the leading one goes on by itself."""
+    """Ends the process group and frees memory after training; only the leading process continues."""
     gc.collect()  # the trainer and its model hold each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

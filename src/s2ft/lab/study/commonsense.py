@@ -38,7 +38,7 @@ from s2ft.lab.study.tuning import best_rate
 
 TRAINED = ("boolq", "obqa", "arc-e", "arc-c")  # tasks whose train.json is read
 ASKED = {"trained tasks": ("boolq", "obqa", "arc-e"), "untrained tasks": ("siqa", "winogrande")}
-LONGEST = 512  # bytes of prompt and answer: most, but for long passages of boolq and half of arc
+LONGEST = 512  # bytes of prompt and answer; longer examples (passages of boolq, half of arc) are left out
 BUDGET = 0.04
 VANILLA, MAJORITY = Contender("vanilla", "vanilla"), "majority answer"
 CONTENDERS = (
@@ -68,14 +68,14 @@ class CommonsenseSettings:
 
     @property
     def runs(self) -> int:
-        """How many runs the study has at least."""
+        """The number of runs, if no grid of learning rates has to grow."""
         tuning = sum(len(self.rates[contender.method]) for contender in self.contenders)
         return tuning + self.seeds * (1 + len(self.contenders))
 
 
 @dataclass(frozen=True)
 class _Material:
-    """What is trained on and what is asked; the digest tells it from other data."""
+    """The examples and the questions, with a digest of both."""
 
     examples: list[Example]
     checked: Checked
@@ -130,7 +130,7 @@ def load_material(data: str, limit: int) -> _Material:
 
 
 def _training_file(task: str, data: str) -> Path | str:
-    """Where a task's training examples lie; a problem in words if there are none."""
+    """The file of a task's training examples, or what is wrong where there is none."""
     names = places(f"dataset/{TASKS[task].folder}/train.json")
     return find_file(data, names) or f"data={data!r} has no examples to train {task} on: there is no {names[-1]}"
 

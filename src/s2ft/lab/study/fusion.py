@@ -48,7 +48,7 @@ class FusionSettings:
 
     @property
     def runs(self) -> int:
-        """How many runs the study has at least."""
+        """The number of runs, if no grid of learning rates has to grow."""
         return sum(2 * len(rates) + self.seeds for rates in self.rates.values())
 
 

@@ -55,7 +55,7 @@ class GeneralizationSettings:
 
     @property
     def runs(self) -> int:
-        """How many runs the study has at least."""
+        """The number of runs, if no grid of learning rates has to grow."""
         tuning = sum(len(self.rates[contender.method]) for contender in self.contenders)
         return tuning + self.seeds * (1 + len(self.contenders))
 

@@ -73,7 +73,7 @@ def cell(row: Row) -> str:
 
 def draw(report: StudyReport, png: Path) -> None:
     """Grouped bars with their intervals: a group for each task, a bar for each contender."""
-    from matplotlib.figure import Figure  # deferred: slow to import, and only pictures need it
+    from matplotlib.figure import Figure  # slow to import
 
     tasks = [task for task in report.tasks if task != LOSS]
     summary = [row for row in report.summary if row["task"] in tasks]

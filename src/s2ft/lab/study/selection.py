@@ -45,7 +45,7 @@ class SelectionSettings:
 
     @property
     def runs(self) -> int:
-        """How many runs the study has at least."""
+        """The number of runs, if no grid of learning rates has to grow."""
         return len(self.tasks) * (len(self.rates) * len(self.strategies) + self.seeds * (1 + len(self.strategies)))
 
 

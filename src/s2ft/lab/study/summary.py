@@ -25,7 +25,7 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     if len(values) < 2:
         return None, None
     error = stats.sem(values)
-    if not error:  # equal values, of which scipy makes NaN
+    if not error:  # scipy returns NaN for equal values
         return fmean(values), fmean(values)
     low, high = stats.t.interval(LEVEL, len(values) - 1, loc=fmean(values), scale=error)
     return float(low), float(high)

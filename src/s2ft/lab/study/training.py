@@ -96,7 +96,7 @@ def _options(workload: Workload, learning_rate: float, seed: int) -> TrainOption
         {
             "model": str(base_path()),
             "data": "generated",
-            "output": tempfile.gettempdir(),  # the trainer wants a folder; it saves nothing
+            "output": tempfile.gettempdir(),  # the trainer requires a folder, but saves nothing there
             "max_steps": workload.steps,
             "batch_size": workload.batch_size,
             "gradient_accumulation": 1,
