@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from peft import get_peft_model
 from typer.testing import CliRunner
 
@@ -133,8 +134,16 @@ def test_short_options_stand_for_the_long_ones(s2ft, tmp_path: Path, monkeypatch
         "  - --data='d.json': there is no such file",
         "  - --model='./m' is not a folder; name the folder of a model, or a model on the Hub",
     ]
-    for command in ("fuse", "export", "merge"):
-        assert "-o" in CliRunner().invoke(app, [command, "--help"]).output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_that_people_expect_short_is(command: str) -> None:
+    found = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    for parameter in found.params:
+        for name in {"--model", "--data", "--output", "--config"} & set(parameter.opts):
+            assert name[1:3] in parameter.opts
 
 
 def test_the_shell_can_complete(s2ft) -> None:

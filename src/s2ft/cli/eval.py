@@ -48,7 +48,7 @@ def _by_tasks(values: dict[str, Any], json_file: Path | None) -> int:
         with quiet(), bars() as tell:
             found = run.evaluate(options, tell)
     except KeyboardInterrupt:
-        typer.echo("interrupted; what was answered is kept, and the same command goes on from there")
+        typer.echo("interrupted; the answers so far are kept: the same command continues from there")
         return INTERRUPTED
     _show(found, options)
     if json_file is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from s2ft.adapters.overlap import Overlap
 
 
-def fuse(
+def fuse(  # noqa: PLR0913 - a command's options are its function's arguments
     adapters: Annotated[list[Path], typer.Argument(help="Folders of the adapters", show_default=False)],
     output: Annotated[
         Path | None,
@@ -34,13 +34,13 @@ def fuse(
     weights: Annotated[
         str | None, typer.Option(help="One number for each adapter [default: 1 for each]", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option(help="On channels that several adapters hold: sum, ties or dare")] = "sum",
-    density: Annotated[float, typer.Option(help="Share of those entries that ties and dare keep")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the entries that dare drops")] = 0,
+    method: Annotated[str, typer.Option(help="On channels that several adapters train: sum, ties or dare")] = "sum",
+    density: Annotated[float, typer.Option(help="Fraction of those entries that ties and dare keep")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed for the entries that dare drops")] = 0,
     png: Annotated[Path | None, typer.Option(help="Draw the overlap, layer by layer", show_default=False)] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Fuse adapters of one base model, on their files alone. Prints where they overlap before anything is written.
+    """Fuse adapters of one base model, which is not read; prints where they overlap before anything is written.
 
     Example: s2ft fuse math-adapter code-adapter --weights 0.5,0.5 --output both --png overlap.png
     """

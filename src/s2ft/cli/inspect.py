@@ -34,7 +34,7 @@ def inspect(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Print what an adapter changes, per layer, with counts and norms. Needs no base model; of --base, reads the configuration.
+    """Print what an adapter changes, per layer, with counts and norms; needs no base model. Of --base, only the config is read.
 
     Example: s2ft inspect runs/quickstart --png channels.png
     """

@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: one message on stderr, and an exit code.
+"""How errors leave the command line: one message on stderr, and an exit code.
 
 Bad input, a missing library, a full disk and the like end with code 2, Ctrl-C with 130. All else is a bug, shown in full.
 """

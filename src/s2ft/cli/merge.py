@@ -19,7 +19,7 @@ def merge(
     base: Base = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Merge an adapter into its base, on files: same shards and dtypes, tokenizer and chat template along.
+    """Merge an adapter into its base, shard by shard; dtypes stay, tokenizer and chat template are copied.
 
     Example: s2ft merge runs/quickstart --base src/s2ft/demo/base --output runs/merged
     """

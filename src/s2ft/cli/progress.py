@@ -24,7 +24,7 @@ from rich.progress import (
 def quiet() -> Iterator[None]:
     """Shows what `s2ft` logs; hides the chatter of transformers, TRL and datasets. Their errors still show.
 
-    Of several processes, one is heard.
+    Only the leading process logs.
     """
     import datasets
     import transformers
@@ -51,7 +51,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[float], None]]:
-    """One bar; it is told the share that is done."""
+    """One bar; it is told the fraction that is done."""
     with Progress(console=Console(stderr=True), transient=True) as display:
         task = display.add_task(title, total=1.0)
         yield lambda done: display.update(task, completed=done)
@@ -59,7 +59,7 @@ def bar(title: str) -> Iterator[Callable[[float], None]]:
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each task of each model, with the time that is left."""
+    """A bar for each title, with the time that is left; it is told the title, what is done, and the whole."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     tasks: dict[str, TaskID] = {}
     display = Progress(*columns, "left", TimeRemainingColumn(), console=Console(stderr=True), transient=True)

@@ -11,10 +11,8 @@ from s2ft.common.outputs import check_writable
 SHOWN = 2  # generations of each skill, side by side
 
 
-def quickstart(
-    json_file: JsonFile = None,
-) -> None:
-    """Fine-tune the embedded base model on a skill it lacks; three minutes on two CPU cores.
+def quickstart(json_file: JsonFile = None) -> None:
+    """Fine-tune the embedded base model on a skill it lacks; needs no GPU and no download.
 
     Example: s2ft quickstart
     """

@@ -75,7 +75,7 @@ def _interrupted() -> int:
 
     if not leads():
         return 0  # the leading process evaluates
-    typer.echo("interrupted; what is done is kept, and the same command goes on from there")
+    typer.echo("interrupted; what is done is kept: the same command continues from there")
     return INTERRUPTED
 
 
