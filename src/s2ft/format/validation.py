@@ -117,7 +117,7 @@ def value_problems(config: S2FTConfig, tensors: Mapping[str, Tensor]) -> Iterato
         if name in written:
             if not torch.equal(tensor, torch.from_numpy(Slice.parse(written[name]).indices)):
                 yield f"{name} differs from the config's slice {shown(written[name])}"
-        elif tensor.is_floating_point() and not finite(tensor):
+        elif tensor.is_floating_point() and not all_finite(tensor):
             yield f"{name} holds values that are not finite"
         elif (expected := noted.get(bare(name))) is not None and checksum(tensor) != expected:
             yield (
@@ -126,8 +126,3 @@ def value_problems(config: S2FTConfig, tensors: Mapping[str, Tensor]) -> Iterato
             )
     missing = noted.keys() - {bare(name) for name in tensors}
     yield from (f"the config has a checksum of {shown(name)}, which is not in the file" for name in sorted(missing))
-
-
-def finite(tensor: Tensor) -> bool:
-    """As `all_finite`, also for float8, whose minimum torch does not compute."""
-    return all_finite(tensor if tensor.element_size() > 1 else tensor.float())

@@ -21,7 +21,8 @@ from s2ft.common.errors import raise_together
 from s2ft.common.reading import shown
 from s2ft.format.config import S2FTConfig
 from s2ft.format.names import bare, is_base_copy, part_name
-from s2ft.format.validation import DELTA_DTYPES, finite
+from s2ft.format.slices import all_finite
+from s2ft.format.validation import DELTA_DTYPES
 from s2ft.format.weight_file import Header
 from s2ft.layer.linear import S2FTLinear, sliced_layers
 
@@ -153,7 +154,7 @@ def _kind(dtype: str) -> str:
 
 def _not_finite(given: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in given.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not finite(tensor):
+        if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor):
             yield f"{name} holds values that are not finite"
 
 
