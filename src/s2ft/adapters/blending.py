@@ -25,7 +25,7 @@ from torch import Tensor
 
 from s2ft.format.slices import Slice
 
-METHODS = ("sum", "ties", "dare")
+BLENDINGS = ("sum", "ties", "dare")
 DENSITY = 0.5  # of the shared entries, what TIES and DARE keep unless told otherwise
 
 

@@ -22,7 +22,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from s2ft.adapters.blending import DENSITY, METHODS, blend
+from s2ft.adapters.blending import BLENDINGS, DENSITY, blend
 from s2ft.adapters.file import open_adapter
 from s2ft.adapters.overlap import Overlap, overlaps
 from s2ft.common.errors import S2FTError, raise_together
@@ -193,8 +193,8 @@ def _option_problems(
     for weight in weights:
         if not _is_number(weight):
             yield f"weight {weight!r} is not a finite number"
-    if method not in METHODS:
-        yield f"method={method!r} is unknown; choose from {', '.join(METHODS)}"
+    if method not in BLENDINGS:
+        yield f"method={method!r} is unknown; choose from {', '.join(BLENDINGS)}"
     if not (_is_number(density) and 0 < density <= 1):
         yield f"density={density!r} is outside (0, 1]"
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:

@@ -94,6 +94,7 @@ def rival(base: PreTrainedModel, parameters: int, name: str, fp32: bool = False)
         fp32: Keeps what is trained in fp32 and computes in bf16.
     """
     method = METHODS[name]
+    method.check()
     options = TrainOptions(model="m", data=["d"], output="o", method=name, **method.of_size(base, parameters))
     config = method.peft_config(options, base, None)
     if isinstance(config, LoraConfig):
