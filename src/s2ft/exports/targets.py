@@ -42,7 +42,7 @@ class Target:
     taker: str  # for whom, in words
     suffix: str | None = None  # of the file that is written; None: a folder
     reads_weights: bool = False  # of the base, beside its configuration
-    is_for_vllm: bool = False  # it is told at which `--max-lora-rank` vLLM serves it
+    is_for_vllm: bool = False  # the result says at which `--max-lora-rank` vLLM serves it
 
 
 TARGETS = {
