@@ -20,7 +20,6 @@ from pathlib import Path
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from s2ft.common.errors import S2FTError
 from s2ft.format.config import S2FTConfig
 from s2ft.format.names import delta_name, is_base_copy, is_slice_part
 from s2ft.format.slices import Slice
@@ -97,10 +96,7 @@ def open_adapter(folder: str | Path) -> AdapterFile:
 
 
 def _checked(folder: Path) -> tuple[S2FTConfig, WeightFile]:
-    if not folder.is_dir():
-        raise S2FTError(f"{folder} holds no adapter: there is no {CONFIG_NAME}")
-    config = S2FTConfig.from_folder(folder)
-    return config, WeightFile(folder)
+    return S2FTConfig.from_folder(folder), WeightFile(folder)
 
 
 def _slices(config: S2FTConfig) -> dict[str, Slice]:
