@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -63,6 +64,20 @@ def test_a_run_lowers_the_loss_and_changes_nothing_but_deltas(run, base):
     assert trained
     assert all(".s2ft_" in name for name in trained)
     assert all(tensor.abs().sum() > 0 for tensor in deltas(result.output).values())
+
+
+def test_nothing_about_a_run_is_sent_to_the_hub(run, monkeypatch):
+    """TRL reports each trainer; by the Hub's switch, which it asks each time, nothing leaves the machine."""
+    switched_off = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(
+        "trl.trainer.base_trainer.send_telemetry",
+        lambda *_, **__: switched_off.append(constants.HF_HUB_DISABLE_TELEMETRY),
+    )
+    run(max_steps=1)
+    assert switched_off == [True]
+    assert constants.HF_HUB_DISABLE_TELEMETRY is False  # as it was
 
 
 def test_the_adapter_loads_onto_its_base_and_says_how(run, base):
