@@ -202,6 +202,23 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_older_one(run, tmp_path, mo
     assert same(deltas(run(save_every=2, resume=True).output), deltas(run("whole").output))
 
 
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over_and_removed(run, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 2)
+    run(max_steps=4)
+    monkeypatch.undo()
+    half, only = tmp_path / "out" / "checkpoint-3", tmp_path / "other" / "checkpoint-3"
+    for folder in (half, only):
+        shutil.copytree(tmp_path / "out" / "checkpoint-2", folder)
+        (folder / "unfinished").touch()
+        (folder / WEIGHTS).write_bytes(b"")
+    resumed = run(max_steps=4, resume=True)
+    assert resumed.card["training"]["resumed_from"] == "checkpoint-2"
+    new = run("other", max_steps=4)  # a folder with nothing else is free
+    assert same(deltas(new.output), deltas(resumed.output))
+    assert not half.exists()
+    assert not only.exists()
+
+
 @pytest.mark.parametrize(
     "error",
     [
