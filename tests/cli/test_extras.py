@@ -54,6 +54,9 @@ def test_the_missing_extra_is_named(words: list[str], missing: str, asked: str, 
 
 
 def test_a_module_that_is_nobodys_is_a_bug(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "a" / name).write_text("{}")
     program = (
         "import sys; sys.modules['s2ft.adapters.merge'] = None; sys.argv = ['s2ft', 'merge', 'a', '-o', 'b']\n"
         "import s2ft_command; s2ft_command.main()"
