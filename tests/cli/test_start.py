@@ -39,6 +39,8 @@ def run(program: str) -> str:
         ["train", "-m", "no-such-folder", "-d", "nowhere.json", "-o", "new"],
         ["train", "-m", "no-such-folder", "-d", "data.json", "-o", "new"],
         ["train", "-m", "./no-such-folder", "-d", "data.json", "-o", "new", "--evaluate", "boolq", "--eval-data", "a"],
+        ["eval", "-m", "./no-such-folder", "-d", "org/set", "-o", "new", "--task", "gsm8k"],
+        ["reproduce", "no-such-recipe", "-d", "org/set", "-o", "new"],
         ["inspect", "nowhere"],
         ["fuse", "nowhere", "nowhere"],
         ["merge", "nowhere", "-o", "new"],
