@@ -58,7 +58,7 @@ def test_a_module_that_is_nobodys_is_a_bug(tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "a" / name).write_text("{}")
     program = (
-        "import sys; sys.modules['s2ft.adapters.merge'] = None; sys.argv = ['s2ft', 'merge', 'a', '-o', 'b']\n"
+        "import sys; sys.modules['s2ft.demo.skills'] = None; sys.argv = ['s2ft', 'quickstart']\n"
         "import s2ft_command; s2ft_command.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
