@@ -132,7 +132,7 @@ def test_short_options_stand_for_the_long_ones(s2ft, tmp_path: Path, monkeypatch
     assert told.splitlines()[1:] == [
         "  - --epochs='x': input should be a valid number, unable to parse string as a number",
         "  - --data='d.json': there is no such file",
-        "  - --model='./m' is not a folder; name the folder of a model, or a model on the Hub",
+        "  - --model='./m' is not a folder; name the folder of a model, a .gguf file, or a model on the Hub",
     ]
 
 

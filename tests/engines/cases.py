@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from base_gguf import write_base
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import s2ft
 from s2ft.adapters.merge import merge
 from s2ft.demo import base_path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+from gguf_base import write_base
 
 ADAPTERS = {
     "a": {"o_proj": 0.34, "down_proj": 0.05},

@@ -1,18 +1,20 @@
 """The command line: one file for each command, which imports slow libraries only when it runs.
 
-app         `s2ft`: its commands
-leaving     how errors are reported, and the process ends
-options     options that several commands share, or that are declared elsewhere
-train       `s2ft train`
-quickstart  `s2ft quickstart`
-eval        `s2ft eval`
-reproduce   `s2ft reproduce`
-inspect     `s2ft inspect`
-fuse        `s2ft fuse`
-merge       `s2ft merge`
-export      `s2ft export`
-bench       `s2ft bench`
-study       `s2ft study`
-tables      tables that are not cut off in a narrow terminal
-progress    bars, log lines, and less noise from the libraries
+app              `s2ft`: its commands
+leaving          how errors are reported, and the process ends
+options          options that several commands share, or that are declared elsewhere
+train            `s2ft train`
+quickstart       `s2ft quickstart`
+quickstart_real  `s2ft quickstart-real`
+base             `s2ft base`
+eval             `s2ft eval`
+reproduce        `s2ft reproduce`
+inspect          `s2ft inspect`
+fuse             `s2ft fuse`
+merge            `s2ft merge`
+export           `s2ft export`
+bench            `s2ft bench`
+study            `s2ft study`
+tables           tables that are not cut off in a narrow terminal
+progress         bars, log lines, and less noise from the libraries
 """

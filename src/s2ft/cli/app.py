@@ -11,12 +11,14 @@ import typer
 
 import s2ft
 from s2ft.cli import bench, eval, reproduce, study, train
+from s2ft.cli.base import base
 from s2ft.cli.export import export
 from s2ft.cli.fuse import fuse
 from s2ft.cli.inspect import inspect
 from s2ft.cli.leaving import INTERRUPTED, as_flags, leave, leaving
 from s2ft.cli.merge import merge
 from s2ft.cli.quickstart import quickstart
+from s2ft.cli.quickstart_real import quickstart_real
 
 app = typer.Typer(
     help="S²FT: fine-tune language models by structured sparsity, as a PEFT method.",
@@ -43,6 +45,8 @@ def _options(
 
 
 app.command("quickstart")(quickstart)
+app.command("quickstart-real")(quickstart_real)
+app.command("base")(base)
 app.command("train", help=train.HELP)(train.command)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("reproduce", help=reproduce.HELP)(reproduce.reproduce)

@@ -59,12 +59,17 @@ def _generations(result: Any) -> Any:
 
 
 def _files(result: Any) -> str:
-    program = "s2ft" if shutil.which("s2ft") else sys.argv[0]  # without the environment active, its whole path
+    name = program()
     size, seconds = result.card["adapter"]["bytes"], result.card["training"]["seconds"]
     return (
         f"The adapter is {size / 1e3:.0f} kB, {size / result.base_bytes:.1%} of the model's {result.base_bytes / 1e6:.1f} MB, "
         f"trained in {seconds:.0f} s. It lies in {result.folder}, with its run card run.md.\n\nNext:\n"
-        f"  {program} inspect {result.folder} --png channels.png\n"
-        f"  {program} train --model Qwen/Qwen3-0.6B --data your-data.jsonl --output your-adapter\n"
-        f"  {program} train --help"
+        f"  {name} inspect {result.folder} --png channels.png\n"
+        f"  {name} train --model Qwen/Qwen3-0.6B --data your-data.jsonl --output your-adapter\n"
+        f"  {name} train --help"
     )
+
+
+def program() -> str:
+    """What to type for `s2ft`: its whole path where the environment is not active."""
+    return "s2ft" if shutil.which("s2ft") else sys.argv[0]

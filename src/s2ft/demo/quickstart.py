@@ -66,9 +66,9 @@ def quickstart(folder: Path, train_examples: int = 1000, test_examples: int = 10
     return comparison
 
 
-def fresh_folder(parent: Path = Path("runs")) -> Path:
+def fresh_folder(parent: Path = Path("runs"), name: str = "quickstart") -> Path:
     """`runs/quickstart`, or the first of `runs/quickstart-2`, ... that is not there yet."""
-    names = (parent / ("quickstart" if number == 1 else f"quickstart-{number}") for number in count(1))
+    names = (parent / (name if number == 1 else f"{name}-{number}") for number in count(1))
     return next(path for path in names if not path.exists())
 
 

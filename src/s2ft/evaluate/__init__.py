@@ -16,4 +16,5 @@ Read `options` and `tasks`, then `run`.
     judge       a judge that speaks OpenAI's chat completions
     judge_http  one question to the judge's server, by OpenAI's client
     harness     tasks of the lm-evaluation-harness
+likelihood  answers chosen by likelihood, and the perplexity of text
 """

@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from s2ft.common.errors import S2FTError, first_line
+from s2ft.runtime.gguf import check_gguf, gguf_file
 
 
 def check_folder(name: str) -> None:
     """Raises `S2FTError` for a folder that holds no model, and for a path where there is none."""
     path = Path(name)
+    if (file := gguf_file(name)) is not None:
+        check_gguf(file)
+        return
     if path.is_dir() and not (path / "config.json").is_file():
         raise S2FTError(f"model={name!r} is a folder without config.json, so it holds no model")
     if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~"))):
-        raise S2FTError(f"model={name!r} is not a folder; name the folder of a model, or a model on the Hub")
+        raise S2FTError(
+            f"model={name!r} is not a folder; name the folder of a model, a .gguf file, or a model on the Hub"
+        )
 
 
 def check_hub(name: str) -> None:

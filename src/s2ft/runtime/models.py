@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, from a folder or the Hub, with errors that say what is missing.
+"""The base model and its tokenizer, from a folder, a GGUF file or the Hub, with errors that say what is missing.
 
 Code that comes with a model is not run: unless it is told so, transformers asks at the terminal, and runs it on a "y".
 """
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.common.errors import S2FTError, first_line
+from s2ft.runtime import gguf
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.lookup import check_folder
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
@@ -24,7 +25,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     check_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        source, options = gguf.reading(name)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "tokenizer", error)) from error
 
@@ -37,9 +39,10 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     check_folder(name)
     try:
-        # Safetensors only: the older .bin files are pickles, which we do not open
+        source, options = gguf.reading(name)
+        options |= gguf.dequantising() if options else {"use_safetensors": True}  # the older .bin files are pickles
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
         )
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: what a broken or foreign file leads to
         if is_out_of_memory(error):
@@ -50,6 +53,8 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         raise S2FTError(
             f"model={name!r} is incomplete: it lacks {len(missing)} of its weights, the first is {missing[0]}"
         )
+    if "gguf_file" in options:
+        gguf.make_plain(model, name)
     return model
 
 
@@ -62,7 +67,8 @@ def empty_model(name: str) -> PreTrainedModel:
     check_folder(name)
     try:
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            source, options = gguf.reading(name)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
@@ -75,7 +81,10 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def _unloadable(name: str, part: str, error: Exception) -> str:
-    where = "the folder" if Path(name).is_dir() else "no folder here; the Hub"
+    if gguf.gguf_file(name) is not None:
+        where = "a GGUF file, cut short or of a kind that transformers does not read"
+    else:
+        where = "the folder" if Path(name).is_dir() else "no folder here; the Hub"
     if "trust_remote_code" in str(error):
         return (
             f"model={name!r}: its {part} needs code that comes with it, and s2ft runs no such code; take another model"

@@ -1,0 +1,140 @@
+"""How likely a model finds a text: answers chosen without writing them, and the perplexity of plain text.
+
+    choice        argmax over the choices c of  log p(c | question) / bytes of c      the commonsense tasks
+    perplexity    exp of the mean of  -log p(token | tokens before it)
+
+A model that writes badly, or was never taught a task's wording, shows by its likelihoods what it knows all the same. The
+length of a choice is divided out as in the lm-evaluation-harness's `acc_norm` (Gao et al., 2021).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2ft.common.errors import S2FTError
+from s2ft.evaluate.questions import Prompt, load_questions
+from s2ft.evaluate.tasks import Task
+
+_QUESTION = re.compile(r"question:\s*(.*?)(?:\n\n|$)|sentence:\s*(.*?)(?:\n\n|$)", re.IGNORECASE | re.DOTALL)
+_NUMBERED = r"(?:answer|option|ending|solution)"
+_CHOICE = re.compile(
+    rf"\b{_NUMBERED}(\d):\s*(.*?)(?=\s+{_NUMBERED}(?:\d:|\s+format)|\n\n|$)", re.IGNORECASE | re.DOTALL
+)
+_YES_NO = {"true": "yes", "false": "no"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question, what may be answered, and which of it is right."""
+
+    question: str
+    answers: tuple[str, ...]
+    right: int  # index into `answers`
+
+
+def load_choices(task: Task, data: str, limit: int | None = None) -> list[Choice]:
+    """The questions of a commonsense task, taken apart into question and choices.
+
+    Raises:
+        S2FTError: if there is no such file, or a question names no choices.
+    """
+    found = load_questions(task, data, limit, prompts="chat")
+    return [choice(_text(one.prompt), one.gold) for one in found]
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+
+
+def choice(instruction: str, gold: str) -> Choice:
+    """The choices in an instruction of LLM-Adapters' wording; where it has none, yes and no.
+
+    Raises:
+        S2FTError: if it holds no question, or `gold` is none of its choices.
+
+    Example:
+        >>> choice("Choose the correct answer to the question: Ice is? Answer1: warm Answer2: cold", "2").answers
+        ('warm', 'cold')
+    """
+    match = _QUESTION.search(instruction)
+    if match is None:
+        raise S2FTError(f"no question in {instruction[:80]!r}: expected the words of LLM-Adapters, 'question: ...'")
+    question = (match[1] or match[2]).strip()
+    answers = {number: text.strip() for number, text in _CHOICE.findall(instruction)} or _YES_NO
+    name = gold if gold in answers else gold[-1:]
+    if name not in answers:
+        raise S2FTError(f"answer {gold!r} is none of {', '.join(answers)} in {instruction[:80]!r}")
+    return Choice(question, tuple(answers.values()), list(answers).index(name))
+
+
+def accuracy(model: Any, tokenizer: Any, choices: Sequence[Choice], batch_size: int = 16) -> float:
+    """The share of questions whose right answer is the likeliest, per byte of the answer."""
+    pairs = [(f"Question: {one.question}\nAnswer:", f" {text}") for one in choices for text in one.answers]
+    found = iter(log_likelihoods(model, tokenizer, pairs, batch_size))
+    right = 0
+    for one in choices:
+        scores = [next(found) / len(text.encode()) for text in one.answers]
+        right += scores.index(max(scores)) == one.right
+    return right / max(1, len(choices))
+
+
+def log_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],  # what is given, and what follows it
+    batch_size: int = 16,
+) -> list[float]:
+    """Log p(what follows | what is given) of each pair, in nats."""
+    given = [tokenizer(text).input_ids or [tokenizer.eos_token_id] for text, _ in pairs]
+    follows = [tokenizer(text, add_special_tokens=False).input_ids for _, text in pairs]
+    order = sorted(range(len(pairs)), key=lambda index: -len(given[index]) - len(follows[index]))
+    found = [0.0] * len(pairs)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        rows = token_log_likelihoods(model, [given[index] for index in batch], [follows[index] for index in batch])
+        for index, row in zip(batch, rows, strict=True):
+            found[index] = float(row.sum())
+    return found
+
+
+def perplexity(model: Any, tokenizer: Any, text: str, window: int = 512, limit: int = 8192) -> float:
+    """Of the first `limit` tokens of a text, read in windows that do not overlap.
+
+    Raises:
+        S2FTError: if the text has less than two tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False).input_ids[:limit]
+    if len(ids) < 2:
+        raise S2FTError(f"a text of {len(ids)} tokens has no perplexity; give it two at least")
+    windows = [ids[start : start + window] for start in range(0, len(ids) - 1, window)]
+    rows = [
+        token_log_likelihoods(model, [part[:1]], [part[1:]])[0] for part in windows if len(part) > 1
+    ]  # one at a time: the logits of a window are its length times the vocabulary
+    values = torch.cat(rows)
+    return math.exp(-float(values.mean()))
+
+
+@torch.no_grad()
+def token_log_likelihoods(
+    model: Any,
+    given: Sequence[list[int]],  # token ids, at least one each
+    follows: Sequence[list[int]],
+) -> list[Tensor]:  # of each row [len(follows)], float32
+    """Log p of each token that follows. Rows end together, so that the head is asked about the last tokens only."""
+    rows = [[*before, *after] for before, after in zip(given, follows, strict=True)]
+    longest, kept = max(map(len, rows)), max(map(len, follows))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=kept + 1).logits[:, -kept - 1 : -1]
+    model.train(was_training)
+    scores = logits.float().log_softmax(-1).gather(-1, tokens[:, -kept:, None])[..., 0]  # [rows, kept]
+    return [row[kept - len(after) :].cpu() for row, after in zip(scores, follows, strict=True)]

@@ -1,0 +1,106 @@
+"""Likelihoods against transformers' own loss, and against the same sum written out in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from s2ft import S2FTError
+from s2ft.demo import base_path
+from s2ft.evaluate.likelihood import Choice, accuracy, choice, log_likelihoods, perplexity, token_log_likelihoods
+from s2ft.runtime.models import load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(str(base_path()), torch.float64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(base_path()))
+
+
+def one_by_one(model, given: list[int], follows: list[int]) -> torch.Tensor:
+    """log p of each token, from a row by itself and all its logits."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*given, *follows]])).logits[0]
+    return log_softmax(logits, -1)[len(given) - 1 : -1].gather(-1, torch.tensor(follows)[:, None])[:, 0]
+
+
+def test_rows_of_several_lengths_score_as_they_do_alone(model) -> None:
+    given = [torch.randint(0, 256, (length,)).tolist() for length in (1, 9, 4, 17)]
+    follows = [torch.randint(0, 256, (length,)).tolist() for length in (6, 1, 11, 3)]
+    found = token_log_likelihoods(model, given, follows)
+    for row, before, after in zip(found, given, follows, strict=True):
+        torch.testing.assert_close(row.double(), one_by_one(model, before, after), rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_keep_their_order(model, tokenizer) -> None:
+    pairs = [("add: 1+1\n", "2"), ("a longer prompt than the others\n", "and its end"), ("x", "y")]
+    found = log_likelihoods(model, tokenizer, pairs, batch_size=2)
+    for value, (before, after) in zip(found, pairs, strict=True):
+        assert value == pytest.approx(float(one_by_one(model, [*before.encode()], [*after.encode()]).sum()), rel=1e-5)
+
+
+def test_perplexity_is_that_of_the_loss_of_each_window(model, tokenizer) -> None:
+    text, window = "".join(map(chr, torch.randint(97, 123, (70,)).tolist())), 32
+    ids = torch.tensor([[*text.encode()]])[:, :60]
+    losses, counts = [], []
+    for start in range(0, 60, window):
+        part = ids[:, start : start + window]
+        losses.append(float(model(input_ids=part, labels=part).loss.detach()) * (part.shape[1] - 1))
+        counts.append(part.shape[1] - 1)
+    wanted = math.exp(sum(losses) / sum(counts))
+    assert perplexity(model, tokenizer, text, window, limit=60) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_text_of_one_token_has_no_perplexity(model, tokenizer) -> None:
+    with pytest.raises(S2FTError, match="a text of 1 tokens has no perplexity"):
+        perplexity(model, tokenizer, "a")
+
+
+def test_the_likeliest_per_byte_is_chosen(model, tokenizer) -> None:
+    questions = [Choice("add: 3+4", ("7", "9"), 0), Choice("recall: Dovota", ("a long wrong answer", "Nite"), 1)]
+    prompts = [f"Question: {one.question}\nAnswer:" for one in questions]
+    right = 0
+    for one, prompt in zip(questions, prompts, strict=True):
+        texts = [f" {text}" for text in one.answers]
+        sums = [float(one_by_one(model, [*prompt.encode()], [*text.encode()]).sum()) for text in texts]
+        means = [total / len(text.encode()) for total, text in zip(sums, one.answers, strict=True)]
+        right += means.index(max(means)) == one.right
+    assert accuracy(model, tokenizer, questions) == right / 2
+
+
+@pytest.mark.parametrize(
+    ("instruction", "gold", "wanted"),
+    [
+        (
+            "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false",
+            "true",
+            Choice("is ice cold?", ("yes", "no"), 0),
+        ),
+        (
+            "Please choose the correct answer to the question: Who?\n\nAnswer1: a man. Answer2: a dog Answer3: nobody\n\n"
+            "Answer format: answer1/answer2/answer3",
+            "3",
+            Choice("Who?", ("a man.", "a dog", "nobody"), 2),
+        ),
+        (
+            "Please choose the correct answer to fill in the blank to complete the given sentence: Ann saw Bea, so _ waved."
+            "\n\nOption1: Ann Option2: Bea Answer format: option1/option2",
+            "option2",
+            Choice("Ann saw Bea, so _ waved.", ("Ann", "Bea"), 1),
+        ),
+    ],
+)
+def test_questions_are_taken_apart(instruction: str, gold: str, wanted: Choice) -> None:
+    assert choice(instruction, gold) == wanted
+
+
+def test_what_has_no_question_or_not_that_answer_is_refused() -> None:
+    with pytest.raises(S2FTError, match="no question in 'Add 1 and 2'"):
+        choice("Add 1 and 2", "3")
+    with pytest.raises(S2FTError, match="answer 'answer4' is none of 1, 2"):
+        choice("the question: Who?\n\nAnswer1: a Answer2: b", "answer4")
