@@ -9,6 +9,7 @@ config is saved beside the deltas.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -195,13 +196,21 @@ class S2FTConfig(PeftConfig):
         self._noted = Noted.of(tensors)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT; with the checksums of the tensors that are saved beside."""
+        """As in PEFT; with the checksums of the tensors that are saved beside, and the same bytes in every process."""
         self.checksums, self._noted = self._noted.checksums(), Noted()  # none for a config that is saved by itself
         self.how_to_load, self.format_version = HOW_TO_LOAD, FORMAT_VERSION
-        super().save_pretrained(save_directory, **kwargs)
+        super(S2FTConfig, self._in_order()).save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")  # PEFT has written it, without a word on this method
         if card.is_file() and "import s2ft" not in (text := card.read_text(encoding="utf-8", errors="replace")):
             card.write_text(f"{text.rstrip()}\n\n## How to load\n\n{HOW_TO_LOAD}\n", encoding="utf-8")
+
+    def _in_order(self) -> S2FTConfig:
+        """A copy with sorted lists for sets, whose order would differ from process to process."""
+        ordered = copy(self)
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), set):
+                setattr(ordered, item.name, sorted(value))
+        return ordered
 
     def left_open(self, name: str) -> bool:
         """Whether the user left a field open that a model has filled in since."""
