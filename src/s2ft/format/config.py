@@ -157,7 +157,7 @@ class S2FTConfig(PeftConfig):
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         found = read_fields(folder) if folder.is_dir() else None  # else a name on the Hub
-        if found is None or is_foreign(found):
+        if found is None or found.get("peft_type") is None or is_foreign(found):
             config: S2FTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
             return config
         return cls.from_folder(folder, found)
