@@ -21,7 +21,7 @@ if not (INTERPRETED or torch.cuda.is_available()):
 from s2ft.common.errors import S2FTError  # noqa: E402
 from s2ft.layer import mixed  # noqa: E402 - only where Triton is
 from s2ft.layer import mixed_triton as kernels  # noqa: E402 - only where Triton is
-from s2ft.layer.pack import LooseSlice, MixedBatch  # noqa: E402
+from s2ft.layer.pack import LooseSlice, MixedBatch, _pack_side  # noqa: E402
 
 BASE = "__base__"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_a_table_of_another_width_is_refused(side: str) -> None:
     narrow = LooseSlice(side, torch.tensor([0, 2]), torch.ones((6, 2) if side == "in" else (2, 6), device=DEVICE))
     batch = MixedBatch(["a"])
-    pack = mixed._pack_side(side, [narrow], torch.ones(1, device=DEVICE))
+    pack = _pack_side(side, [narrow], torch.ones(1, device=DEVICE))
     x, y = torch.ones(1, 7, device=DEVICE), torch.ones(1, 7, device=DEVICE)
     plan = kernels.tiles(pack, batch.of_row, 1, 7, torch.device(DEVICE))
     with pytest.raises(S2FTError, match="6 features on their other side, the layer 7"):
