@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from families import build
 from s2ft import S2FTError
 from s2ft.demo import base_path
 from s2ft.evaluate.likelihood import Choice, accuracy, choice, log_likelihoods, perplexity, token_log_likelihoods
@@ -29,12 +30,23 @@ def one_by_one(model, given: list[int], follows: list[int]) -> torch.Tensor:
     return log_softmax(logits, -1)[len(given) - 1 : -1].gather(-1, torch.tensor(follows)[:, None])[:, 0]
 
 
-def test_rows_of_several_lengths_score_as_they_do_alone(model) -> None:
-    given = [torch.randint(0, 256, (length,)).tolist() for length in (1, 9, 4, 17)]
-    follows = [torch.randint(0, 256, (length,)).tolist() for length in (6, 1, 11, 3)]
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # positions by rotation, and learned ones
+def test_rows_of_several_lengths_score_as_they_do_alone(family: str) -> None:
+    model = build(family)
+    given = [torch.randint(0, 30, (length,)).tolist() for length in (1, 9, 4, 12)]
+    follows = [torch.randint(0, 30, (length,)).tolist() for length in (6, 1, 11, 3)]
     found = token_log_likelihoods(model, given, follows)
     for row, before, after in zip(found, given, follows, strict=True):
         torch.testing.assert_close(row.double(), one_by_one(model, before, after), rtol=1e-5, atol=1e-5)
+
+
+def test_every_module_is_left_in_its_mode(model) -> None:
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    token_log_likelihoods(model, [[1, 2]], [[3]])
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
 
 
 def test_pairs_keep_their_order(model, tokenizer) -> None:

@@ -205,7 +205,7 @@ class TransformersEngine:
         settings = GenerationConfig(
             max_new_tokens=room, num_beams=beams, do_sample=False, pad_token_id=pad, eos_token_id=self._ends or None
         )
-        with _only(self._base, settings), _evaluating(self._model), torch.no_grad():
+        with _only(self._base, settings), evaluating(self._model), torch.no_grad():
             output = self._model.generate(
                 input_ids=tokens.to(self._model.device), attention_mask=mask.to(self._model.device)
             )  # [prompts, longest + new]
@@ -260,7 +260,7 @@ def _only(model: Any, settings: GenerationConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout; afterwards the model is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from s2ft.common.errors import S2FTError
+from s2ft.evaluate.engines import evaluating
 from s2ft.evaluate.questions import Prompt, load_questions
 from s2ft.evaluate.tasks import Task
 
@@ -127,14 +129,16 @@ def token_log_likelihoods(
     given: Sequence[list[int]],  # token ids, at least one each
     follows: Sequence[list[int]],
 ) -> list[Tensor]:  # of each row [len(follows)], float32
-    """Log p of each token that follows. Rows end together, so that the head is asked about the last tokens only."""
-    rows = [[*before, *after] for before, after in zip(given, follows, strict=True)]
-    longest, kept = max(map(len, rows)), max(map(len, follows))
-    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    was_training = model.training
-    model.eval()
-    logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=kept + 1).logits[:, -kept - 1 : -1]
-    model.train(was_training)
-    scores = logits.float().log_softmax(-1).gather(-1, tokens[:, -kept:, None])[..., 0]  # [rows, kept]
-    return [row[kept - len(after) :].cpu() for row, after in zip(scores, follows, strict=True)]
+    """Log p of each token that follows.
+
+    Rows are padded on the right, where a causal model does not see it: every token keeps the position that it has alone.
+    """
+    rows = [torch.tensor([*before, *after]) for before, after in zip(given, follows, strict=True)]
+    tokens = pad_sequence(rows, batch_first=True).to(model.device)  # [rows, longest]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+    first = min(map(len, given)) - 1  # the head is asked from here on
+    with evaluating(model):
+        logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=tokens.shape[1] - first).logits
+    scores = logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, first + 1 :, None])[..., 0]
+    starts = [len(before) - 1 - first for before in given]
+    return [row[start : start + len(after)].cpu() for row, start, after in zip(scores, starts, follows, strict=True)]
