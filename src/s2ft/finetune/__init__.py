@@ -9,6 +9,7 @@ Read `options`, then `train`.
     launch      can a run start? inputs, output, and what several processes support
     recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains
+    rates       a learning rate for each slice
     lora        LoRA and DoRA: config, targets, rank
     lisa        LISA, as a callback
     galore      GaLore: import, targets, checkpoints

@@ -88,6 +88,11 @@ class TrainOptions(MethodOptions):
         description=f"Peak learning rate; unless given, for s2ft by steps and size of slices, for the others {_rates()} "
         "(s2ft in the paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)",
     )
+    slice_rates: Literal["one", "channels", "inputs", "norm"] = Field(
+        "one",
+        description="Learning rates of the slices: one for all, or by the root of their channels or of the inputs that are "
+        "summed, or by the norm of the weights that they change",
+    )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate falls"
     )

@@ -179,6 +179,7 @@ def _trainer(
         peft_config=config,
         callbacks=list(callbacks),
         pure_bf16=options.precision == PURE,
+        slice_rates=options.slice_rates,
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)

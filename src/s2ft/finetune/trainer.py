@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.checkpoints import is_checkpoint, mark, remove_unfinished
+from s2ft.finetune.rates import ONE, rate_factors, split_groups
 from s2ft.runtime.processes import anywhere
 from s2ft.training.rounding import round_steps
 
@@ -37,12 +38,14 @@ class Trainer(SFTTrainer):
 
     Args:
         pure_bf16: Trains bf16 deltas, in steps that are rounded stochastically.
+        slice_rates: How the slices' learning rates differ (`finetune/rates.py`).
     """
 
-    def __init__(self, *args: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, pure_bf16: bool = False, slice_rates: str = ONE, **kwargs: Any) -> None:
         with _no_telemetry():
             super().__init__(*args, **kwargs)
         self.pure_bf16 = pure_bf16
+        self.rate_factors = {} if slice_rates == ONE else rate_factors(self.model, "default", slice_rates)
         if pure_bf16:
             self.add_callback(_PureBf16())
 
@@ -60,10 +63,12 @@ class Trainer(SFTTrainer):
                     callback.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; with `pure_bf16`, over bf16 deltas, in steps that are rounded stochastically."""
+        """As in transformers, with the slices' rates; with `pure_bf16`, over bf16 deltas, in stochastically rounded steps."""
         if self.pure_bf16:
             _to_bf16(self.model)
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.rate_factors:
+            split_groups(optimizer, self.rate_factors, self.args.learning_rate)
         if self.pure_bf16:
             round_steps(optimizer)
         return optimizer
