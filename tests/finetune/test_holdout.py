@@ -1,11 +1,15 @@
 """Held-out examples: they never train, they choose the weights, and a run that goes on chooses the same."""
 
+import json
+import random
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,6 +17,7 @@ from live import same
 from s2ft import S2FTError
 from s2ft.data.examples import load_examples
 from s2ft.data.tokens import hold_out, tokenize
+from s2ft.finetune.holdout import batches_by_length
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import parse_options, read_config
 from s2ft.finetune.train import train
@@ -202,11 +207,35 @@ def test_before_anything_is_measured_checkpoints_are_as_far_apart_as_without(run
     assert written == [2, 4, *range(6, 13)]
 
 
-def test_packed_rows_are_measured_as_unpacked_ones(run, base, data):
-    result = run(packing=True, max_length=64, max_steps=2)
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_loss_in_batches_is_that_of_one_example_at_a_time(run, base, tmp_path, monkeypatch, packing):
+    """Of responses between 1 and 60 tokens; a mean over tokens, or one that sees the padding, would be another number."""
+    rows = [{"prompt": f"{n}=", "completion": "ab" * random.randrange(1, 30)} for n in range(40)]
+    data = tmp_path / "lengths.json"
+    data.write_text(json.dumps(rows))
+    shapes, step = [], Trainer.prediction_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "prediction_step", watched)
+    result = run(data=str(data), holdout=21, batch_size=2, packing=packing, max_length=64, max_steps=1)
+    held_out = hold_out(tokenize(load_examples([str(data)]), AutoTokenizer.from_pretrained(base), 64), 21, 0)[1]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output)
-    told = result.card["training"]["best_loss"]
-    assert loss_of(model.eval(), parts(base, data)[1]) == pytest.approx(told, rel=1e-5)
+    assert result.card["training"]["best_loss"] == pytest.approx(loss_of(model.eval(), held_out), rel=1e-5)
+    assert sum(rows for rows, _ in shapes) == 21
+    assert 1 < len(shapes) < 5
+    longest = max(map(len, held_out["input_ids"]))
+    assert all(rows * length <= 4 * 2 * longest for rows, length in shapes)
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1), tokens=st.integers(1, 200))
+def test_batches_hold_every_row_once_and_no_more_tokens_than_allowed(lengths, tokens):
+    batches = batches_by_length(lengths, tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= tokens
 
 
 def test_the_options_survive_their_yaml(run):
@@ -246,11 +275,6 @@ def test_what_is_held_out_cannot_change_when_a_run_goes_on(run, monkeypatch):
 
 
 def test_a_held_out_loss_that_is_no_number_stops_the_run(run, monkeypatch):
-    loss = Trainer.compute_loss
-
-    def nan_in_evaluation(self, model, *args, **kwargs):
-        return loss(self, model, *args, **kwargs) * (1 if model.training else torch.nan)
-
-    monkeypatch.setattr(Trainer, "compute_loss", nan_in_evaluation)
+    monkeypatch.setattr(Trainer, "prediction_step", lambda *_, **__: (torch.tensor(torch.nan), None, None))
     with pytest.raises(S2FTError, match="the loss is nan at step 4"):
         run()

@@ -19,7 +19,7 @@ from tiny_base import save_tiny_base
 from tiny_runs import weights
 
 LAUNCH += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-TRAINED, HELD_OUT = 8, 3
+TRAINED, HELD_OUT = 8, 41  # the held-out ones are three batches, of which one process measures two
 TWO = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}  # what a launcher of two processes says to one
 
 
@@ -27,7 +27,9 @@ TWO = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}  # what a launcher of two processes
 def options(tmp_path: Path) -> dict[str, Any]:
     """A step sees all examples, so their order does not matter: 2 processes × 4, or 1 × 4 × 2."""
     rng = random.Random(0)
-    rows = [{"prompt": f"{index}+1=", "completion": "so many" * rng.randrange(1, 4)} for index in range(11)]
+    rows = [
+        {"prompt": f"{index}+1=", "completion": "so many" * rng.randrange(1, 4)} for index in range(TRAINED + HELD_OUT)
+    ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     settings = {"model": str(save_tiny_base(tmp_path / "base")), "data": str(tmp_path / "data.json"), "optim": "sgd"}
     settings |= {"max_steps": 4, "batch_size": 4, "learning_rate": 0.1, "precision": "fp32", "log_every": 1}

@@ -15,6 +15,7 @@ Read `options`, then `train`.
     galore      GaLore: import, targets, checkpoints
     layout      in place or indexed, with the reason
     arguments   options → TRL's `SFTConfig`
+    holdout     the held-out loss, in batches
     trainer     TRL's `SFTTrainer` with an orderly stop
     checkpoints  which of a run's checkpoints are complete, and which are kept
     prepare     from options to a run that is ready to start

@@ -61,7 +61,7 @@ def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
 
 
 def _holdout_settings(options: TrainOptions) -> dict[str, Any]:
-    """The held-out loss is measured one example at a time: a mean over examples, however they would fall into batches.
+    """When the held-out loss is measured; `finetune/holdout.py` says how.
 
     transformers keeps the best weights among its checkpoints, so there is one at each measurement; `Flow` leaves out those
     before the first.
@@ -71,7 +71,7 @@ def _holdout_settings(options: TrainOptions) -> dict[str, Any]:
         "eval_steps": options.validate_every,
         "save_steps": options.validate_every,
         "load_best_model_at_end": True,  # by the lowest loss
-        "per_device_eval_batch_size": 1,
+        "per_device_eval_batch_size": 1,  # a batch of the held-out loader counts as one
         "eval_packing": False,
     }
 

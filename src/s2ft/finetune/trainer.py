@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.checkpoints import is_checkpoint, mark, remove_unfinished
+from s2ft.finetune.holdout import WEIGHT, held_out_loader, summed_losses
 from s2ft.finetune.rates import ONE, rate_factors, split_groups
 from s2ft.runtime.processes import anywhere
 from s2ft.training.rounding import round_steps
@@ -84,6 +86,23 @@ class Trainer(SFTTrainer):
         with torch.random.fork_rng(devices=[]):  # a loader draws from the CPU's; in evaluation nothing else is drawn
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Held-out examples in batches of similar length; for transformers, which counts batches, each is one example."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = held_out_loader(rows, self.data_collator, self.args.per_device_train_batch_size)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """A held-out batch's part of the mean over examples; TRL's, a mean over tokens, depends on what a batch holds."""
+        inputs = dict(inputs)
+        weight = inputs.pop(WEIGHT)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's head, which keeps no logits
+        return weight * summed_losses(outputs.log_probs, outputs.label_mask), None, None
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As in transformers, where it is the first to write into a checkpoint."""
