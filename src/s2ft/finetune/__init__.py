@@ -10,6 +10,7 @@ Read `options`, then `train`.
     recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains
     rates       a learning rate for each slice
+    reselect    channels that are exchanged during the run
     lora        LoRA and DoRA: config, targets, rank
     lisa        LISA, as a callback
     galore      GaLore: import, targets, checkpoints

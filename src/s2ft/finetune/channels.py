@@ -6,15 +6,17 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from s2ft.format.config import S2FTConfig
+from s2ft.format.slices import Slice
+from s2ft.format.terms import DEFAULT_BUDGET
 from s2ft.selection.scores import SCORES
-from s2ft.selection.select import select
+from s2ft.selection.select import Selection, select
 from s2ft.selection.weight_scores import Batch
 
 if TYPE_CHECKING:
@@ -34,13 +36,31 @@ class Examples:
 
 def choose_channels(options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> S2FTConfig:
     """The resolved config for these options, on the training data; without it, for strategies that need none."""
-    config = options.s2ft_config(seed=seed_from(examples.digest) if examples else 0)
-    batches = _calibration(options, examples) if examples and SCORES[config.strategy].needs_data else None
-    selection = select(model, config, batches)
+    selection = _select(options, model, examples)
     log.info("trained: %s", selection.trained)
     if selection.left_out:
         log.info("%s", selection.left_out)
     return selection.config
+
+
+def choose_more(
+    options: TrainOptions, model: PreTrainedModel, examples: Examples, factor: float
+) -> dict[str, Slice]:  # module → channels
+    """What would be chosen of `factor` times the ratios or the budget, but at most of all there is."""
+    more: dict[str, Any]
+    if isinstance(options.ratios, dict):
+        more = {"ratios": {name: min(1.0, factor * ratio) for name, ratio in options.ratios.items()}}
+    elif options.ratios is not None:
+        more = {"ratios": min(1.0, factor * options.ratios)}
+    else:
+        more = {"budget": min(1.0, factor * (options.budget or DEFAULT_BUDGET))}
+    return _select(options.model_copy(update=more), model, examples).slices
+
+
+def _select(options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> Selection:
+    config = options.s2ft_config(seed=seed_from(examples.digest) if examples else 0)
+    batches = _calibration(options, examples) if examples and SCORES[config.strategy].needs_data else None
+    return select(model, config, batches)
 
 
 def seed_from(digest: str) -> int:

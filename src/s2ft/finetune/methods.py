@@ -149,7 +149,7 @@ class S2FT(Method):
 
     title = "S²FT"
     learning_rate = 2e-4
-    options = frozenset({*S2FTOptions.model_fields, "calibration", "layout", "slice_rates"}) | ADAMW
+    options = frozenset({*S2FTOptions.model_fields, "calibration", "layout", "slice_rates", "reselect"}) | ADAMW
 
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
         """The config with the channels that were chosen."""

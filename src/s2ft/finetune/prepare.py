@@ -33,16 +33,18 @@ from s2ft.data.template import turn_end
 from s2ft.data.tokens import Tokens, hold_out, tokenize
 from s2ft.evaluate.comparison import Checked, check_scores
 from s2ft.finetune.arguments import longest, sft_config
-from s2ft.finetune.channels import Examples
+from s2ft.finetune.channels import Examples, choose_more
 from s2ft.finetune.checkpoints import Checkpoints
 from s2ft.finetune.layout import INDEXED, choose_layout
 from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate
+from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
 from s2ft.finetune.trainer import Flow, LossBar, Trainer
 from s2ft.format.config import S2FTConfig
+from s2ft.format.slices import Slice
 from s2ft.format.terms import PURE
 from s2ft.runtime.models import load_model, load_tokenizer
 from s2ft.runtime.precision import choose_precision
@@ -60,6 +62,11 @@ class Data:
     digest: str
     format: str  # of the prompts, from `prompt_format`
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def examples(self) -> Examples:
+        """For methods that look at them first."""
+        return Examples(self.tokens.dataset, self.digest, self.tokenizer)
 
     def rows(self, packed_to: int | None) -> int:
         """What the loader draws from: the examples, or about so many rows packed to this length."""
@@ -117,7 +124,11 @@ def prepare(options: TrainOptions) -> Setup:
         log.info("learning rate: %g, %s", options.learning_rate, reasons["learning_rate"])
 
     flow = Flow(options.save_every)
-    trainer = _trainer(options, args, model, data, config, [flow, *method.callbacks(options, model)])
+    callbacks = [flow, *method.callbacks(options, model)]
+    if options.reselect and isinstance(config, S2FTConfig):
+        config, reselect = _reselection(options, model, data, config)
+        callbacks.append(reselect)
+    trainer = _trainer(options, args, model, data, config, callbacks)
     if isinstance(config, S2FTConfig):
         options, reasons["layout"] = _settle_layout(options, paused, trainer)
     else:
@@ -151,14 +162,24 @@ def _adapter(options: TrainOptions, paused: Paused | None, model: PreTrainedMode
     """The config of the method's adapter, or of the checkpoint's; None if the model's own weights are trained."""
     method = METHODS[options.method]
     if paused is None or method.leaves_model:
-        examples = Examples(data.tokens.dataset, data.digest, data.tokenizer)
-        config = as_leader(method.peft_config(options, model, examples))
+        config = as_leader(method.peft_config(options, model, data.examples))
     else:
         config = PeftConfig.from_pretrained(str(paused.checkpoint))
         config.inference_mode = False
     if config is not None:
         check_head(config, model)
     return config
+
+
+def _reselection(
+    options: TrainOptions, model: PreTrainedModel, data: Data, config: S2FTConfig
+) -> tuple[S2FTConfig, Reselect]:
+    """The config with the channels of all stages, and what exchanges them."""
+    first = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
+    factors = [1 + SHARE * turn for turn in range(1, options.reselect + 1)]
+    selections = [first, *(choose_more(options, model, data.examples, factor) for factor in factors)]
+    selections = as_leader(selections)
+    return widened(config, selections), Reselect(selections)
 
 
 def _trainer(

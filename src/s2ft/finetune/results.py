@@ -19,6 +19,7 @@ from s2ft.finetune.methods import METHODS
 from s2ft.finetune.model_card import model_card
 from s2ft.finetune.options import TrainOptions, to_yaml
 from s2ft.finetune.prepare import Setup
+from s2ft.finetune.reselect import Reselect
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.environment import environment, peak_memory
 from s2ft.runtime.processes import process_count
@@ -107,6 +108,7 @@ def run_card(setup: Setup, steps: int, metrics: dict[str, float]) -> Card:
             "trainable_parameters": trainable,
             "model_parameters": total,
             "share": trainable / total,
+            **_at_once(setup),
         },
         "training": _training(setup, steps, metrics["train_runtime"]),
         "loss_curve": _points(state.log_history, "loss"),
@@ -114,6 +116,12 @@ def run_card(setup: Setup, steps: int, metrics: dict[str, float]) -> Card:
     if setup.data.held_out is not None:
         card["held_out_curve"] = _points(state.log_history, "eval_loss")
     return card
+
+
+def _at_once(setup: Setup) -> Card:
+    """Where channels were exchanged: how many parameters trained at a time, of those in the adapter."""
+    found = [one for one in setup.trainer.callback_handler.callbacks if isinstance(one, Reselect)]
+    return {"trained_at_once": found[0].trained_at_once} if found else {}
 
 
 def _training(setup: Setup, steps: int, seconds: float) -> Card:
