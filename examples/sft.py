@@ -8,7 +8,7 @@ import sys
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from s2ft import S2FTConfig, in_place
+from s2ft import S2FTConfig, in_place, learning_rate
 from s2ft.demo import base_path
 from s2ft.demo.skills import SKILLS
 
@@ -23,7 +23,6 @@ def main(folder: str) -> None:
             folder,
             per_device_train_batch_size=16,
             num_train_epochs=4,
-            learning_rate=5e-3,  # slices want more than a LoRA does: docs/training.md
             logging_steps=4,
             bf16=False,  # TRL's default, bf16, wants a GPU
             save_strategy="no",
@@ -32,6 +31,10 @@ def main(folder: str) -> None:
         train_dataset=Dataset.from_list(DATA),
         peft_config=S2FTConfig(budget=0.02, strategy="weight", task_type="CAUSAL_LM"),
     )
+    steps = len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs
+    trainer.args.learning_rate = learning_rate(
+        trainer.model, steps
+    )  # TRL's default is for whole models: far too low here
     with in_place(trainer.model):
         trainer.train()
     trainer.save_model(folder)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from s2ft.format.digest import any_base
     from s2ft.selection.select import Selection, select
     from s2ft.training.in_place import in_place
+    from s2ft.training.rate import learning_rate
     from s2ft.tuner.model import S2FTModel
     from s2ft.tuner.pool import AdapterPool
     from s2ft.tuner.switching import switch
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "fuse",
     "in_place",
+    "learning_rate",
     "merge",
     "read_adapter",
     "select",
@@ -49,6 +51,7 @@ _HOMES = {
     "export": "exports.export",
     "fuse": "adapters.fusion",
     "in_place": "training.in_place",
+    "learning_rate": "training.rate",
     "merge": "adapters.merge",
     "read_adapter": "adapters.file",
     "select": "selection.select",

@@ -1,7 +1,7 @@
 """A learning rate for each slice, where one for all is not wanted (`slice_rates`).
 
     one         the same for all
-    channels    ∝ 1 / √(channels of the slice)          the rule of `finetune/recipe.py`, slice by slice
+    channels    ∝ 1 / √(channels of the slice)          the rule of `training/rate.py`, slice by slice
     inputs      ∝ 1 / √(weights that one output sums)   input side: its channels; output side: all inputs of the layer
     norm        ∝ root mean square of the base's slice  steps that are equal relative to the weights that they change
 

@@ -1,17 +1,14 @@
 """Batch and learning rate where they are not given, each with its reason.
 
     examples, epochs       →  examples a step      for about 100 steps, at most the paper's 64
-    channels, steps        →  learning rate        `MOVE` / √(channels of a slice × steps)
+    channels, steps        →  learning rate        `training/rate.py`
 
-Adam moves a trained weight by about the learning rate in a step, and an output by the sum over the trained channels. Channels
-and steps that do not all pull one way add up like the root of their number. So measured, the rates that are good on SmolLM2
-and those of the paper are one number (docs/training.md, "Batch and rate").
+A warning where both together will hardly move the model.
 """
 
 from __future__ import annotations
 
 import math
-from statistics import fmean
 from typing import NamedTuple
 
 from peft import PeftConfig
@@ -20,12 +17,10 @@ from s2ft.finetune.arguments import total_steps
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import AT_ONCE, PAPER, PAPER_STEP, TrainOptions
 from s2ft.format.config import S2FTConfig
-from s2ft.format.slices import Slice
 from s2ft.runtime.processes import process_count
+from s2ft.training.rate import MOVE, channels_of, rate_of
 
 ENOUGH_STEPS = 100
-MOVE = 0.3  # learning rate × √(channels of a slice × steps)
-RATES = (1e-5, 2e-2)  # lower and upper bound
 NOT_ADAM = "; measured with AdamW, so give learning_rate for another optimizer"
 LEAST_MOVE = MOVE / 10  # below which little was seen to be learned
 FEWEST_STEPS, FEW_STEPS = 10, 50  # of S²FT, and of the other methods, whose rates do not follow the run
@@ -88,9 +83,8 @@ def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Set
         rate = METHODS[options.method].learning_rate
         return Settled(options.model_copy(update={"learning_rate": rate}), "the paper's, for commonsense")
     steps = _steps(options, rows)
-    rate = float(f"{min(max(MOVE / math.sqrt(channels * steps), RATES[0]), RATES[1]):.2g}")
     reason = f"for {steps:,} steps and {channels:.0f} channels in a slice" + ("" if _is_adam(options) else NOT_ADAM)
-    return Settled(options.model_copy(update={"learning_rate": rate}), reason)
+    return Settled(options.model_copy(update={"learning_rate": rate_of(channels, steps)}), reason)
 
 
 def _steps(options: TrainOptions, rows: int) -> int:
@@ -99,9 +93,7 @@ def _steps(options: TrainOptions, rows: int) -> int:
 
 def mean_channels(config: PeftConfig | None) -> float | None:
     """How many channels a slice of a resolved config has, on average; None where nothing is sliced."""
-    if not isinstance(config, S2FTConfig):
-        return None
-    return fmean(len(Slice.parse(text).indices) for text in (config.slices or {}).values())
+    return channels_of(config) if isinstance(config, S2FTConfig) else None
 
 
 def _is_adam(options: TrainOptions) -> bool:

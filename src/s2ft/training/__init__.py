@@ -6,6 +6,7 @@ obstacles  reasons why a structure cannot be permuted
 plan       which slices can be contiguous, in which order, and why others cannot
 probe      tests that a permuted structure computes the same
 lean       activations that save less for backward
+rate       a learning rate for slices
 depth      backward stops at the lowest trained block
 rounding   stochastic rounding, for training in bf16 alone
 """

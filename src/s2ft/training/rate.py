@@ -1,0 +1,77 @@
+"""A learning rate for slices that Adam trains: `MOVE` / √(channels of a slice × steps).
+
+Adam moves a trained weight by about the learning rate in a step, and an output by the sum over the trained channels. Channels
+and steps that do not all pull one way add up like the root of their number. So measured, the rates that are good on SmolLM2
+and those of the S²FT paper are one number (docs/training.md, "Batch and rate").
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from torch import nn
+
+from s2ft.common.errors import S2FTError
+from s2ft.format.config import S2FTConfig
+from s2ft.format.slices import Slice
+from s2ft.layer.linear import S2FTLinear
+
+MOVE = 0.3  # learning rate × √(channels of a slice × steps)
+RATES = (1e-5, 2e-2)  # lower and upper bound
+
+
+def learning_rate(trained: nn.Module | S2FTConfig, steps: float) -> float:
+    """The peak learning rate that `s2ft train` would take, for a loop of your own.
+
+    Args:
+        trained: A model with an S²FT adapter, or a config with its channels chosen, as `s2ft.select` returns it.
+        steps: Optimizer steps of the whole run: epochs × examples / examples a step.
+
+    Returns:
+        0.3 / √(channels of a slice × steps), the channels being the mean over the active slices; between 1e-5 and 2e-2, to two
+        digits. For Adam and AdamW with a schedule that falls to zero.
+
+    Raises:
+        S2FTError: without slices, or for less than one step.
+
+    Example:
+        >>> import s2ft
+        >>> s2ft.learning_rate(s2ft.S2FTConfig(slices={"layers.0.down_proj": "in 0-47"}), steps=150)
+        0.0035
+    """
+    if not steps >= 1:
+        raise S2FTError(f"steps={steps!r}: a rate is for one optimizer step or more")
+    return rate_of(channels_of(trained), steps)
+
+
+def rate_of(channels: float, steps: float) -> float:
+    """The rule."""
+    return float(f"{min(max(MOVE / math.sqrt(channels * steps), RATES[0]), RATES[1]):.2g}")
+
+
+def channels_of(trained: nn.Module | S2FTConfig) -> float:
+    """How many channels a slice has, on average.
+
+    Raises:
+        S2FTError: if there is no slice.
+    """
+    found = _in_config(trained) if isinstance(trained, S2FTConfig) else _in_model(trained)
+    if not found:
+        missing = "no chosen channels" if isinstance(trained, S2FTConfig) else "no active S²FT adapter"
+        raise S2FTError(
+            f"this {type(trained).__name__} has {missing}; give the model that get_peft_model or a trainer made with the "
+            "config, or s2ft.select(model, config).config"
+        )
+    return fmean(found)
+
+
+def _in_config(config: S2FTConfig) -> list[int]:
+    return [len(Slice.parse(text).indices) for text in (config.slices or {}).values()]
+
+
+def _in_model(model: nn.Module) -> list[int]:
+    layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
+    return [
+        len(layer.block(name).indices) for layer in layers for name in layer.active_adapters if name in layer.s2ft_block
+    ]
