@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real test test-slow test-soak test-peft test-lowest test-quantised test-kernels test-engines test-wheel docs lint clean
+.PHONY: setup quickstart quickstart-real test test-slow test-soak test-peft test-lowest test-quantised test-kernels test-gpu test-engines test-wheel docs lint clean
 
 setup: .venv/ready
 
@@ -71,6 +71,10 @@ build/kernels/ready: .venv/ready
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
 		> $$(build/kernels/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	touch $@
+
+# What differs on a GPU, and the GPU kernels, on the GPU of this machine; S2FT_GPU_TESTS_DEVICE=cpu tries the first on the CPU
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu tests/layer/test_mixed_triton.py
 
 # Exported adapters in vLLM and llama.cpp, token for token; makes environments of its own under build/ (4 GB)
 test-engines: setup

@@ -18,8 +18,7 @@ from s2ft.finetune.lora import equal_rank, lora_config, lora_targets
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import parse_options, read_config, to_yaml
 from s2ft.finetune.resume import Paused, check_whole
-from s2ft.finetune.train import train
-from tiny_runs import interrupt_at, skip_without, weights
+from tiny_runs import interrupt_at, skip_without, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

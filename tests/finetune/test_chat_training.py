@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 
 from s2ft import S2FTError
 from s2ft.finetune.options import parse_options
-from s2ft.finetune.train import train
 from templates import ENDLESS_TURNS
 from tiny_base import CHAT_TEMPLATE, CHATML, CHATML_TOKENS, save_tiny_base
+from tiny_runs import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,9 +20,8 @@ from s2ft.data.tokens import hold_out, tokenize
 from s2ft.finetune.holdout import batches_by_length
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import parse_options, read_config
-from s2ft.finetune.train import train
 from s2ft.finetune.trainer import Flow, Trainer
-from tiny_runs import interrupt_at, skip_without, weights
+from tiny_runs import interrupt_at, skip_without, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +61,8 @@ def leap(monkeypatch: pytest.MonkeyPatch) -> None:
         if state.global_step == BEST:
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.data.add_(torch.where(torch.arange(parameter.numel()) % 2 == 0, 1, -1).view_as(parameter))
+                    place = torch.arange(parameter.numel(), device=parameter.device)
+                    parameter.data.add_(torch.where(place % 2 == 0, 1, -1).view_as(parameter))
         return begin(self, args, state, control, model=model, **kwargs)
 
     monkeypatch.setattr(Flow, "on_step_begin", on_step_begin)

@@ -15,8 +15,8 @@ from s2ft import S2FTConfig, in_place
 from s2ft.finetune import layout as module_under_test
 from s2ft.finetune.layout import choose_layout
 from s2ft.finetune.options import parse_options, read_config
-from s2ft.finetune.train import train
 from tiny_base import save_tiny_base
+from tiny_runs import train
 
 
 def adapted(base: nn.Module | None = None) -> PeftModel:

@@ -17,8 +17,7 @@ from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
 from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.finetune.resume import Paused
-from s2ft.finetune.train import train
-from tiny_runs import interrupt_at, weights
+from tiny_runs import interrupt_at, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

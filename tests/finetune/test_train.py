@@ -23,10 +23,9 @@ from s2ft.finetune.arguments import sft_config
 from s2ft.finetune.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.finetune.recipe import settle_batch
 from s2ft.finetune.resume import Paused
-from s2ft.finetune.train import train
 from s2ft.finetune.trainer import Trainer
 from s2ft.runtime.precision import choose_precision
-from tiny_runs import interrupt_at
+from tiny_runs import interrupt_at, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from s2ft.finetune import train as program
+from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.train import TrainResult
 from s2ft.finetune.trainer import Flow
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """`s2ft train`; its model is on the CPU afterwards, as what tests compare it with, also where it trained on a GPU."""
+    result = program.train(options)
+    result.model.cpu()
+    return result
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ def test_every_folder_opens_with_a_map_of_its_files(folder: Path) -> None:
 
 
 def test_the_tests_lie_as_the_folders_do() -> None:
-    of_several = {"attacks", "helpers", "hosts", "house", "engines", "peft_suite"}
+    of_several = {"attacks", "gpu", "helpers", "hosts", "house", "engines", "peft_suite"}
     folders = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()}
     tests = {path.name for path in (SOURCE.parents[1] / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert tests == folders | of_several
