@@ -165,6 +165,34 @@ def test_global_allocation_ranks_over_the_whole_model() -> None:
     assert len(slices["model.layers.1.mlp.down_proj"].indices) == round(0.2 * 3 * 44)
 
 
+@pytest.mark.parametrize("subset", ["largest", "smallest"])
+@pytest.mark.parametrize("strategy", ["weight", "lift", "saliency"])
+def test_a_few_heads_of_v_and_o_beside_down_are_the_first_of_the_whole_model(strategy: str, subset: str) -> None:
+    """Two groups of v, three heads of o within them, and 13 channels of down, wherever in the model their scores lie."""
+    model, batches = build("llama", torch.float32), [{"input_ids": tokens(2, 9)}]
+    ratios = {"v_proj": 2 / 6, "o_proj": 3 / 12, "down_proj": 13 / 132}
+    config = S2FTConfig(ratios=ratios, strategy=strategy, subset=subset, allocation="global")
+    slices = select(model, config, batches).slices
+
+    structures = [structure for structure in find_structures(model) if structure.kind in ("attention", "mlp")]
+    scores, sign = score_units(strategy, structures, model, batches), -1 if subset == "largest" else 1
+    units = {s.path: sign * scores[s.key] for s in structures}
+    down = sorted((score, path, unit) for path in units if "mlp" in path for unit, score in enumerate(units[path]))
+    pairs = {path: found.reshape(2, 2) for path, found in units.items() if "attn" in path}  # [groups, heads of a group]
+    groups = sorted((np.mean(heads), path, group) for path, found in pairs.items() for group, heads in enumerate(found))
+    (_, path, first), (_, other, second) = groups[:2]
+    third = 2 * second + int(np.argmin(pairs[other][second]))
+    assert chosen_units(slices, "down_proj", 1) == {(path, unit) for _, path, unit in down[:13]}
+    assert chosen_units(slices, "v_proj", 10) == {(path, first), (other, second)}
+    assert chosen_units(slices, "o_proj", 10) == {(path, 2 * first), (path, 2 * first + 1), (other, third)}
+
+
+def chosen_units(slices: dict[str, Slice], name: str, width: int) -> set[tuple[str, int]]:
+    """(path of the block's attention or MLP, head or channel), over all layers."""
+    paths = [path for path in slices if path.endswith(name)]
+    return {(path.removesuffix(f".{name}"), unit) for path in paths for unit in heads(slices, path, width)}
+
+
 def test_a_budget_is_split_evenly_over_o_and_down() -> None:
     model = build("llama", torch.float32)
     total = sum(p.numel() for p in model.parameters())
