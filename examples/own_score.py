@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from s2ft import S2FTConfig, select
 from s2ft.demo import base_path
-from s2ft.selection.structure import Structure
+from s2ft.selection.units import Structure
 from s2ft.selection.weight_scores import unit_weights
 
 MODEL = str(base_path())  # your model: a folder or a name on the Hub

@@ -4,14 +4,14 @@ import torch
 from torch import nn
 
 from s2ft.layer.linears import linear_layer, weight_matrix
-from s2ft.selection.structure import Projection, Structure
+from s2ft.selection.units import Projection, Structure
 
 
 def permute_projection(model: nn.Module, projection: Projection, order: torch.Tensor) -> None:
     """Moves unit `order[i]` of the projection to place i, weights and biases."""
     layer = linear_layer(model.get_submodule(projection.module))
-    channels = (order[:, None] * projection.width + torch.arange(projection.width)).flatten() + projection.offset
-    places = slice(projection.offset, projection.offset + len(channels))
+    grid = torch.from_numpy(projection.grid)  # [units, width]
+    channels, places = grid[order].flatten(), grid.flatten()
     weight = weight_matrix(layer).data
     if projection.side == "in":
         weight[:, places] = weight[:, channels].clone()

@@ -102,11 +102,11 @@ def test_latent_attention_and_shared_experts_share_the_budget() -> None:
 def test_what_few_blocks_of_a_hybrid_have_gets_their_share_alone() -> None:
     model = on_meta(hf.BambaConfig(num_hidden_layers=8, attn_layer_indices=[3], vocab_size=1000))
     selection = quietly(model)
-    mixers = sum(m.weight.numel() for path, m in model.named_modules() if re.search(r"mamba\.\w+_proj$", path))
-    reached = sum(p.numel() for p in model.parameters()) - mixers
-    assert abs(share(selection, model, "o_proj")[0] - 0.01 * reached / 9) <= 4096 * 128 / 2  # one of nine targets
-    assert abs(share(selection, model, "down_proj")[0] - 0.01 * reached * 8 / 9) <= 4096 / 2
-    assert "model.layers.*.mamba (7 BambaMixer" in selection.left_out
+    target = 0.01 * sum(p.numel() for p in model.parameters()) / 16  # 1 attention, 7 mixers, 8 MLPs
+    assert abs(share(selection, model, "self_attn.o_proj")[0] - target) <= 4096 * 128 / 2
+    assert abs(share(selection, model, "mamba.out_proj")[0] - 7 * target) <= 4096 / 2
+    assert abs(share(selection, model, "down_proj")[0] - 8 * target) <= 4096 / 2
+    assert selection.left_out == ""
 
 
 def test_dense_models_count_whole_and_say_what_trains() -> None:

@@ -16,7 +16,9 @@ from permuting import head_order, permute_projection
 from s2ft import S2FTConfig, S2FTError, in_place, select
 from s2ft.layer.linears import linear_layer
 from s2ft.selection import families
-from s2ft.selection.structure import Structure, find_structures
+from s2ft.selection.structure import find_structures
+from s2ft.selection.units import Structure
+from s2ft.selection.weight_scores import unit_weights
 from s2ft.training.obstacles import find_obstacles
 
 SIZES = {
@@ -38,6 +40,7 @@ T5 = {
     "num_heads": 4,
     "dropout_rate": 0,
 }
+FALCON = {"alibi": False, "new_decoder_architecture": False, "attention_dropout": 0, "hidden_dropout": 0}
 MLA = {"kv_lora_rank": 14, "q_lora_rank": None, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 10}
 
 COMPLETE: dict[str, Callable[[], PreTrainedModel]] = {
@@ -49,6 +52,30 @@ COMPLETE: dict[str, Callable[[], PreTrainedModel]] = {
     "modernbert-decoder": lambda: hf.ModernBertDecoderForCausalLM(hf.ModernBertDecoderConfig(**SIZES, pad_token_id=0)),
     "gpt2-cross": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT, **NO_DROPOUT, add_cross_attention=True)),
     "gpt-bigcode": lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**GPT, **NO_DROPOUT, multi_query=True)),
+    "gpt-bigcode-mha": lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**GPT, **NO_DROPOUT, multi_query=False)),
+    "codegen": lambda: hf.CodeGenForCausalLM(hf.CodeGenConfig(**{**GPT, "n_head": 8, "n_embd": 32}, rotary_dim=2)),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
+    "persimmon": lambda: hf.PersimmonForCausalLM(hf.PersimmonConfig(**{**SIZES, "hidden_size": 32})),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES, **FALCON, multi_query=False)),
+    "falcon-multi-query": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES, **FALCON, multi_query=True)),
+    "falcon-grouped": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(**SIZES, **{**FALCON, "new_decoder_architecture": True}, num_kv_heads=2)
+    ),
+    "diffllama": lambda: hf.DiffLlamaForCausalLM(
+        hf.DiffLlamaConfig(**{**SIZES, "num_attention_heads": 8}, num_key_value_heads=4, head_dim=6)
+    ),
+    "minicpm3": lambda: hf.MiniCPM3ForCausalLM(
+        hf.MiniCPM3Config(**SIZES, num_key_value_heads=4, **{**MLA, "q_lora_rank": 12})
+    ),
+    "deepseek-v2": lambda: hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(
+            **{**EXPERTS, "num_key_value_heads": 4},
+            **MLA,
+            n_routed_experts=4,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+        )
+    ),
     "qwen3-next": lambda: hf.Qwen3NextForCausalLM(
         hf.Qwen3NextConfig(
             **EXPERTS,
@@ -78,30 +105,15 @@ COMPLETE: dict[str, Callable[[], PreTrainedModel]] = {
 ORDERED: dict[str, Callable[[], PreTrainedModel]] = {  # a bias on positions knows the heads by their number
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "t5-gated": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, feed_forward_proj="gated-gelu")),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=2, n_head=4)),
     "mpt": lambda: hf.MptForCausalLM(
         hf.MptConfig(vocab_size=VOCABULARY, d_model=24, n_heads=4, n_layers=2, max_seq_len=64)
     ),
 }
 KINDS = {"mixtral": {"attention"}, **{family: {"mlp"} for family in ORDERED}}
 PARTIAL: dict[str, Callable[[], PreTrainedModel]] = {  # only o is read, by heads
-    "codegen": lambda: hf.CodeGenForCausalLM(hf.CodeGenConfig(**{**GPT, "n_head": 8, "n_embd": 32}, rotary_dim=2)),
-    "gpt-bigcode-mha": lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**GPT, multi_query=False)),
-    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
-    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=2, n_head=4)),
-    "falcon": lambda: hf.FalconForCausalLM(
-        hf.FalconConfig(**SIZES, multi_query=False, alibi=False, new_decoder_architecture=False)
-    ),
-    "minicpm3": lambda: hf.MiniCPM3ForCausalLM(
-        hf.MiniCPM3Config(**SIZES, num_key_value_heads=4, **{**MLA, "q_lora_rank": 12})
-    ),
-    "deepseek-v2": lambda: hf.DeepseekV2ForCausalLM(
-        hf.DeepseekV2Config(
-            **{**EXPERTS, "num_key_value_heads": 4},
-            **MLA,
-            n_routed_experts=4,
-            n_shared_experts=2,
-            first_k_dense_replace=1,
-        )
+    "axk2": lambda: hf.AXK2ForCausalLM(
+        hf.AXK2Config(**{**EXPERTS, "num_key_value_heads": 4}, **{**MLA, "q_lora_rank": 12}, n_routed_experts=4)
     ),
 }
 
@@ -130,7 +142,9 @@ def test_a_complete_structure_can_be_permuted(family: str) -> None:
     model = built({**COMPLETE, **ORDERED}[family])
     given = inputs(model)
     before = model(**given).logits
-    structures = [s for s in find_structures(model) if s.kind == "mlp" or family in COMPLETE]
+    structures = [
+        s for s in find_structures(model) if s.kind == "mlp" or (s.kind == "attention" and family in COMPLETE)
+    ]
     assert {s.kind for s in structures} == KINDS.get(family, {"attention", "mlp"})
     for structure in structures:
         heads, groups = head_order(structure)
@@ -173,9 +187,18 @@ def test_a_head_of_o_is_fed_by_its_rows_of_q_k_and_v_alone(family: str) -> None:
         for head, found in enumerate(fed_by(model, structure)):
             own = set()
             for p in [p for p in structure.projections if p.side == "out"]:
-                start = p.offset + head * p.units // structure.units * p.width
-                own |= {(p.module, row) for row in range(start, start + p.width)}
+                own |= {(p.module, row) for row in p.grid[head * p.units // structure.units]}
             assert found == own
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "falcon-grouped", "codegen", "minicpm3", "diffllama"])
+def test_the_weights_of_a_head_are_its_rows_and_columns(family: str) -> None:
+    model = built(COMPLETE[family])
+    for projection in [p for s in find_structures(model) for p in s.projections]:
+        weight = linear_layer(model.get_submodule(projection.module)).weight
+        rows = weight if projection.side == "out" else weight.T
+        expected = torch.stack([rows[torch.from_numpy(channels)] for channels in projection.grid])
+        assert torch.equal(unit_weights(projection, model), expected)
 
 
 @pytest.mark.parametrize("family", PARTIAL)
@@ -237,8 +260,8 @@ def test_an_unreadable_block_does_not_keep_the_others_from_training() -> None:
         ),
         (
             lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2)),
-            0.5,
-            r"layers\.\*\.mixer \(2 MambaMixer, .* parameters\): its layers are known neither as attention nor as MLP",
+            {"down_proj": 0.5},
+            r"a mixer has states of its own",
         ),
     ],
     ids=["mixtral", "mamba"],
@@ -246,6 +269,41 @@ def test_an_unreadable_block_does_not_keep_the_others_from_training() -> None:
 def test_what_is_not_there_is_refused_with_what_is_left_out(make: Callable, ratios: object, reason: str) -> None:
     with pytest.raises(S2FTError, match=rf"has no projection .*down_proj that s2ft can read; .*Not read: .*{reason}"):
         select(built(make), S2FTConfig(ratios=ratios))
+
+
+MIXERS: dict[
+    str, tuple[Callable[[], PreTrainedModel], set[str], int]
+] = {  # the last layers of its mixers, their inputs
+    "mamba": (
+        lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, state_size=5)),
+        {"backbone.layers.0.mixer.out_proj", "backbone.layers.1.mixer.out_proj"},
+        48,
+    ),
+    "recurrent-gemma": (
+        lambda: hf.RecurrentGemmaForCausalLM(
+            hf.RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, lru_width=40, num_key_value_heads=1)
+        ),
+        {"model.layers.0.temporal_block.linear_out", "model.layers.1.temporal_block.linear_out"},
+        40,
+    ),
+    "qwen3-next": (COMPLETE["qwen3-next"], {"model.layers.0.linear_attn.out_proj"}, 24),
+}
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_a_mixer_trains_the_input_side_of_its_last_layer_by_default(family: str) -> None:
+    make, paths, channels = MIXERS[family]
+    model = built(make)
+    slices = select(model, S2FTConfig(ratios=0.25, seed=0)).slices
+    mixers = {path: chosen for path, chosen in slices.items() if path in paths}
+    assert set(mixers) == paths
+    assert {(chosen.side, len(chosen.indices)) for chosen in mixers.values()} == {("in", channels // 4)}
+    assert set(select(model, S2FTConfig(ratios={"out_proj": 0.25}, seed=0)).slices) == paths
+    tuned = get_peft_model(model, S2FTConfig(ratios={"out_proj": 0.25}, seed=0, init_weights=False))
+    with in_place(tuned) as layout:
+        assert {(place.how, "a mixer has states" in place.reason) for place in layout.placements} == {
+            ("gathered", True)
+        }
 
 
 def test_what_knows_berts_heads_beside_its_layers_keeps_their_order() -> None:

@@ -17,7 +17,8 @@ from s2ft.adapters.inspection import summary
 from s2ft.format.terms import STRATEGIES
 from s2ft.layer.linears import weight_matrix
 from s2ft.selection.scores import SCORES
-from s2ft.selection.structure import Structure, find_structures
+from s2ft.selection.structure import find_structures
+from s2ft.selection.units import Structure
 from s2ft.selection.weight_scores import unit_weights
 
 ATTENTION, MLP = "model.layers.{}.self_attn", "model.layers.{}.mlp"

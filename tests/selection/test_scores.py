@@ -13,7 +13,8 @@ from s2ft import S2FTConfig, S2FTError, select
 from s2ft.layer.linears import linear_layer, weight_matrix
 from s2ft.selection import weight_scores
 from s2ft.selection.scores import score_units
-from s2ft.selection.structure import Projection, Structure, find_structures
+from s2ft.selection.structure import find_structures
+from s2ft.selection.units import Projection, Structure
 from s2ft.selection.weight_scores import random_scores
 
 

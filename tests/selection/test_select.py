@@ -362,7 +362,7 @@ def test_a_model_without_known_blocks_is_refused_with_what_was_looked_for() -> N
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(
         S2FTError,
-        match=r"Sequential has no projection o_proj, down_proj that s2ft can read; .*s2ft knows an attention block by its",
+        match=r"Sequential has no projection o_proj, out_proj, down_proj that .*s2ft knows an attention block by its",
     ):
         select(model, S2FTConfig(ratios=0.5))
     assert select(model, S2FTConfig(ratios=0.5, target_modules=["0"], seed=0)).slices["0"].side == "in"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2ft.format.slices import Slice
-from s2ft.selection.structure import Projection, Structure
+from s2ft.selection.units import Projection, Structure
 from s2ft.training.ordering import channel_order, chosen_units, copermutation
 
 

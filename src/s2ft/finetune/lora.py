@@ -35,7 +35,7 @@ def lora_targets(model: nn.Module) -> str | list[str]:
     Fused projections are adapted whole.
     """
     structures = read_structures(model).structures
-    if any(structure.partial for structure in structures):
+    if any(structure.partial for structure in structures if structure.kind == "attention"):
         return "all-linear"
     paths = [p.module for structure in structures for p in structure.projections if p.name in LORA_TARGETS]
     names = dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths)  # mlp.c_proj is not attn.c_proj

@@ -49,10 +49,10 @@ class S2FTConfig(PeftConfig):
     Args:
         ratios: Fraction of the heads or channels to train, in (0, 1]: one number for all targets, or one per projection
             (`{"o_proj": 0.05, "down_proj": 0.02}`). Heads are counted for q and o, key-value groups for k and v,
-            FFN channels for gate, up and down. Give `ratios` or `budget`, not both.
+            FFN channels for gate, up and down, input channels for `out_proj`. Give `ratios` or `budget`, not both.
         budget: Fraction of the model's parameters to train, split evenly over the targets; what no slice can be taken
-            from (stacked experts, mixers, a vision tower) does not count. The default is 0.01 on
-            `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it.
+            from (stacked experts, a vision tower) does not count. The default is 0.01 on `o_proj` and
+            `down_proj`, where the paper's allocation study (fig. 4) puts it, and on the `out_proj` of mixers (Mamba).
         strategy: `random`, or a score to rank by: `weight`, `activation`, `product`, `gradient`, `lift` or `saliency` (see
             `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
             score of your own, too, and then fills in `own`.
@@ -64,7 +64,7 @@ class S2FTConfig(PeftConfig):
         avoid: Adapters whose channels are not to be chosen: names on the same model, folders, or Hub names.
         target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels;
             any other linear layer by its input channels. None targets the projections that `ratios` names, else o and
-            down.
+            down, and the last layer of mixers that are no attention (`out_proj`).
         exclude_modules: As in LoRA, like the next four.
         layers_to_transform: Indices of the blocks that `target_modules` is looked for in.
         layers_pattern: The name of the list of blocks, where it is an unusual one.

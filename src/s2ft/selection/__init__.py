@@ -1,7 +1,8 @@
 """Which heads and channels are trained.
 
-Read `structure`, then `select`, which asks the others in turn.
+Read `units`, `structure`, then `select`, which asks the others in turn.
 
+    units      heads and channels, and where they lie in layers
     structure  coupled projections of a live model: attention and MLP blocks
     families   model families: the names of their layers, and how heads lie in them
     towers     vision and audio towers beside the language model

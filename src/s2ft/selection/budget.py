@@ -22,8 +22,8 @@ from s2ft.common.errors import raise_together
 from s2ft.format.config import S2FTConfig
 from s2ft.format.terms import DEFAULT_BUDGET
 from s2ft.layer.linears import features, layer_stack, linear_layer
-from s2ft.selection.structure import Projection, Target
 from s2ft.selection.targets import by_projection
+from s2ft.selection.units import Projection, Target
 
 
 def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module, reached: int) -> dict[str, list[int]]:
@@ -55,7 +55,7 @@ def trained_in_words(targets: Sequence[Target], counts: Mapping[str, Sequence[in
     """Which share of which projections is trained.
 
     Example:
-        >>> from s2ft.selection.structure import Projection, Structure
+        >>> from s2ft.selection.units import Projection, Structure
         >>> down = Projection("down_proj", "layers.0.mlp.down_proj", "in", 200, 1)
         >>> trained_in_words([(Structure("mlp", "layers.0.mlp", 0, 200, (down,)), down)], {"down_proj": [5]})
         'down_proj: 5 of 200 channels (2.5%) of 1 layer'

@@ -1,6 +1,6 @@
 """What of a model s2ft reaches, what it leaves out and why, and how large a share of it is trained.
 
-    experts in stacked parameters | mixers and other blocks that are not read | towers beside the language model
+    experts in stacked parameters | blocks that are not read | towers beside the language model
 
 What is left out does not count where a budget is a share of the model: 1% is 1% of what is reached. Parameters are counted
 by the features of their layers, since a quantised or partitioned one stores fewer numbers than it stands for.
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from s2ft.format.registration import PREFIX
 from s2ft.layer.linears import features, layer_stack, linear_layer
-from s2ft.selection.structure import Target, read_structures
+from s2ft.selection.structure import read_structures
 from s2ft.selection.towers import towers
+from s2ft.selection.units import Target
 
 _WORTH_A_WORD = 0.01  # of the model's parameters: a router or a gate is left out without one
 _ADDED = re.compile(rf"{PREFIX}|(^|\.)modules_to_save\.|\.trainable_tokens_|\.lora_")  # by PEFT: not the model's own

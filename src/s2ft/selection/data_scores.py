@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.layer.linears import as_matrix, features
-from s2ft.selection.structure import Projection, Structure
+from s2ft.selection.units import Projection, Structure
 from s2ft.selection.weight_scores import Batch, Scores, by_weight, channel_squares, linear_of, root, unit_sums
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.selection.data_scores import by_activation, by_gradient, by_product, by_saliency
-from s2ft.selection.structure import Structure
+from s2ft.selection.units import Structure
 from s2ft.selection.weight_scores import Batch, Scores, by_hash, by_lift, by_weight, why_unreadable
 
 Scorer = Callable[[list[Structure], nn.Module, Iterable[Batch]], Mapping[str, Any]]

@@ -29,8 +29,8 @@ from s2ft.layer.adapted import refuse_inside, suspended, turns_of
 from s2ft.selection.budget import count_units, trained_in_words
 from s2ft.selection.coverage import coverage
 from s2ft.selection.scores import Scorer, run_scorer, score_units
-from s2ft.selection.structure import Projection, Structure, Target
 from s2ft.selection.targets import by_projection, find_targets
+from s2ft.selection.units import Projection, Structure, Target
 from s2ft.selection.weight_scores import Batch, Scores
 
 
@@ -204,8 +204,7 @@ def _free_units(projection: Projection, avoided: Slice | None) -> Indices:
     units = np.arange(projection.units)
     if avoided is None or avoided.side != projection.side:
         return units
-    held = np.unique((avoided.indices - projection.offset) // projection.width)
-    return np.setdiff1d(units, held)
+    return np.setdiff1d(units, projection.units_of(avoided.indices))
 
 
 def held_channels(model: nn.Module, adapters: Sequence[str]) -> dict[str, Slice]:
@@ -239,11 +238,10 @@ def _to_slices(chosen: Iterable[tuple[Projection, Indices]]) -> dict[str, Slice]
     for projection, units in chosen:
         if not len(units):
             continue
-        channels = (units[:, None] * projection.width + np.arange(projection.width)).ravel() + projection.offset
+        channels = projection.channels_of(units)
         old = slices.get(projection.module)
-        slices[projection.module] = Slice(
-            projection.side, channels if old is None else np.union1d(old.indices, channels)
-        )
+        held = np.sort(channels) if old is None else np.union1d(old.indices, channels)
+        slices[projection.module] = Slice(projection.side, held)
     return slices
 
 

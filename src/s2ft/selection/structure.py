@@ -1,15 +1,8 @@
-"""What is coupled with what in a transformer block, read off the live model.
-
-    attention heads          q, k, v  |  o         head h: rows of q (and of its group's k, v), columns of o
-    FFN channels          gate, up    |  down      channel c: row c of gate and up, column c of down
-
-Both sides of a bar can be permuted together without changing the output (S²FT paper, §3.1); a head or a channel is
-therefore a unit that can be chosen by itself. Under grouped-query attention several query heads share a key-value head:
-a query head is a unit on q and o, a whole group is the unit on k and v.
+"""The coupled structures of a transformer block (`selection/units.py`), read off the live model.
 
 A structure is recognised by its projections' names (`selection/families.py`) and confirmed by their shapes; no class of any
-model is named. Where q, k and v lie mixed in their layers, the structure has o alone: its heads can be chosen, but not
-permuted.
+model is named. Where q, k and v cannot be told apart, the structure has o alone: its heads can be chosen, but not
+permuted; and so can the channels that a mixer (Mamba, linear attention) feeds into its last layer.
 """
 
 from __future__ import annotations
@@ -23,63 +16,20 @@ from torch import nn
 from s2ft.common.errors import S2FTError
 from s2ft.layer.linears import features, layer_index, linear_layer
 from s2ft.selection.families import (
+    BY_GROUP,
+    HEAD_COUNTS,
+    HEAD_GATES,
     HEAD_SIZES,
+    MIXER,
     VALUE_SIZES,
     AttentionNames,
+    MLPNames,
     attention_names,
     dotted_names,
+    mixer_names,
     mlp_names,
 )
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One side of a structure inside one linear layer.
-
-    Unit u owns the channels `offset + u * width` up to `offset + (u + 1) * width` of the module's `side`.
-    """
-
-    name: str  # canonical, or the module's own name where no coupling is known
-    module: str  # path of the linear layer in the model
-    side: str  # "in": columns of the weight (o, down); "out": rows (q, k, v, gate, up)
-    units: int  # heads, key-value groups, or channels
-    width: int  # channels of a unit: head_dim, or 1
-    offset: int = 0  # where the projection starts in a fused layer
-
-    @property
-    def channels(self) -> slice:
-        """The channels of all its units, on the module's `side`."""
-        return slice(self.offset, self.offset + self.units * self.width)
-
-
-@dataclass(frozen=True)
-class Structure:
-    """A coupled structure: the projections whose units are permuted together."""
-
-    kind: str  # "attention" | "mlp" | "linear" (no coupling known)
-    path: str  # of the module that holds the projections
-    layer: int | None  # index of the block, where the path has one
-    units: int  # query heads, or channels
-    projections: tuple[Projection, ...]
-    partial: str | None = None  # why not all its projections are here: its units cannot be permuted
-
-    @property
-    def key(self) -> str:
-        """Names it: path and kind, since one module may hold an attention and an MLP."""
-        return f"{self.path}:{self.kind}"
-
-    @property
-    def groups(self) -> int:
-        """Key-value heads, each shared by `units // groups` query heads; `units` where nothing is shared."""
-        shared = [p.units for p in self.projections if p.name in ("k_proj", "v_proj")]
-        return shared[0] if shared else self.units
-
-    def __getitem__(self, name: str) -> Projection:
-        return next(projection for projection in self.projections if projection.name == name)
-
-
-Target = tuple[Structure, Projection]
-"""A projection that is trained, with its structure."""
+from s2ft.selection.units import Axes, Projection, Structure
 
 
 @dataclass(frozen=True)
@@ -91,7 +41,7 @@ class Reading:
 
 
 def find_structures(model: nn.Module) -> list[Structure]:
-    """The attention and MLP structures of `model`, in its own order; adapted layers are seen through to their base.
+    """The structures of `model`, in its own order; adapted layers are seen through to their base.
 
     Raises:
         S2FTError: where a module has the projections of a structure, but their shapes contradict it; `read_structures` goes on.
@@ -114,7 +64,7 @@ def read_structures(model: nn.Module) -> Reading:
     for path, module in model.named_modules():
         if linear_layer(module) is not None or not (linears := _linears_of(module)):
             continue
-        for read in (_attention, _mlp):
+        for read in (_attention_or_mixer, _mlp):
             try:
                 reading.structures.extend(read(_Block(model, module, path, linears)))
             except S2FTError as error:
@@ -154,6 +104,16 @@ class _Block:
         return features(self.linears[name])[1]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """An output-side projection, before its place in its layer is known."""
+
+    name: str  # canonical
+    layer: str
+    units: int
+    width: int
+
+
 def _linears_of(module: nn.Module) -> dict[str, nn.Module]:
     """Name → linear layer, for the module's children and those further down that some family's block is made of."""
     found: dict[str, nn.Module] = {}
@@ -168,34 +128,63 @@ def _linears_of(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _attention(block: _Block) -> Iterator[Structure]:
-    match = attention_names(block.module, block.linears)
-    if match is None:
-        return
-    names, output = match
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention_or_mixer(block: _Block) -> Iterator[Structure]:
+    if (mixer := mixer_names(block.linears)) is not None:
+        channels = block.inputs(mixer.out)
+        out = Projection("out_proj", block.place(mixer.out), "in", channels, 1)
+        yield Structure("mixer", block.path, layer_index(block.path), channels, (out,), MIXER)
+    elif (match := attention_names(block.module, block.linears)) is not None:
+        yield _attention(block, *match)
+
+
+def _attention(block: _Block, names: AttentionNames, output: str) -> Structure:
     value_size = _size(block.module, VALUE_SIZES)
-    head_dim = value_size if names.mixed and value_size else _head_dim(block)
+    head_dim = value_size if (names.mixed or names.latent) and value_size else _head_dim(block, output)
     value_dim = value_size or head_dim
+    if names.paired:
+        head_dim, value_dim = 2 * head_dim, 2 * value_dim
     heads = _whole(block.inputs(output), value_dim, f"{block.place(output)}.in_features", block.path)
     projections = [Projection("o_proj", block.place(output), "in", heads, value_dim)]
     if not names.mixed:
-        projections = [*_heads(block, names, heads, head_dim, value_dim), *projections]
-    partial = names.mixed and f"q, k and v are not read off {block.place(names.k)}: {names.mixed}"
-    yield Structure("attention", block.path, layer_index(block.path), heads, tuple(projections), partial)
+        parts = _heads(block, names, heads, head_dim, value_dim)
+        groups = next(part.units for part in parts if part.name == "k_proj")
+        runs = groups if names.runs == BY_GROUP else int(names.runs)
+        gates = _gate(block, names, heads, value_dim)
+        projections = [*_stack(block, parts, runs, names.paired), *gates, *projections]
+    partial = names.mixed and f"q, k and v are not read off {block.place(names.k or output)}: {names.mixed}"
+    return Structure("attention", block.path, layer_index(block.path), heads, tuple(projections), partial)
 
 
-def _heads(block: _Block, names: AttentionNames, heads: int, head_dim: int, value_dim: int) -> Iterator[Projection]:
-    """q, k and v. A q of twice the size holds each head's gate after its query (Qwen3-Next)."""
-    groups = _groups(block, names, heads, head_dim, value_dim)
-    gated = names.q != names.k and block.outputs(names.q) == 2 * heads * head_dim
-    widths = {"q_proj": 2 * head_dim if gated else head_dim, "k_proj": head_dim, "v_proj": value_dim}
-    modules = {"q_proj": names.q, "k_proj": names.k, "v_proj": names.v}
-    units = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-    yield from _stack(block, modules, units, widths)
+def _heads(block: _Block, names: AttentionNames, heads: int, head_dim: int, value_dim: int) -> list[_Part]:
+    """q, k and v, in the order of a layer that they share. A q of twice the size holds each head's gate after its query
+    (Qwen3-Next).
+    """
+    assert names.q is not None and names.k is not None
+    if names.latent:
+        groups, query_dim, head_dim = (
+            heads,
+            block.outputs(names.q) // heads,
+            block.outputs(names.k) // heads - value_dim,
+        )
+    else:
+        groups = _groups(block, names, heads, head_dim, value_dim)
+        gated = names.q != names.k and block.outputs(names.q) == 2 * heads * head_dim
+        query_dim = 2 * head_dim if gated else head_dim
+    parts = {
+        "q": _Part("q_proj", names.q, heads, query_dim),
+        "k": _Part("k_proj", names.k, groups, head_dim),
+    }
+    if names.v is not None:
+        parts["v"] = _Part("v_proj", names.v, groups, value_dim)
+    return [parts[letter] for letter in names.order if letter in parts]
 
 
 def _groups(block: _Block, names: AttentionNames, heads: int, head_dim: int, value_dim: int) -> int:
     """How many key-value heads there are, by the rows of k's layer, which may hold q before k, and v after it."""
+    assert names.k is not None
     rows = block.outputs(names.k) - (heads * head_dim if names.q == names.k else 0)
     what = f"{block.place(names.k)}.out_features"
     if names.v == names.k:
@@ -207,26 +196,50 @@ def _groups(block: _Block, names: AttentionNames, heads: int, head_dim: int, val
     return groups
 
 
+def _gate(block: _Block, names: AttentionNames, heads: int, value_dim: int) -> Iterator[Projection]:
+    """What scales each head on its way into o, by one number for the head or for each of its channels."""
+    for name in HEAD_GATES:
+        if name in block.linears and name not in names.needed:
+            width, rest = divmod(block.outputs(name), heads)
+            if not rest and width in (1, value_dim):
+                yield Projection("head_gate", block.place(name), "out", heads, width)
+
+
+# ---- MLP -------------------------------------------------------------------------------------------------------------
+
+
 def _mlp(block: _Block) -> Iterator[Structure]:
-    names = mlp_names(block.linears)
-    if names is None:
+    rows = list(mlp_names(block.linears))
+    if not rows or mixer_names(block.linears):
         return
+    names = next((row for row in rows if _fills(block, row)), rows[0])
     channels = block.inputs(names.down)
-    modules = {"gate_proj": names.gate, "up_proj": names.up} if names.gate else {"up_proj": names.up}
-    projections = [
-        *_stack(block, modules, dict.fromkeys(modules, channels), dict.fromkeys(modules, 1)),
-        Projection("down_proj", block.place(names.down), "in", channels, 1),
-    ]
-    yield Structure("mlp", block.path, layer_index(block.path), channels, tuple(projections))
+    parts = [_Part("gate_proj", names.gate, channels, 1)] if names.gate else []
+    parts.append(_Part("up_proj", names.up, channels, 1))
+    down = Projection("down_proj", block.place(names.down), "in", channels, 1)
+    yield Structure("mlp", block.path, layer_index(block.path), channels, (*_stack(block, parts), down))
 
 
-def _stack(block: _Block, names: dict[str, str], units: dict[str, int], widths: dict[str, int]) -> Iterator[Projection]:
-    """The output-side projections, one after the other where they share a fused layer; they must fill each layer."""
-    filled = dict.fromkeys(names.values(), 0)
-    for canonical, name in names.items():
-        yield Projection(canonical, block.place(name), "out", units[canonical], widths[canonical], filled[name])
-        filled[name] += units[canonical] * widths[canonical]
-    for name, size in filled.items():
+def _fills(block: _Block, names: MLPNames) -> bool:
+    """Whether down reads as many channels as up gives: half of them, where the gate is in the same layer."""
+    return block.outputs(names.up) == block.inputs(names.down) * (2 if names.gate == names.up else 1)
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _stack(block: _Block, parts: list[_Part], runs: int = 1, paired: bool = False) -> Iterator[Projection]:
+    """The output-side projections; those that share a layer one after the other, in each of its runs. They must fill it."""
+    sizes: dict[str, int] = {}
+    for part in parts:
+        sizes[part.layer] = sizes.get(part.layer, 0) + part.units * part.width
+    filled = dict.fromkeys(sizes, 0)
+    for part in parts:
+        axes = _halves(part) if paired else _runs(part, runs, sizes[part.layer])
+        offset = filled[part.layer]
+        yield Projection(part.name, block.place(part.layer), "out", part.units, part.width, offset, axes)
+        filled[part.layer] += part.units // runs * part.width
+    for name, size in sizes.items():
         if block.outputs(name) != size:
             raise S2FTError(
                 f"{block.place(name)} has {block.outputs(name)} output channels; looked for {size}, which is what its "
@@ -234,9 +247,23 @@ def _stack(block: _Block, names: dict[str, str], units: dict[str, int], widths: 
             )
 
 
-def _head_dim(block: _Block) -> int:
+def _runs(part: _Part, runs: int, size: int) -> Axes:
+    """How the part lies in a layer of `size` channels that holds a share of it in each run; () if in one piece."""
+    share = part.units // runs
+    return () if size == part.units * part.width else ((runs, size // runs), (share, part.width), (part.width, 1))
+
+
+def _halves(part: _Part) -> Axes:
+    """A unit has its first half among the first half of the rows, and its second among the second."""
+    half = part.width // 2
+    return ((part.units, half), (2, part.units * half), (half, 1))
+
+
+def _head_dim(block: _Block, output: str) -> int:
     """From the attention module itself, else from the config nearest to it."""
     value = _size(block.module, HEAD_SIZES)
+    if value is None and (count := _size(block.module, HEAD_COUNTS)):
+        value = block.inputs(output) // count
     config = _nearest_config(block.model, block.path)
     if value is None and config is not None:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config

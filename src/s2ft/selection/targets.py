@@ -19,11 +19,13 @@ from s2ft.format.choice import chosen_layers
 from s2ft.format.config import S2FTConfig
 from s2ft.layer.linears import layer_stack, linear_layer
 from s2ft.selection.coverage import coverage
-from s2ft.selection.families import looked_for
-from s2ft.selection.structure import Reading, Structure, Target, read_structures, single_linear
+from s2ft.selection.families import ROUTER, looked_for
+from s2ft.selection.structure import Reading, read_structures, single_linear
 from s2ft.selection.towers import towers
+from s2ft.selection.units import Structure, Target
 
-DEFAULT_TARGETS = ("o_proj", "down_proj")  # where accuracy per parameter is highest (paper, fig. 4)
+DEFAULT_TARGETS = ("o_proj", "out_proj", "down_proj")
+"""Where accuracy per parameter is highest (paper, fig. 4), and what feeds a mixer's output back, as o does."""
 
 
 def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
@@ -58,7 +60,7 @@ def by_projection(targets: Sequence[Target]) -> dict[str, list[Target]]:
 def _default_candidates(reading: Reading, config: S2FTConfig, model: nn.Module) -> list[Target]:
     """The projections that `ratios` names, all of which must be there; else those of the default that are."""
     wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
-    structures = _outside(towers(model), reading.structures) or reading.structures
+    structures = _by_default(model, reading.structures)
     present = {p.name for s in structures for p in s.projections}
     missing = [name for name in wanted if name not in present]
     if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
@@ -70,8 +72,11 @@ def _default_candidates(reading: Reading, config: S2FTConfig, model: nn.Module) 
     return [(s, p) for s in structures for p in s.projections if p.name in wanted]
 
 
-def _outside(places: Sequence[str], structures: Sequence[Structure]) -> list[Structure]:
-    return [s for s in structures if not any(f"{s.path}.".startswith(f"{place}.") for place in places)]
+def _by_default(model: nn.Module, structures: Sequence[Structure]) -> list[Structure]:
+    """Those in the language model's blocks: not in its towers, projectors, routers and heads; all, where that leaves none."""
+    places = [f"{place}." for place in towers(model)]
+    outside = [s for s in structures if not f"{s.path}.".startswith(tuple(places)) and not ROUTER.search(s.path)]
+    return [s for s in outside if s.layer is not None] or outside or list(structures)
 
 
 def _why_missing(model: nn.Module, structures: Sequence[Structure]) -> str:

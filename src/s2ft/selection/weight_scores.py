@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.layer.linears import linear_layer, weight_matrix, why_not_plain
-from s2ft.selection.structure import Projection, Structure
+from s2ft.selection.units import Projection, Structure
 
 Batch = Mapping[str, Any]
 """What the model is called with: `model(**batch)`."""
@@ -73,7 +73,7 @@ def unit_weights(projection: Projection, model: nn.Module) -> Tensor:  # [projec
         raise S2FTError(reason)
     matrix = weight_matrix(linear_of(projection, model)).detach()
     rows = _part(matrix, projection) if projection.side == "out" else _part(matrix, projection).T
-    return rows.view(projection.units, projection.width, rows.shape[1])
+    return rows.reshape(projection.units, projection.width, rows.shape[1])
 
 
 def why_unreadable(projection: Projection, model: nn.Module) -> str | None:

@@ -13,8 +13,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from s2ft.layer.linears import linear_layer, weight_of, why_not_plain
-from s2ft.selection.families import HEAD_NORMS, POSITIONS, SHARED_NORM
-from s2ft.selection.structure import Projection, Structure
+from s2ft.selection.families import BEFORE_HEADS, HEAD_NORMS, POSITIONS, SHARED_NORM
+from s2ft.selection.units import Projection, Structure
 
 Norms = dict[str, list[nn.Module]]  # module → the norms over its output, which are permuted with it
 
@@ -66,8 +66,9 @@ def _trained_bias(model: nn.Module, structure: Structure) -> str | None:
 def _own_order(model: nn.Module, structure: Structure, norms: Norms, live: bool) -> str | None:
     """Why the structure's units must keep their order: something besides its projections has an entry for each of them."""
     sizes = {size for p in structure.projections for size in (p.units, p.units * p.width)}
+    widths = {(p.width,) for p in structure.projections}
     for name, tensor in _others(model, structure):
-        shared = tuple(tensor.shape) == (structure.projections[0].width,) and SHARED_NORM.search(name)
+        shared = tuple(tensor.shape) in widths and SHARED_NORM.search(name)
         if shared or not sizes & set(tensor.shape) or _moves_along(model, structure, name, norms, live):
             continue
         return (
@@ -86,7 +87,7 @@ def _moves_along(model: nn.Module, structure: Structure, name: str, norms: Norms
     weight = getattr(norm, "weight", None)
     if isinstance(norm, AuxiliaryTrainingWrapper) or not isinstance(weight, Tensor) or (live and weight.requires_grad):
         return False
-    if tuple(weight.shape) != (projection.units * projection.width,) or projection.offset:
+    if tuple(weight.shape) != (projection.units * projection.width,) or projection.offset or projection.axes:
         return False
     if norm not in norms.setdefault(projection.module, []):
         norms[projection.module].append(norm)
@@ -96,12 +97,13 @@ def _moves_along(model: nn.Module, structure: Structure, name: str, norms: Norms
 def _others(model: nn.Module, structure: Structure) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of the structure's module that may hold something for each head or channel.
 
-    Those of its projections are left out, what comes after o (BERT keeps a norm there), masks over positions, and, around an
-    MLP, modules that have linear layers of their own.
+    Those of its projections are left out, what comes before a latent or after o (BERT keeps a norm there), masks over
+    positions, and, around an MLP, modules that have linear layers of their own.
     """
     root = model.get_submodule(structure.path)
     paths = {p.module: p.module.removeprefix(f"{structure.path}.") for p in structure.projections}
-    inner = set(paths.values()) | {paths[p.module].rpartition(".")[0] for p in structure.projections if p.side == "in"}
+    inner = {*paths.values(), *BEFORE_HEADS}
+    inner |= {paths[p.module].rpartition(".")[0] for p in structure.projections if p.side == "in"}
     if structure.kind == "mlp":
         inner |= {n for n, m in root.named_children() if any(linear_layer(part) is not None for part in m.modules())}
     masks = {name for name, _ in root.named_buffers() if POSITIONS.search(name)}

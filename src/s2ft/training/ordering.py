@@ -16,7 +16,7 @@ from itertools import permutations
 import numpy as np
 
 from s2ft.format.slices import Indices, Slice
-from s2ft.selection.structure import Projection, Structure
+from s2ft.selection.units import Projection, Structure
 
 UnitSets = list[set[int]]  # for each projection: its chosen units
 _MOST_CLASSES = 5  # up to so many, all their orders are tried: 120
@@ -29,7 +29,7 @@ def copermutation(
     """The order that makes the most chosen channels of the structure contiguous; the identity if nothing is chosen.
 
     Example:
-        >>> from s2ft.selection.structure import Projection
+        >>> from s2ft.selection.units import Projection
         >>> mlp = Structure("mlp", "mlp", 0, 8, (Projection("down_proj", "mlp.down", "in", 8, 1),))
         >>> copermutation(mlp, {"mlp.down": Slice("in", np.array([5, 7]))}).tolist()
         [5, 7, 2, 3, 4, 0, 6, 1]
@@ -53,18 +53,17 @@ def chosen_units(projection: Projection, slices: Mapping[str, Slice]) -> set[int
     trained = slices.get(projection.module)
     if trained is None or trained.side != projection.side:
         return set()
-    units = (trained.indices - projection.offset) // projection.width
-    return set(units[(units >= 0) & (units < projection.units)].tolist())
+    return set(projection.units_of(trained.indices).tolist())
 
 
 def channel_order(
     projection: Projection,
     order: Indices,  # [units of the structure]
-) -> Indices:  # [units * width]: position within the projection → its channel there
+) -> Indices:  # [units * width]: position in the projection's grid → the channel of its module that goes there
     """The order of the projection's channels, given that of its structure's units."""
     per = len(order) // projection.units
     units = order if per == 1 else order[::per] // per
-    return (units[:, None] * projection.width + np.arange(projection.width)).ravel()
+    return projection.channels_of(units)
 
 
 def _orders(count: int, unit_sets: UnitSets) -> Iterator[Indices]:

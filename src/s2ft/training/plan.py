@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from s2ft.format.slices import Indices, Slice
 from s2ft.layer.linears import linear_layer, weight_matrix, weight_of
-from s2ft.selection.structure import Structure, read_structures
+from s2ft.selection.structure import read_structures
+from s2ft.selection.units import Structure
 from s2ft.training.obstacles import find_obstacles
 from s2ft.training.ordering import channel_order, copermutation
 
@@ -82,9 +83,7 @@ class Plan:
                 continue
             for p in structure.projections:
                 size = sum(q.units * q.width for q in structure.projections if q.module == p.module)
-                orders.setdefault(p.module, np.arange(size))[p.offset : p.offset + p.units * p.width] = (
-                    p.offset + channel_order(p, order)
-                )
+                orders.setdefault(p.module, np.arange(size))[p.grid.ravel()] = channel_order(p, order)
         return orders
 
     def moves(self, model: nn.Module, orders: Mapping[str, Indices]) -> Iterator[Move]:
