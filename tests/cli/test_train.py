@@ -13,6 +13,7 @@ from commands import Command, wait_for
 from s2ft.cli.train import _report
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.trainer import Flow
+from tiny_runs import interrupt_at
 
 COMMON = ["--ratios", "0.25", "--precision", "fp32", "--gradient-accumulation", "1", "--log-every", "1"]
 
@@ -198,6 +199,18 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(train, base, data, tmp_path
     assert code == 130
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [([], "go on with:"), (["--reselect", "1"], "with reselect, it cannot be resumed")]
+)
+def test_an_interrupted_run_tells_how_to_go_on(train, base, data, tmp_path, monkeypatch, words, told):
+    interrupt_at(monkeypatch, 2)
+    code, printed, _ = train(
+        "--model", base, "--data", data, "--output", str(tmp_path / "out"), "--max-steps", "4", *words, *COMMON
+    )
+    assert code == 130
+    assert f"interrupted at step 2; {told}" in printed
 
 
 def test_the_real_arithmetic_set_runs_through(train, base, tmp_path):

@@ -12,9 +12,8 @@ from live import layers, same
 from s2ft import S2FTConfig, S2FTError
 from s2ft.finetune.options import parse_options
 from s2ft.finetune.rates import rate_factors
-from s2ft.finetune.train import train
 from s2ft.finetune.trainer import Flow
-from tiny_runs import interrupt_at, weights
+from tiny_runs import interrupt_at, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +72,7 @@ def test_each_slice_steps_by_adamw_at_a_rate_of_its_own(run, base, monkeypatch, 
     def note(self, args, state, control, model, **kwargs):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                gradients.setdefault(name, []).append(parameter.grad.clone())
+                gradients.setdefault(name, []).append(parameter.grad.cpu().clone())
 
     monkeypatch.setattr(Flow, "on_pre_optimizer_step", note)
     model = run(slice_rates=by, layout=layout, schedule="linear").model

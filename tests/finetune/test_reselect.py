@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from live import same
 from s2ft import S2FTError
 from s2ft.finetune.options import parse_options
-from s2ft.finetune.train import train
 from s2ft.finetune.trainer import Flow
+from tiny_runs import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,11 +44,11 @@ def watched(monkeypatch):
 
     def before(self, args, state, control, model, **kwargs):
         for name, parameter in trained(model):
-            gradients[name].append(by_channel(name, parameter.grad).double())
+            gradients[name].append(by_channel(name, parameter.grad.cpu()).double())
 
     def after(self, args, state, control, model, **kwargs):
         for name, parameter in trained(model):
-            values[name].append(by_channel(name, parameter.detach()).double())
+            values[name].append(by_channel(name, parameter.detach().cpu()).double())
 
     monkeypatch.setattr(Flow, "on_pre_optimizer_step", before)
     monkeypatch.setattr(Flow, "on_optimizer_step", after)
