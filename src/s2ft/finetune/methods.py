@@ -54,7 +54,7 @@ class S2FTOptions(Options):
     avoid: Avoided = Field(None, description="Adapters whose channels are not to be chosen: folders or Hub names")
     target_modules: Targets = Field(
         None,
-        description="Modules to train a slice of, as in PEFT; by default what ratios names, else o_proj, out_proj of mixers, and down_proj",
+        description="Modules to train a slice of, as in PEFT; by default what ratios names, else o_proj, out_proj, down_proj",
     )
 
     def s2ft_config(self, seed: int | None = None) -> S2FTConfig:

@@ -1,7 +1,7 @@
 """The method's own terms: what may be asked of it, by which name. No library is needed to read them."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj")
-"""The canonical names of the projections, in every model family; `out_proj` is the last layer of a mixer that is no attention."""
+"""The canonical names of the projections, in every model family; `out_proj`: the last layer of a mixer that is no attention."""
 
 STRATEGIES = {
     "random": "by the seed",

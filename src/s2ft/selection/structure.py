@@ -159,10 +159,12 @@ def _attention(block: _Block, names: AttentionNames, output: str) -> Structure:
 
 
 def _heads(block: _Block, names: AttentionNames, heads: int, head_dim: int, value_dim: int) -> list[_Part]:
-    """q, k and v, in the order of a layer that they share. A q of twice the size holds each head's gate after its query
-    (Qwen3-Next).
+    """q, k and v, in the order of a layer that they share.
+
+    A q of twice the size holds each head's gate after its query (Qwen3-Next).
     """
-    assert names.q is not None and names.k is not None
+    assert names.q is not None
+    assert names.k is not None
     if names.latent:
         groups, query_dim, head_dim = (
             heads,
