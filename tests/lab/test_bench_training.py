@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from s2ft import S2FTError
 from s2ft.cli.app import app
 from s2ft.finetune import galore
-from s2ft.lab.bench import training
+from s2ft.lab.bench import presets, training
 from s2ft.lab.bench.contestants import ABLATION, AS_TRAINED, CONTESTANTS, UPPER_HALF, Contestant
+from s2ft.lab.bench.presets import PRESETS, Cell
 from s2ft.lab.bench.saved import own_tensors, saved_bytes
-from s2ft.lab.bench.training import PRESETS, Cell, bench_training, training_line
+from s2ft.lab.bench.training import bench_training, training_line
 from s2ft.lab.bench.training_plot import draw_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +40,7 @@ INSTALLED = {name: run for name, run in CONTESTANTS.items() if name != "galore" 
 
 @pytest.fixture(scope="module")
 def cpu_report():
-    return bench_training(replace(PRESETS["cpu"], models={"tiny": TINY}, cells=CELLS, share=SHARE))
+    return bench_training(replace(PRESETS["cpu"], models={"tiny": TINY}, cells=CELLS, budgets=(SHARE,)))
 
 
 @pytest.fixture
@@ -243,7 +244,7 @@ def test_methods_take_turns(monkeypatch):
     preset = replace(PRESETS["cpu"], models={"tiny": TINY}, cells=CELLS[:2], ablation=False)
     monkeypatch.setattr(training, "UPPER_HALF", {})
     done: list[float] = []
-    bench_training(preset, methods={name: noted(name) for name in "abc"}, tell=done.append)
+    bench_training(preset, contestants={name: noted(name) for name in "abc"}, tell=done.append)
     for start in range(0, len(steps), 3):
         assert sorted(name for name, _ in steps[start : start + 3]) == ["a", "b", "c"]
     assert [tokens for _, tokens in steps] == [24] * 9 + [12] * 6
@@ -274,8 +275,8 @@ def starved(base, parameters):
 
 def test_the_7b_preset_runs_on_tiny_shapes_and_records_lacks_of_memory():
     models = {"llama2": TINY, "llama3": TINY_GROUPED}
-    preset = replace(PRESETS["7b"], models=models, cells=CELLS, share=SHARE, device="cpu")
-    report = bench_training(preset, methods={**INSTALLED, "hungry": hungry, "starved": starved})
+    preset = replace(PRESETS["7b"], models=models, cells=CELLS, budgets=(SHARE,), device="cpu")
+    report = bench_training(preset, contestants={**INSTALLED, "hungry": hungry, "starved": starved})
     names = [*INSTALLED, "hungry", "starved"]
     assert [row["model"] for row in report.rows] == [m for m in models for _ in range(3 * (len(names) + 1))]
     for row in report.rows:
@@ -300,8 +301,8 @@ def test_the_7b_preset_has_the_shapes_lengths_and_batches_that_it_names():
 
 def test_a_method_whose_package_is_missing_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(galore, "find_spec", lambda name: None)
-    preset = replace(PRESETS["7b"], models={"tiny": TINY}, cells=CELLS[2:], share=SHARE, device="cpu")
-    report = bench_training(preset, methods={name: CONTESTANTS[name] for name in ("floor", "galore")})
+    preset = replace(PRESETS["7b"], models={"tiny": TINY}, cells=CELLS[2:], budgets=(SHARE,), device="cpu")
+    report = bench_training(preset, contestants={name: CONTESTANTS[name] for name in ("floor", "galore")})
     assert {row["method"] for row in report.rows} == {"floor", "s2ft"}
     assert "pip install 's2ft[baselines]'" in report.settings["left_out"]["galore"]
 
@@ -310,7 +311,7 @@ def test_a_method_whose_package_is_missing_is_left_out_and_said(monkeypatch):
 def test_without_a_gpu_the_7b_preset_and_liger_are_refused(monkeypatch):
     with pytest.raises(S2FTError, match="llama2-7b, llama3-8b need a CUDA GPU, and there is none; take preset=cpu"):
         bench_training(PRESETS["7b"])
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(presets, "find_spec", lambda name: None)
     with pytest.raises(S2FTError, match="2 problems") as caught:
         bench_training(PRESETS["cpu"], liger=True)
     assert "do not run on a CPU" in str(caught.value)
@@ -358,7 +359,7 @@ def test_the_picture_stands_lacks_of_memory(tmp_path):
 
 
 def test_the_command_prints_draws_and_writes(monkeypatch, tmp_path):
-    tiny = replace(PRESETS["cpu"], models={"tiny": TINY}, cells=CELLS[1:], share=SHARE, ablation=False)
+    tiny = replace(PRESETS["cpu"], models={"tiny": TINY}, cells=CELLS[1:], budgets=(SHARE,), ablation=False)
     monkeypatch.setitem(PRESETS, "cpu", tiny)
     rows, png = tmp_path / "a.json", tmp_path / "a.png"
     result = CliRunner().invoke(

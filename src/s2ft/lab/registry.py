@@ -51,13 +51,39 @@ class TrainingPreset(StrEnum):
     llama = "7b"
 
 
+class TrainingDtype(StrEnum):
+    """The dtype of the weights in the training benchmark."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
 BENCHMARKS = {
     "selection": Entry("Time the choice of channels at the shape of LLaMA2-7B.", has_picture=False),
     "training": Entry(
         "Time a training step of S²FT and other methods, beside the frozen model, and count what they keep for backward.",
         {
             "preset": Option(
-                TrainingPreset, TrainingPreset.cpu, "cpu: a small Llama; 7b: LLaMA2-7B and LLaMA3-8B, on a GPU", "cpu"
+                TrainingPreset | None,
+                None,
+                "cpu: a small Llama; 7b: LLaMA2-7B, LLaMA3-8B, on a GPU [default: cpu; for a --model the GPU, if any]",
+                "cpu",
+            ),
+            "model": Option(str | None, None, "A model instead: a folder, a GGUF file, or a name on the Hub"),
+            "dtype": Option(
+                TrainingDtype, TrainingDtype.auto, "Of the weights; auto: bf16 where the device multiplies it"
+            ),
+            "length": Option(str | None, None, "Tokens in a sequence, 512,1024 [default: the preset's]", "128,256"),
+            "batch": Option(str | None, None, "Sequences in a batch, 1,2; at each length [default: the preset's]"),
+            "methods": Option(
+                str | None,
+                None,
+                "Of floor,full,lora,dora,galore,lisa,s2ft [default: all, and variants]",
+                "floor,s2ft,lora",
+            ),
+            "budget": Option(
+                str | None, None, "Share of the parameters; several are rows of S²FT: 0.005,0.01 [default: 0.01]"
             ),
             "liger": Option(bool, False, "Give every method Liger's kernels (GPU)"),
         },

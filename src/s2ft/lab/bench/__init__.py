@@ -2,6 +2,8 @@
 
 report         what benchmarks share: turns, and what comes back
 training       what a training step costs
+presets        its models and sizes, and the options that change them
+bases          its frozen models
 contestants    sets up each method for it
 saved          what autograd keeps for backward
 training_plot  a picture of time and memory

@@ -1,13 +1,13 @@
-"""The methods of the training benchmark, each set up on a frozen bf16 base and taken down again.
+"""The methods of the training benchmark, each set up on a frozen base and taken down again.
 
     floor    the frozen base: forward, and gradients down to the embeddings' output. No method that trains something in
              every block can do less.
     s2ft     inside the layout that `s2ft train` takes; variants of it are in `ABLATION` and `UPPER_HALF`
     rivals   the other methods of `finetune/methods.py`, with as many trainable parameters where a method has a choice
 
-Rivals get their cheapest setting: bf16 weights, gradients and optimizer states, no dropout, torch's fused AdamW. The
-deltas of S²FT are fp32, as always. `AS_TRAINED` holds rivals as they are usually run, and as `s2ft train` runs them: what
-they train is fp32 too, under autocast.
+Rivals get their cheapest setting: weights, gradients and optimizer states in the base's dtype, no dropout, torch's fused
+AdamW. The deltas of S²FT are fp32, as always. `AS_TRAINED` holds rivals as they are usually run, and as `s2ft train` runs
+them: what they train is fp32 too, under autocast.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def _optimizer(model: nn.Module, arguments: TrainingArguments) -> torch.optim.Op
 
 @contextmanager
 def _thawed(base: PreTrainedModel, fp32: bool) -> Iterator[PreTrainedModel]:
+    dtype = base.dtype
     base.requires_grad_(True)
     if fp32:
         base.float()
@@ -205,8 +206,7 @@ def _thawed(base: PreTrainedModel, fp32: bool) -> Iterator[PreTrainedModel]:
     finally:
         base.zero_grad(set_to_none=True)
         base.requires_grad_(False)
-        if fp32:
-            base.bfloat16()
+        base.to(dtype)
 
 
 @contextmanager

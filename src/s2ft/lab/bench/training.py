@@ -13,17 +13,17 @@ import gc
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from s2ft.common.errors import gathered, raise_together
+from s2ft.common.errors import gathered
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
+from s2ft.lab.bench.bases import frozen_base, settle_dtype
 from s2ft.lab.bench.contestants import (
     ABLATION,
     AS_TRAINED,
@@ -32,54 +32,15 @@ from s2ft.lab.bench.contestants import (
     Contestant,
     Prepare,
 )
+from s2ft.lab.bench.presets import PRESETS, Cell, Preset, adjusted, check, usual_preset
 from s2ft.lab.bench.report import Report
 from s2ft.lab.bench.saved import own_tensors, saved_bytes
 from s2ft.lab.bench.training_plot import draw_training as draw_training
 from s2ft.lab.registry import TellShare
-from s2ft.lab.shapes import LLAMA2_7B, LLAMA3_8B, SMALL
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.timing import milliseconds, no_spread, spread
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One size of batch, and how often it is measured."""
-
-    batch_size: int
-    seq_len: int
-    rounds: int
-    warm_up: int
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Models, sizes of batches, and whether the methods take turns."""
-
-    models: Mapping[str, Mapping[str, int]]  # name → arguments of LlamaConfig
-    cells: Sequence[Cell]  # the first is the main one
-    take_turns: bool
-    device: str
-    share: float = 0.01  # of the parameters that is trained, by the methods that have a choice
-    ablation: bool = False  # variants of S²FT and of the others, at the main cell
-
-
-PRESETS = {
-    "cpu": Preset(
-        models={"llama-6-blocks": SMALL},
-        cells=[Cell(4, 256, 9, 2), Cell(4, 64, 3, 1), Cell(4, 128, 3, 1), Cell(1, 256, 3, 1), Cell(2, 256, 3, 1)],
-        take_turns=True,
-        device="cpu",
-        ablation=True,
-    ),
-    "7b": Preset(
-        models={"llama2-7b": LLAMA2_7B, "llama3-8b": LLAMA3_8B},
-        cells=[Cell(batch, length, 10, 3) for batch in (1, 2, 4, 8) for length in (512, 1024)],
-        take_turns=False,
-        device="cuda",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -88,6 +49,7 @@ class Run:
 
     labels: Row  # method, maybe variant
     prepare: Prepare
+    budget: float  # the share of the parameters that it trains, where it has a choice
 
 
 @dataclass(frozen=True)
@@ -101,13 +63,19 @@ class Group:
     @property
     def tokens(self) -> int:
         """What the group costs, roughly."""
-        return sum(len(self.runs) * _tokens(cell) * (cell.warm_up + cell.rounds) for cell in self.cells)
+        return sum(len(self.runs) * cell.tokens * (cell.warm_up + cell.rounds) for cell in self.cells)
 
 
-def bench_training(
-    preset: Preset | str = "cpu",
+def bench_training(  # noqa: PLR0913 - one for each option of the command
+    preset: Preset | str | None = None,
+    model: str | None = None,
+    dtype: str = "auto",
+    length: str | None = None,
+    batch: str | None = None,
+    methods: str | None = None,
+    budget: str | None = None,
     liger: bool = False,
-    methods: Mapping[str, Prepare] = CONTESTANTS,
+    contestants: Mapping[str, Prepare] = CONTESTANTS,
     tell: TellShare = lambda done: None,
 ) -> Report:
     """Measures every method at every cell of a preset, or of the one of that name in `PRESETS`.
@@ -116,27 +84,51 @@ def bench_training(
     peak_bytes (None without a GPU, or where methods take turns), and model; variants of S²FT have the method "s2ft" and the
     key variant. Where memory does not suffice, step_ms is None and out_of_memory is true.
 
+    Args:
+        preset: None: `cpu`, or for a model of your own the GPU where there is one.
+        model: A folder, a GGUF file or a name on the Hub, instead of the preset's models.
+        dtype: Of the weights: `bf16`, `fp32`, or `auto`, which is bf16 where the device multiplies it.
+        length: Tokens in a sequence; several with commas, "512,1024".
+        batch: Sequences in a batch, likewise; every length is measured at every batch.
+        methods: Names with commas, out of those of `contestants`; None: all, and variants.
+        budget: Shares of the parameters, likewise: a row of S²FT for each. The others train as many as it does at 0.01, or, if
+            that is not among them, at the first.
+        liger: Gives every method Liger's kernels.
+        contestants: Name → what sets the method up.
+        tell: Is told the share that is done.
+
     Raises:
-        S2FTError: without the GPU or the package that is asked for, before anything is measured.
+        S2FTError: for an option that cannot be met, or without the GPU or the package that is asked for, before anything is
+            loaded.
     """
-    preset = PRESETS[preset] if isinstance(preset, str) else preset
-    _check_machine(preset, liger)
-    methods, left_out = _installed(methods)
-    groups = _plan(preset, methods)
+    preset = usual_preset(model) if preset is None else PRESETS[preset] if isinstance(preset, str) else preset
+    preset = replace(adjusted(preset, model, length, batch, methods, budget), dtype=str(dtype))
+    check(preset, liger, contestants)
+    there, left_out = _installed(
+        {name: run for name, run in contestants.items() if name in (preset.methods or contestants)}
+    )
+    settled = settle_dtype(preset.dtype, preset.device)
+    groups = _plan(preset, there, settled[0])
     bar = _Bar(tell, len(preset.models) * sum(group.tokens for group in groups))
     rows: list[Row] = []
-    for name, shape in preset.models.items():
-        base = _base(shape, preset.device, liger)
-        floors: dict[Cell, float | None] = {}
-        for group in groups:
-            for cell, row in _bench_group(preset, base, group, bar):
-                if row["method"] == "floor":
-                    floors[cell] = row["step_ms"]
-                if row["method"] not in group.hidden:
-                    rows.append({**row, "floor_ratio": _ratio(row["step_ms"], floors.get(cell)), "model": name})
-            _free()
+    for name, source in preset.models.items():
+        base = frozen_base(source, preset.device, settled[0], liger)
+        rows += [{**row, "model": name} for row in _bench_model(base, groups, bar)]
         del base
-    return Report(settings=_settings(preset, liger, left_out), rows=rows)
+        _free()
+    return Report(settings=_settings(preset, liger, left_out, settled), rows=rows)
+
+
+def _bench_model(base: PreTrainedModel, groups: Sequence[Group], bar: _Bar) -> Iterator[Row]:
+    """The rows of one model, with their ratios to the floor that was measured last at the same cell."""
+    floors: dict[Cell, float | None] = {}
+    for group in groups:
+        for cell, row in _bench_group(base, group, bar):
+            if row["method"] == "floor":
+                floors[cell] = row["step_ms"]
+            if row["method"] not in group.hidden:
+                yield {**row, "floor_ratio": _ratio(row["step_ms"], floors.get(cell))}
+        _free()
 
 
 def training_line(row: Row) -> dict[str, str]:
@@ -157,38 +149,46 @@ def training_line(row: Row) -> dict[str, str]:
     }
 
 
-def _plan(preset: Preset, methods: Mapping[str, Prepare]) -> list[Group]:
-    named = [Run({"method": name}, prepare) for name, prepare in methods.items()]
-    upper, ablation = (
-        [Run({"method": "s2ft", "variant": name}, prepare) for name, prepare in variants.items()]
-        for variants in (UPPER_HALF, ABLATION)
-    )
+def _plan(preset: Preset, methods: Mapping[str, Prepare], dtype: torch.dtype) -> list[Group]:
+    def runs(variants: Mapping[str, Prepare]) -> list[Run]:
+        return [Run({"method": "s2ft", "variant": name}, prepare, preset.budget) for name, prepare in variants.items()]
+
+    named = [Run({"method": name}, prepare, preset.budget) for name, prepare in methods.items()]
+    floor = [run for run in named if run.labels["method"] == "floor"]
+    for budget in preset.other_budgets:
+        named.append(Run({"method": "s2ft", "variant": f"{100 * budget:g}%"}, methods["s2ft"], budget))
+    if preset.methods is None:
+        named += runs(UPPER_HALF)
     if not preset.take_turns:
-        return [Group([run], preset.cells) for run in (*named, *upper)]
-    groups = [Group([*named, *upper], preset.cells)]
+        return [Group([run], preset.cells) for run in named]
+    groups = [Group(named, preset.cells)]
     if preset.ablation:
-        floor = [run for run in named if run.labels["method"] == "floor"]
-        usual = [Run({"method": name, "variant": "fp32, autocast"}, prepare) for name, prepare in AS_TRAINED.items()]
-        groups.append(Group([*floor, *usual, *ablation], preset.cells[:1], frozenset({"floor"})))
+        usual = AS_TRAINED if dtype == torch.bfloat16 else {}  # fp32 is what they are in already
+        autocast = [
+            Run({"method": name, "variant": "fp32, autocast"}, prepare, preset.budget)
+            for name, prepare in usual.items()
+        ]
+        groups.append(Group([*floor, *autocast, *runs(ABLATION)], preset.cells[:1], frozenset({"floor"})))
     return groups
 
 
-def _bench_group(preset: Preset, base: PreTrainedModel, group: Group, bar: _Bar) -> Iterator[tuple[Cell, Row]]:
+def _bench_group(base: PreTrainedModel, group: Group, bar: _Bar) -> Iterator[tuple[Cell, Row]]:
     alone = len(group.runs) == 1
     with ExitStack() as stack:
-        contestants = [_enter(stack, run, base if alone else copy.deepcopy(base), preset.share) for run in group.runs]
+        contestants = [_enter(stack, run, base if alone else copy.deepcopy(base)) for run in group.runs]
         for cell in group.cells:
-            ids = torch.randint(base.config.vocab_size, (cell.batch_size, cell.seq_len), device=base.device)
+            words = base.config.get_text_config().vocab_size
+            ids = torch.randint(words, (cell.batch_size, cell.seq_len), device=base.device)
             taken = _take_turns(contestants, ids, cell, bar)
             peak = torch.cuda.max_memory_allocated() if alone and base.device.type == "cuda" else None
             for run, contestant, times in zip(group.runs, contestants, taken, strict=True):
                 yield cell, {**run.labels, **_row(cell, contestant, times, ids, peak)}
 
 
-def _enter(stack: ExitStack, run: Run, base: PreTrainedModel, share: float) -> Contestant | None:
+def _enter(stack: ExitStack, run: Run, base: PreTrainedModel) -> Contestant | None:
     """The contestant, until `stack` closes; None if there is too little memory to set it up."""
     try:
-        contestant = stack.enter_context(run.prepare(base, round(share * base.num_parameters())))
+        contestant = stack.enter_context(run.prepare(base, round(run.budget * base.num_parameters())))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -216,7 +216,7 @@ def _take_turns(
                 times[index] = None
             elif number >= cell.warm_up:
                 own.append(took)
-        bar.add(len(contestants) * _tokens(cell))
+        bar.add(len(contestants) * cell.tokens)
     return times
 
 
@@ -253,54 +253,33 @@ def _ratio(own: float | None, floor: float | None) -> float | None:
     return None if own is None or floor is None else own / floor
 
 
-def _base(shape: Mapping[str, int], device: str, liger: bool) -> PreTrainedModel:
-    """A frozen bf16 Llama with random weights."""
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(model=base)
-    return base.requires_grad_(False).train()
-
-
 def _installed(methods: Mapping[str, Prepare]) -> tuple[dict[str, Prepare], dict[str, str]]:
     """The methods whose packages are there, and why the others are left out."""
     left_out = {name: problem for name in methods if name in METHODS for problem in gathered(METHODS[name].check)}
     return {name: prepare for name, prepare in methods.items() if name not in left_out}, left_out
 
 
-def _check_machine(preset: Preset, liger: bool) -> None:
-    gpu = torch.cuda.is_available()
-    problems = []
-    if preset.device == "cuda" and not gpu:
-        problems.append(f"the models {', '.join(preset.models)} need a CUDA GPU, and there is none; take preset=cpu")
-    if liger and preset.device != "cuda":
-        problems.append("liger=True needs a preset for GPUs, such as 7b: Liger's kernels do not run on a CPU")
-    if liger and find_spec("liger_kernel") is None:
-        problems.append("liger=True needs the package liger-kernel; install it with: pip install 's2ft[liger]'")
-    raise_together(problems)
-
-
-def _settings(preset: Preset, liger: bool, left_out: dict[str, str]) -> Row:
+def _settings(preset: Preset, liger: bool, left_out: dict[str, str], settled: tuple[torch.dtype, str]) -> Row:
     defaults = TrainOptions.model_fields
+    dtype = "bf16" if settled[0] == torch.bfloat16 else "fp32"
+    autocast = "; in the variants fp32, autocast: what is trained and its states fp32, computed in bf16"
     return {
         **asdict(preset),
+        "models": {name: "own" if isinstance(source, str) else source for name, source in preset.models.items()},
+        "dtype": dtype,
+        "dtype_reason": settled[1],
+        "budget": preset.budget,
         "main": asdict(preset.cells[0]),
         "liger": liger,
         "left_out": left_out,
         "loss": "next token; saved_bytes without the head",
-        "dtypes": "weights, gradients and optimizer states bf16; deltas of S²FT and their states fp32; no dropout; in the "
-        "variants fp32, autocast: what is trained and its states fp32, computed in bf16",
+        "dtypes": f"weights, gradients and optimizer states {dtype}; deltas of S²FT and their states fp32; no dropout"
+        + (autocast if dtype == "bf16" else ""),
         "optimizer": "torch's fused AdamW; galore: galore-torch's AdamW, its SVD every 200 steps falls in the warm-up",
         "lora": "on all linear layers; the rank that trains as many parameters, dora likewise",
         "galore_rank": defaults["galore_rank"].default,
         "lisa": {"layers": defaults["lisa_layers"].default, "interval": defaults["lisa_interval"].default},
     }
-
-
-def _tokens(cell: Cell) -> int:
-    return cell.batch_size * cell.seq_len
 
 
 def _free() -> None:
