@@ -11,6 +11,8 @@ from s2ft.demo import base_path
 TRAIN = ["train", "-m", str(base_path()), "-d", "data.json", "-o", "new"]
 EVAL = ["eval", "--model", str(base_path()), "--task", "boolq", "--data", "org/questions", "--output", "new"]
 
+SERVE = ["serve", str(base_path())]
+
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
@@ -36,6 +38,7 @@ s2ft_command.main()
         (TRAIN, "trl", "s2ft train needs trl, which is not installed: pip install 's2ft[train]'"),
         (["quickstart"], "trl", "s2ft quickstart needs trl, which is not installed: pip install 's2ft[train]'"),
         (EVAL, "datasets", "s2ft eval needs datasets, which is not installed: pip install 's2ft[eval]'"),
+        (SERVE, "fastapi", "s2ft serve needs fastapi, which is not installed: pip install 's2ft[serve]'"),
         (["study", "fusion"], "trl", "s2ft study needs trl, which is not installed: pip install 's2ft[lab]'"),
         (
             ["inspect", "a", "--png", "a.png"],

@@ -41,6 +41,8 @@ def run(program: str) -> str:
         ["train", "-m", "./no-such-folder", "-d", "data.json", "-o", "new", "--evaluate", "boolq", "--eval-data", "a"],
         ["eval", "-m", "./no-such-folder", "-d", "org/set", "-o", "new", "--task", "gsm8k"],
         ["reproduce", "no-such-recipe", "-d", "org/set", "-o", "new"],
+        ["serve", "--help"],
+        ["serve", "./no-such-folder", "--adapters", "nowhere"],
         ["inspect", "nowhere"],
         ["fuse", "nowhere", "nowhere"],
         ["merge", "nowhere", "-o", "new"],

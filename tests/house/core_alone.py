@@ -20,6 +20,7 @@ COMMANDS = {  # what they say here; no key: they run
     "train --model {base} --data {folder}/data.json --output {folder}/new": "s2ft train needs {}: pip install 's2ft[train]'",
     "quickstart": "s2ft quickstart needs {}: pip install 's2ft[train]'",
     "eval --model {base} --task boolq --data org/set --output {folder}/new": "s2ft eval needs {}: pip install 's2ft[eval]'",
+    "serve {base}": "s2ft serve needs {}: pip install 's2ft[serve]'",
     "reproduce --list": "s2ft reproduce needs {}: pip install 's2ft[lab]'",
     "bench selection": "s2ft bench needs {}: pip install 's2ft[lab]'",
     "study fusion": "s2ft study needs {}: pip install 's2ft[lab]'",

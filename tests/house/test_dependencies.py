@@ -51,6 +51,7 @@ EXTRA_OF = {
     "demo": "train",
     "finetune": "train",
     "runtime": "train",
+    "serve": "serve",
 }
 OPTIONAL = {  # libraries that a folder does without; the code asks whether they are there, or says which extra brings them
     "common": {"matplotlib": "lab"},

@@ -204,3 +204,29 @@ def test_a_wrapped_layer_is_the_base_until_it_is_given_an_adapter(model: Any) ->
     with pytest.raises(S2FTError, match="RotaryEmbedding is no linear layer"):
         tuner.wrap("model.rotary_emb")
     assert model.unload().get_submodule(path) is plain
+
+
+def test_adapters_come_and_go(saved: tuple[nn.Module, Path], model: Any) -> None:
+    base, root = saved
+    pool, ids = AdapterPool(model, {}, PLENTY, PLENTY), tokens(2, 5)
+    pool.add("mine", root / "user3")
+    assert pool.size(["mine"]) == size(root, "user3")
+    found = logits(model, ids, adapter_names=["mine", "__base__"])
+    wanted = logits(PeftModel.from_pretrained(copy.deepcopy(base), root / "user3"), ids)
+    torch.testing.assert_close(found[0], wanted[0])
+    for name, folder, said in (
+        ("mine", root / "user1", "taken"),
+        ("own", root / "user1", "taken"),
+        ("new", root, "no adapter"),
+    ):
+        with pytest.raises(S2FTError, match=said):
+            pool.add(name, folder)
+    pool.remove("mine")
+    assert pool.used() == (0, 0)
+    with pytest.raises(ValueError, match="non-existing"):
+        logits(model, ids, adapter_names=["mine", "mine"])
+    with pytest.raises(S2FTError, match="the pool has no adapter 'mine'; it has none"):
+        pool.remove("mine")
+    pool.add("mine", root / "user1")
+    wanted = logits(PeftModel.from_pretrained(copy.deepcopy(base), root / "user1"), ids)
+    torch.testing.assert_close(logits(model, ids, adapter_names=["mine", "mine"]), wanted)

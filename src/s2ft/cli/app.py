@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import s2ft
-from s2ft.cli import bench, eval, reproduce, study, train
+from s2ft.cli import bench, eval, reproduce, serve, study, train
 from s2ft.cli.base import base
 from s2ft.cli.export import export
 from s2ft.cli.fuse import fuse
@@ -49,6 +49,7 @@ app.command("quickstart-real")(quickstart_real)
 app.command("base")(base)
 app.command("train", help=train.HELP)(train.command)
 app.command("eval", help=eval.HELP)(eval.evaluate)
+app.command("serve", help=serve.HELP)(serve.serve)
 app.command("reproduce", help=reproduce.HELP)(reproduce.reproduce)
 app.command("inspect")(inspect)
 app.command("fuse")(fuse)

@@ -21,7 +21,13 @@ _OUTSIDE = {  # what is wrong with the machine, not with the program
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ENAMETOOLONG", "EMFILE", "ENFILE")
 }
-_EXTRAS = {"eval": "eval", "reproduce": "lab", "bench": "lab", "study": "lab"}  # command → its extra, unless `train`
+_EXTRAS = {
+    "eval": "eval",
+    "serve": "serve",
+    "reproduce": "lab",
+    "bench": "lab",
+    "study": "lab",
+}  # command → its extra, unless `train`
 
 _QUOTED = r"""((?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*")"""
 _KEYWORD = re.compile(

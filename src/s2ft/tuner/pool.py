@@ -58,7 +58,7 @@ class AdapterPool:
         self._folders = _folders(folders)
         self.device_bytes, self.host_bytes = device_bytes, host_bytes
         raise_together(self._problems())
-        self._sizes = {name: (path / SAFETENSORS_WEIGHTS_NAME).stat().st_size for name, path in self._folders.items()}
+        self._sizes = {name: _bytes(path) for name, path in self._folders.items()}
         self._device: OrderedDict[str, Slices] = OrderedDict()  # least recently used first
         self._host: OrderedDict[str, Slices] = OrderedDict()
         self._tuner.pool = self
@@ -72,6 +72,10 @@ class AdapterPool:
     def tier(self, name: str) -> str:
         """Where the adapter is: `device`, `host` or `disk`."""
         return "device" if name in self._device else "host" if name in self._host else "disk"
+
+    def size(self, names: Iterable[str]) -> int:
+        """The bytes that these adapters of the pool take on the device."""
+        return self._total(names)
 
     def used(self) -> tuple[int, int]:
         """Bytes on the device and on the host."""
@@ -99,6 +103,31 @@ class AdapterPool:
                     self._device.move_to_end(name)
             for name in missing:
                 self._promote(name, set(wanted))
+
+    def add(self, name: str, folder: str | Path) -> None:
+        """A further adapter; it is read when a batch first needs it.
+
+        Raises:
+            S2FTError: if the folder is no adapter's, or the name is taken.
+        """
+        path = Path(folder)
+        raise_together([*self._name_problems(name, path), *([f"the name {name!r} is taken"] if name in self else [])])
+        self._sizes[name] = _bytes(path)
+        self._folders[name] = path
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out of the pool and from memory.
+
+        Raises:
+            S2FTError: if the pool does not know it.
+        """
+        if name not in self:
+            raise S2FTError(f"the pool has no adapter {name!r}; it has {', '.join(self) or 'none'}")
+        with self._tuner.shared.turns.alone():
+            if name in self._device:
+                self._detach(name)
+            self._host.pop(name, None)
+            del self._folders[name], self._sizes[name]
 
     def close(self) -> None:
         """Takes every adapter of the pool from the model and from memory."""
@@ -155,11 +184,14 @@ class AdapterPool:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 yield f"{what}={value!r} is no number of bytes; expected a whole number from {least}"
         for name, path in self._folders.items():
-            if name == BASE or name in self._tuner.peft_config:
-                yield f"the name {name!r} is taken: {'it means no adapter' if name == BASE else 'the model has it loaded'}"
-            missing = [file for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (path / file).is_file()]
-            if missing:
-                yield f"{path} holds no adapter: there is no {missing[0]}"
+            yield from self._name_problems(name, path)
+
+    def _name_problems(self, name: str, path: Path) -> Iterator[str]:
+        if name == BASE or name in self._tuner.peft_config:
+            yield f"the name {name!r} is taken: {'it means no adapter' if name == BASE else 'the model has it loaded'}"
+        missing = [file for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (path / file).is_file()]
+        if missing:
+            yield f"{path} holds no adapter: there is no {missing[0]}"
 
 
 def _tuner(model: nn.Module) -> S2FTModel:
@@ -177,6 +209,10 @@ def _folders(folders: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
     if not found:
         raise S2FTError(f"{root} holds no adapter folders; expected folders with {CONFIG_NAME} in it")
     return found
+
+
+def _bytes(folder: Path) -> int:
+    return (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
 
 
 def _beside(adapter: Adapter) -> Iterator[str]:

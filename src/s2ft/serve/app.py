@@ -1,0 +1,234 @@
+"""The HTTP side: routes, and what stands before them.
+
+request → log and count → is the host ours? → has it a key? → is it small enough, and here in time? → route
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from s2ft.common.reading import shown
+from s2ft.serve.access import App, Keys
+from s2ft.serve.errors import ApiError
+from s2ft.serve.job import End
+from s2ft.serve.limits import Limits
+from s2ft.serve.logs import NOTES, Logged
+from s2ft.serve.requests import ChatRequest, CompletionRequest, parsed
+from s2ft.serve.responses import Answer, ChatShape, CompletionShape, Shape, told
+from s2ft.serve.service import Asked, Asking, Service
+
+LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+def create_app(service: Service, keys: Iterable[str] = ()) -> App:
+    """The server's application; the engine starts and ends with it."""
+    app = _routes(service)
+    routes = frozenset(getattr(route, "path", "") for route in app.routes)
+    options, keys = service.options, list(keys)
+    inner: App = Keys(Limits(app, options.max_body, options.timeout), keys)
+    if options.is_local and not keys:  # a web page elsewhere could otherwise ask in its reader's name
+        inner = TrustedHostMiddleware(inner, [*LOCAL, options.host], www_redirect=False)
+    return Logged(inner, routes, service.metrics.request)
+
+
+def _routes(service: Service) -> FastAPI:
+    @asynccontextmanager
+    async def running(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
+    app.exception_handler(ApiError)(_api_error)
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(Exception)(_bug)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse(
+            {"status": "ok"} if service.is_alive else {"status": "stopping"}, 200 if service.is_alive else 503
+        )
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(service, parsed(CompletionRequest, await request.body()), request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(service, parsed(ChatRequest, await request.body()), request)
+
+    _model_routes(app, service)
+    return app
+
+
+def _model_routes(app: FastAPI, service: Service) -> None:
+    adapters = service.adapters
+
+    def card(name: str) -> dict[str, Any]:
+        parent = None if name == adapters.base else adapters.base
+        head = {"id": name, "object": "model", "created": service.created, "owned_by": "s2ft"}
+        return {**head, "root": adapters.base, "parent": parent}
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card(name) for name in (adapters.base, *adapters.names)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name not in (adapters.base, *adapters.names):
+            raise _no_adapter(name)
+        return JSONResponse(card(name))
+
+    if service.options.allow_loading:
+
+        @app.put("/v1/adapters/{name}")
+        async def add(name: str) -> Response:
+            if not adapters.add(name):
+                raise _no_adapter(name)
+            return JSONResponse(card(name))
+
+        @app.delete("/v1/adapters/{name}")
+        async def remove(name: str) -> Response:
+            if not adapters.remove(name):
+                raise _no_adapter(name)
+            return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+
+def _no_adapter(name: str) -> ApiError:
+    return ApiError(404, f"there is no model {shown(name)}", "model", "model_not_found")
+
+
+async def _answer(service: Service, asked: Asked, request: Request) -> Response:
+    asking = await service.ask(asked)
+    kind = ChatShape if isinstance(asked, ChatRequest) else CompletionShape
+    shape = kind(asking.chosen.label, service.base.tokenizer, asking.prompt_tokens, asked.top_logprobs is not None)
+    notes = request.scope[NOTES]
+    notes |= {"model": asking.chosen.label, "prompt_tokens": asking.prompt_tokens, "answer_tokens": 0}
+    parts = _counted(_parts(service, asked, asking), asking, service, notes)
+    if not asked.stream:
+        return await _unless_gone(request, _whole(parts, asking, shape), asking)
+    first = await anext(parts)  # what fails at once fails with a status
+    lines = _lines(_chained(first, parts), asking, shape, asked.include_usage)
+    return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+Part = tuple[int, str, tuple[Any, ...], str | None]  # which answer, text, tokens, why it ends
+
+
+async def _parts(service: Service, asked: Asked, asking: Asking) -> AsyncIterator[Part]:
+    """The answers' parts; with `echo`, each begins with its prompt."""
+    echo = isinstance(asked, CompletionRequest) and asked.echo
+    if echo and not asking.jobs[0].tell_prompt:
+        for job in asking.jobs:
+            yield job.index, service.base.tokenizer.decode(job.prompt), (), None
+    async with aclosing(asking.events()) as events:  # type: ignore[type-var]
+        async for index, event in events:
+            if isinstance(event, End):
+                yield index, "", (), event.reason
+            else:
+                yield (index, *told(event, service.base.tokenizer), None)
+
+
+async def _counted(
+    parts: AsyncIterator[Part], asking: Asking, service: Service, notes: dict[str, Any]
+) -> AsyncIterator[Part]:
+    """The parts; when they end, or nobody wants more, the tokens are counted."""
+    try:
+        async with aclosing(parts):  # type: ignore[type-var]
+            async for part in parts:
+                yield part
+    finally:
+        asking.cancel()
+        notes["answer_tokens"] = asking.generated
+        service.metrics.tokens(asking.prompt_tokens, asking.generated)
+
+
+async def _whole(parts: AsyncIterator[Part], asking: Asking, shape: Shape) -> Response:
+    answers = [Answer() for _ in asking.jobs]
+    async for index, text, tokens, reason in parts:
+        answer = answers[index]
+        answer.text, answer.reason = answer.text + text, reason or answer.reason
+        answer.tokens += tokens
+    return JSONResponse(shape.response(answers, asking.generated))
+
+
+async def _unless_gone(request: Request, work: Any, asking: Asking) -> Response:
+    """What `work` returns; it is given up when the client leaves."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return Response(status_code=499)  # nobody reads it
+        response: Response = working.result()
+        return response
+    finally:
+        asking.cancel()
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chained(first: Part, rest: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    yield first
+    async with aclosing(rest):  # type: ignore[type-var]
+        async for part in rest:
+            yield part
+
+
+async def _lines(parts: AsyncIterator[Part], asking: Asking, shape: Shape, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events; the last one is [DONE]."""
+    try:
+        async with aclosing(parts):  # type: ignore[type-var]
+            for job in asking.jobs:
+                for chunk in shape.opening(job.index):
+                    yield _line(chunk)
+            async for index, text, tokens, reason in parts:
+                if (
+                    text or reason or (tokens and shape.with_logprobs)
+                ):  # else it says nothing, as an end token by itself
+                    yield _line(shape.chunk(index, text, tokens, reason))
+        if usage:
+            yield _line(shape.usage_chunk(asking.generated))
+    except ApiError as error:
+        yield _line(error.body)
+    finally:
+        asking.cancel()
+    yield "data: [DONE]\n\n"
+
+
+def _line(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: "there is nothing at this address", 405: "this address takes another method"}
+    said = ApiError(error.status_code, what.get(error.status_code, "the request cannot be read"), headers=error.headers)
+    return said.response
+
+
+async def _bug(_: Request, __: Exception) -> Response:
+    return ApiError(500, "the server failed; its log says how").response
