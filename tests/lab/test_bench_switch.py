@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from s2ft import S2FTError
 from s2ft.cli.app import app
 from s2ft.lab.bench import switch as bench
 from s2ft.lab.bench.switch import CHANNELS, RANK, TIMED, bench_switch, contestants, draw_switch, switch_line
@@ -88,9 +89,15 @@ def test_a_dimension_that_does_not_fit_has_a_row_that_says_so(tmp_path: Path, mo
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = bench_switch(dims=(40,), rounds=3, seconds=0)
-    monkeypatch.setattr(bench, "bench_switch", lambda tell: tell(1.0) or tiny)
+    monkeypatch.setattr(bench, "bench_switch", lambda tell, device: tell(1.0) or tiny)
     png, rows = tmp_path / "a.png", tmp_path / "a.json"
     result = CliRunner().invoke(app, ["bench", "switch", "--json", str(rows), "--png", str(png)])
     assert result.exit_code == 0, result.exception
     assert json.loads(rows.read_text())["rows"] == tiny.rows
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(S2FTError, match=r"device='cuda': there is no CUDA GPU here; take device='cpu'"):
+        bench_switch(device="cuda")

@@ -1,15 +1,14 @@
 """The study on real text, tiny: on files made here, and on the real ones where they are."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from llm_adapters import write_llm_adapters
 from s2ft import S2FTError
 from s2ft.data.tokens import IGNORED
-from s2ft.evaluate.tasks import TASKS
 from s2ft.lab.study import commonsense
 from s2ft.lab.study.commonsense import ASKED, MAJORITY, CommonsenseSettings, load_material, majority, study_commonsense
 from s2ft.lab.study.contenders import Contender
@@ -19,7 +18,6 @@ from s2ft.lab.study.training import Workload, base_tokenizer, fresh_base, respon
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 REAL = Path(os.environ.get("S2FT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "llm-adapters"
-GOLD = {"boolq": ("true", "false"), "winogrande": ("option1", "option2")}
 TINY = CommonsenseSettings(
     seeds=2,
     contenders=(Contender("s2ft 4%", "s2ft", 0.04),),
@@ -30,18 +28,8 @@ TINY = CommonsenseSettings(
 
 @pytest.fixture
 def data(tmp_path):
-    for name in {task for tasks in ASKED.values() for task in tasks} | set(commonsense.TRAINED):
-        first, other = GOLD.get(name, ("answer1", "answer2"))
-        for side in ("train", "test"):
-            rows = [_record(f"{name} {side} {n}?", other if n % 3 else first) for n in range(60)]
-            path = tmp_path / "data" / "dataset" / TASKS[name].folder / f"{side}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows))
-    return str(tmp_path / "data")
-
-
-def _record(question: str, answer: str) -> dict[str, str]:
-    return {"instruction": question, "output": f"the correct answer is {answer}", "answer": answer}
+    tasks = {task for tasks in ASKED.values() for task in tasks} | set(commonsense.TRAINED)
+    return write_llm_adapters(tmp_path / "data", tasks)
 
 
 def test_rows_of_every_contender_and_the_floor(data, tmp_path):

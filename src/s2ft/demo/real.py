@@ -98,7 +98,7 @@ def _measure(model: Any, tokenizer: Any, tests: Sequence[dict[str, Any]], old: d
         TRAINED_KINDS: sum(manners[: len(tests)]) / len(tests),
         OTHER_KINDS: sum(manners[len(tests) :]) / len(OPEN_QUESTIONS),
         HELD_OUT: _held_out_loss(model, tokenizer, tests),
-        TEXT: perplexity(model, tokenizer, _documentation(), limit=_TEXT_TOKENS),
+        TEXT: perplexity(model, tokenizer, documentation(), limit=_TEXT_TOKENS),
     }
     for task, choices in old.items():
         scores[f"{task}, {len(choices)} questions, by likelihood", "{:.0%}"] = accuracy(model, tokenizer, choices)
@@ -118,6 +118,7 @@ def _held_out_loss(model: Any, tokenizer: Any, tests: Sequence[dict[str, Any]]) 
     return -float(torch.cat(token_log_likelihoods(model, given, follows)).mean())
 
 
-def _documentation() -> str:
+def documentation() -> str:
+    """Plain text that every installation of Python has: its own reference, by topics."""
     topics: dict[str, str] = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -47,13 +47,16 @@ def fingerprint(name: str, file: str) -> str:
     """An identity that does not depend on the path: a digest of the files, or the commit on the Hub.
 
     Args:
-        name: A folder, or a name on the Hub.
+        name: A folder, a GGUF file, or a name on the Hub.
         file: A file that it has, such as "config.json".
 
     Raises:
         S2FTError: if there is nothing by that name.
     """
     folder = Path(name)
+    if folder.is_file():  # a GGUF file
+        with folder.open("rb") as content:
+            return f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()[:32]}"
     if not folder.is_dir():
         return f"{name}@{_commit(name, file)}"
     digest = hashlib.sha256()

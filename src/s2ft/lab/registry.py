@@ -44,6 +44,13 @@ class Entry:
         return f"{self.help}\n\nExample: s2ft {command} {name}{own} --json {name}.json{png}"
 
 
+class Device(StrEnum):
+    """Where a benchmark measures."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class TrainingPreset(StrEnum):
     """The machine that the training benchmark is for; names in `lab.bench.training.PRESETS`."""
 
@@ -58,6 +65,8 @@ class TrainingDtype(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
 
+
+_DEVICE = Option(Device | None, None, "Measure there alone [default: the CPU, and the GPU if any]")
 
 BENCHMARKS = {
     "selection": Entry("Time the choice of channels at the shape of LLaMA2-7B.", has_picture=False),
@@ -89,10 +98,12 @@ BENCHMARKS = {
         },
     ),
     "switch": Entry(
-        "Time how long a weight of dimension 1k to 32k takes to take an adapter in: S²FT, LoRA, and one copy of the slice."
+        "Time how long a weight of dimension 1k to 32k takes to take an adapter in: S²FT, LoRA, and one copy of the slice.",
+        {"device": _DEVICE},
     ),
     "parallel": Entry(
-        "Time a batch of 1 to 1,000 adapters, a row each: S²FT, LoRA with equal parameters, and PEFT's mixed batch."
+        "Time a batch of 1 to 1,000 adapters, a row each: S²FT, LoRA with equal parameters, and PEFT's mixed batch.",
+        {"device": _DEVICE},
     ),
     "fusion": Entry(
         "Time the fusion of two adapters at LLaMA3-8B's shape, on files, beside writing as many bytes.",
@@ -110,6 +121,10 @@ BENCHMARKS = {
     ),
 }
 
+_MODEL = Option(str, ..., "A chat model: a folder, a GGUF file, or a name on the Hub", "SmolLM2.gguf")
+_DATA = Option(str, ..., "Folder with dataset/NAME/train.json and test.json, and ft-training_set", "llm-adapters")
+_WORKERS = Option(int, 1, "Runs at a time, each in a process of its own")
+
 STUDIES = {
     "selection": Entry("Compare the ways to choose channels, and no fine-tuning, at one budget."),
     "generalization": Entry(
@@ -119,5 +134,13 @@ STUDIES = {
     "commonsense": Entry(
         "Train on real text, four commonsense tasks of LLM-Adapters, and ask these and two others.",
         {"data": Option(str, ..., "Folder with dataset/NAME/train.json and test.json", "llm-adapters")},
+    ),
+    "defaults": Entry(
+        "Compare the default rate of `s2ft train` with a grid of rates, and with LoRA's best, on a real model.",
+        {"model": _MODEL, "data": _DATA, "workers": _WORKERS},
+    ),
+    "real": Entry(
+        "Test the paper's claims on a real model: arithmetic, commonsense, the choice of channels, fusion.",
+        {"model": _MODEL, "data": _DATA, "workers": _WORKERS},
     ),
 }

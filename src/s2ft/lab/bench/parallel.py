@@ -26,7 +26,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from s2ft.lab.bench.report import Report, take_turns
+from s2ft.lab.bench.report import Report, measured_devices, take_turns
 from s2ft.lab.registry import TellShare
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.mixed import add_mixed
@@ -51,13 +51,16 @@ def bench_parallel(
     rounds: int = 40,
     seconds: float = 20,
     large: int = LARGE,
+    device: str | None = None,
     tell: TellShare = lambda done: None,
 ) -> Report:
-    """Times each number of adapters on the CPU and, where there is one, on the GPU, in at most `rounds` rounds or `seconds`.
+    """Times each number of adapters in at most `rounds` rounds or `seconds`.
+
+    On the CPU and, where there is one, on the GPU, unless a `device` is given.
 
     A number that does not fit into the free memory has a row that says so. `tell` is told the share that is done.
     """
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = measured_devices(device)
     cases = [(device, dtype, count) for device in devices for dtype in DTYPES[device] for count in counts]
     rows = []
     for number, (device, dtype, count) in enumerate(cases):

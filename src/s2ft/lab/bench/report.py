@@ -8,6 +8,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from s2ft.common.errors import S2FTError
 from s2ft.runtime.environment import environment
 
 LEAST = 3  # rounds are measured, however long they take
@@ -24,6 +27,17 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Environment, settings and rows."""
         return {"environment": self.environment, "settings": self.settings, "rows": self.rows}
+
+
+def measured_devices(wanted: str | None) -> list[str]:
+    """The device that is asked for; else the CPU and, where there is one, the GPU.
+
+    Raises:
+        S2FTError: if it is a GPU, and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise S2FTError("device='cuda': there is no CUDA GPU here; take device='cpu'")
+    return [str(wanted)] if wanted else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def take_turns(

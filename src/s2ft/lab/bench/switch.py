@@ -26,7 +26,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from s2ft.format.slices import Slice
-from s2ft.lab.bench.report import Report, take_turns
+from s2ft.lab.bench.report import Report, measured_devices, take_turns
 from s2ft.lab.registry import TellShare
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linear import S2FTLinear
@@ -45,24 +45,30 @@ Row = dict[str, Any]
 
 
 def bench_switch(
-    dims: Sequence[int] = DIMS, rounds: int = 40, seconds: float = 10, tell: TellShare = lambda done: None
+    dims: Sequence[int] = DIMS,
+    rounds: int = 40,
+    seconds: float = 10,
+    device: str | None = None,
+    tell: TellShare = lambda done: None,
 ) -> Report:
-    """Times each dimension on the CPU and, where there is one, on the GPU, in at most `rounds` rounds or `seconds`.
+    """Times each dimension in at most `rounds` rounds or `seconds`.
+
+    On the CPU and, where there is one, on the GPU, unless a `device` is given.
 
     A dimension that does not fit into the free memory has a row that says so. `tell` is told the share that is done.
     """
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = measured_devices(device)
     rows = []
-    for device in devices:
-        speed = bytes_per_ms(device, LARGE)
+    for name in devices:
+        speed = bytes_per_ms(name, LARGE)
         for dim in dims:
-            rows.append(_row(device, dim, rounds, seconds, speed))
+            rows.append(_row(name, dim, rounds, seconds, speed))
             tell(len(rows) / (len(devices) * len(dims)))
     settings = {
         "channels": CHANNELS,
         "rank": RANK,
         "side": "in",
-        "dtypes": {device: str(DTYPES[device]) for device in devices},
+        "dtypes": {name: str(DTYPES[name]) for name in devices},
         "rounds": rounds,
         "seconds": seconds,
         "threads": torch.get_num_threads(),

@@ -120,22 +120,23 @@ def load_material(data: str, limit: int) -> _Material:
     Raises:
         S2FTError: if a file is missing or malformed.
     """
-    files = [_training_file(task, data) for task in TRAINED]
+    files = [training_file(task, data) for task in TRAINED]
     raise_together([file for file in files if isinstance(file, str)])
     examples = load_examples([str(file) for file in files])
     checked = check_scores([task for tasks in ASKED.values() for task in tasks], data, limit)
-    kept = [example for example in examples if example["completion"].strip() and _length(example) <= LONGEST]
+    kept = [example for example in examples if example["completion"].strip() and example_length(example) <= LONGEST]
     questions = [(question.prompt, question.gold) for _, asked in checked.questions for question in asked]
     return _Material(kept, checked, f"{data_digest(examples)[:16]}/{digest(questions)}")
 
 
-def _training_file(task: str, data: str) -> Path | str:
+def training_file(task: str, data: str) -> Path | str:
     """The file of a task's training examples, or what is wrong where there is none."""
     names = places(f"dataset/{TASKS[task].folder}/train.json")
     return find_file(data, names) or f"data={data!r} has no examples to train {task} on: there is no {names[-1]}"
 
 
-def _length(example: Example) -> int:
+def example_length(example: Example) -> int:
+    """Bytes of prompt and answer."""
     return len((example["prompt"] + example["completion"]).encode())
 
 

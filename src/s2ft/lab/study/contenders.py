@@ -12,7 +12,7 @@ A budget is a share of the model's parameters. SHiRA (arXiv 2406.13175) is PEFT'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -25,7 +25,16 @@ from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.study.runs import Runs
-from s2ft.lab.study.training import Tuned, Workload, accuracy, calibration, fine_tune, fresh_base, tokens_of
+from s2ft.lab.study.training import (
+    Tuned,
+    Workload,
+    accuracy,
+    calibration,
+    fine_tune,
+    fresh_base,
+    tokenizer_of,
+    tokens_of,
+)
 from s2ft.lab.study.tuning import best_rate
 from s2ft.selection.select import select
 
@@ -41,6 +50,9 @@ class Contender:
     budget: float = 0.0
     strategy: str = "random"
     subset: str = "largest"
+    options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # more of an `S2FTConfig`, in place of the budget if it has ratios
 
     def config(
         self, model: PreTrainedModel, tokens: Dataset, workload: Workload, seed: int, avoid: Sequence[str] = ()
@@ -64,14 +76,15 @@ class Contender:
         self, model: PreTrainedModel, tokens: Dataset, workload: Workload, seed: int, avoid: Sequence[str]
     ) -> S2FTConfig:
         config = S2FTConfig(
-            budget=self.budget,
+            budget=None if "ratios" in self.options else self.budget,
             strategy=self.strategy,
             subset=self.subset,
             seed=seed if self.strategy == "random" else None,
             avoid=list(avoid) or None,
             task_type="CAUSAL_LM",
+            **self.options,
         )
-        return select(model, config, [calibration(tokens, workload.batch_size)]).config
+        return select(model, config, [calibration(tokens, workload.batch_size, tokenizer_of(model))]).config
 
 
 def fit(

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from s2ft.demo.skills import STUDY_SKILLS, Example
 from s2ft.lab.registry import TellShare
@@ -102,10 +103,10 @@ def _fuse_and_score(
             yield variant, {**alone, second: scores_on(other, tests), **_fused_scores(fused, tests)}
 
 
-def fuse_adapters(folders: list[Path], method: str) -> PeftModel:
-    """A fresh base with an adapter for each of `FUSIONS`, made of the adapters in `folders`."""
+def fuse_adapters(folders: list[Path], method: str, base: PreTrainedModel | None = None) -> PeftModel:
+    """A base, the embedded one unless given, with an adapter for each of `FUSIONS`, made of the adapters in `folders`."""
     names = [f"part{number}" for number in range(len(folders))]
-    model = PeftModel.from_pretrained(fresh_base(), folders[0], adapter_name=names[0])
+    model = PeftModel.from_pretrained(base or fresh_base(), folders[0], adapter_name=names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
         model.load_adapter(str(folder), adapter_name=name)
     for fusion, weight in FUSIONS.items():

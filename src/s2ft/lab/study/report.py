@@ -16,7 +16,8 @@ import numpy as np
 from s2ft.lab.study.summary import Row, summarize
 from s2ft.runtime.environment import environment
 
-LOSS = "training loss"  # the one task that is no accuracy
+LOSS, HELD_OUT, PERPLEXITY = "training loss", "held-out loss", "perplexity"
+PLAIN = {LOSS: ".3f", HELD_OUT: ".3f", PERPLEXITY: ".2f"}  # what is no accuracy, and how it is shown
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ class StudyReport:
 
 
 def cell(row: Row) -> str:
-    """Mean ± half the interval: in percent, but for the loss.
+    """Mean ± half the interval: in percent, but for losses and perplexity.
 
     Example:
         >>> cell({"task": "ends", "mean": 0.5, "low": 0.25, "high": 0.75}), cell({"task": "ends", "mean": 1, "low": None})
         ('50.0 ± 25.0', '100.0')
     """
-    scale, form = (1, ".3f") if row["task"] == LOSS else (100, ".1f")
+    scale, form = (1, PLAIN[row["task"]]) if row["task"] in PLAIN else (100, ".1f")
     spread = "" if row["low"] is None else f" ± {format(scale * (row['high'] - row['mean']), form)}"
     return format(scale * row["mean"], form) + spread
 
@@ -75,7 +76,7 @@ def draw(report: StudyReport, png: Path) -> None:
     """Grouped bars with their intervals: a group for each task, a bar for each contender."""
     from matplotlib.figure import Figure  # slow to import
 
-    tasks = [task for task in report.tasks if task != LOSS]
+    tasks = [task for task in report.tasks if task not in PLAIN]
     summary = [row for row in report.summary if row["task"] in tasks]
     labels = list(dict.fromkeys(map(report.label, summary)))
     figure = Figure(figsize=(max(7.0, 0.17 * len(labels) * len(tasks) + 2), 4.2), layout="constrained")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from s2ft.common.errors import S2FTError
@@ -19,9 +20,12 @@ from s2ft.common.files import staged
 from s2ft.common.outputs import check_place
 from s2ft.demo import base_path
 from s2ft.lab.registry import TellShare
+from s2ft.runtime.environment import environment
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
+Performer = Callable[[list[Settings]], Iterable[tuple[int, Result, float]]]
+"""From settings to (place among them, result, seconds), in any order."""
 
 FILE = "runs.jsonl"
 VERSIONS = ("s2ft", "torch", "transformers", "peft", "trl")
@@ -33,33 +37,69 @@ class Runs:
     Args:
         folder: Where they are kept.
         total: How many there will be, for `tell`.
+        identity: What a run depends on besides its settings; the embedded base and the versions of what runs it unless given.
 
     Raises:
         S2FTError: if the folder cannot be one, or a line of its file is no run.
     """
 
-    def __init__(self, folder: Path, total: int, tell: TellShare | None = None) -> None:
+    def __init__(
+        self, folder: Path, total: int, tell: TellShare | None = None, identity: Settings | None = None
+    ) -> None:
         check_place(folder, "runs")
         self.folder, self.total, self.tell = folder, total, tell
+        self._identity, self._lock = identity, Lock()
         self.seconds = 0.0  # of all runs of the study, whenever they were done
         self._asked = 0
         self._kept = _read(folder / FILE)
+        if identity is not None:
+            self._check_version(identity["version"])
+
+    def _check_version(self, version: Any) -> None:
+        for entry in self._kept.values():
+            found = entry.get("identity", {}).get("version")
+            if found != version:
+                raise S2FTError(
+                    f"runs={str(self.folder)!r} holds runs of version {found} of the study, and this is version {version}; "
+                    "name another folder"
+                )
 
     def result(self, settings: Settings, run: Callable[[], Result]) -> Result:
         """What `run` returns; from the folder, if it was run with these settings before."""
-        key = digest(settings)
-        if key not in self._kept:
-            start = time.perf_counter()
-            result = run()
-            seconds = round(time.perf_counter() - start, 3)
+        return self.results([settings], lambda asked: [(0, *timed(run))] if asked else [])[0]
+
+    def results(self, asked: Sequence[Settings], perform: Performer) -> list[Result]:
+        """What the runs of these settings return, in order; those that are not kept yet are performed, and kept one by one."""
+        keys = [digest(settings, self._identity) for settings in asked]
+        with self._lock:
+            new = {key: settings for key, settings in zip(keys, asked, strict=True) if key not in self._kept}
+            for key in keys:
+                if key not in new:
+                    self._count(key)
+        wanted = list(new)
+        for place, result, seconds in perform(list(new.values())):
+            self._keep(wanted[place], new[wanted[place]], result, seconds)
+        return [self._kept[key]["result"] for key in keys]
+
+    def _keep(self, key: str, settings: Settings, result: Result, seconds: float) -> None:
+        with self._lock:  # several threads of a study may wait for runs
             self._kept[key] = {"digest": key, "settings": settings, "result": result, "seconds": seconds}
+            if self._identity is not None:
+                self._kept[key] |= {"identity": self._identity, "environment": environment()}
             self._write()
+            self._count(key)
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Where the runs were made, each place once."""
+        found = {json.dumps(entry["environment"], sort_keys=True) for entry in self._kept.values()}
+        return [json.loads(text) for text in sorted(found)]
+
+    def _count(self, key: str) -> None:
         self._asked += 1
         self.seconds += self._kept[key]["seconds"]
         if self.tell is not None:
-            self.tell(self._asked / self.total)
-        found: Result = self._kept[key]["result"]
-        return found
+            self.tell(min(1.0, self._asked / self.total))
 
     def _write(self) -> None:
         with staged(self.folder) as aside:
@@ -67,10 +107,21 @@ class Runs:
             (aside / FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def digest(settings: Settings) -> str:
-    """SHA-256 of the settings, the base model and the versions of what runs them."""
-    whole = {"settings": settings, "base": _base_digest(), "versions": {name: version(name) for name in VERSIONS}}
+def timed(run: Callable[[], Result]) -> tuple[Result, float]:
+    """What `run` returns, and how long it took, in seconds."""
+    start = time.perf_counter()
+    result = run()
+    return result, round(time.perf_counter() - start, 3)
+
+
+def digest(settings: Settings, identity: Settings | None = None) -> str:
+    """SHA-256 of the settings and of `identity`: the embedded base and the versions of what runs them unless given."""
+    whole = {"settings": settings, **(_embedded() if identity is None else identity)}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _embedded() -> Settings:
+    return {"base": _base_digest(), "versions": {name: version(name) for name in VERSIONS}}
 
 
 @cache
@@ -85,7 +136,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
-            kept[entry["digest"]] = {name: entry[name] for name in ("digest", "settings", "result", "seconds")}
+            missing = {"digest", "settings", "result", "seconds"} - set(entry)
+            if missing:
+                raise KeyError(missing)
+            kept[entry["digest"]] = entry
         except (ValueError, TypeError, KeyError):
             raise S2FTError(f"{path}:{number}: is no run of a study; remove the line, or name another folder") from None
     return kept

@@ -1,7 +1,7 @@
-"""One fine-tuning of the embedded base, in memory: examples and a PEFT config in, the tuned model and its losses out.
+"""One fine-tuning in memory: examples and a PEFT config in, the tuned model and its losses out.
 
-Trainer, settings and labels are those of `s2ft train`; nothing is written. Weights are fp32 for every method, so that none is
-favoured by the precision.
+Trainer, settings and labels are those of `s2ft train`; nothing is written. The base is the embedded one unless a model and its
+tokenizer are given; its weights are fp32 for every method, so that none is favoured by the precision.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -66,9 +66,18 @@ def base_tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(str(base_path()))
 
 
-def tokens_of(examples: Sequence[Example]) -> Dataset:
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model, tuned or not."""
+    return _tokenizer(model.get_base_model().name_or_path if isinstance(model, PeftModel) else model.name_or_path)
+
+
+_tokenizer = cache(load_tokenizer)
+
+
+def tokens_of(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
     """Columns input_ids and labels, with labels on the completion only."""
-    return Dataset.from_list([token_example(example, base_tokenizer()) for example in examples])
+    tokenizer = tokenizer or base_tokenizer()
+    return Dataset.from_list([token_example(example, tokenizer) for example in examples])
 
 
 def fine_tune(
@@ -78,13 +87,16 @@ def fine_tune(
     workload: Workload,
     learning_rate: float,
     seed: int,
+    autocast: bool = False,
 ) -> Tuned:
     """Trains what `config` says, or every weight of `model` if it is None.
 
     Args:
         seed: Of the order of the examples, and of what a method draws without a seed of its own.
+        autocast: Computes in bf16 what is kept in fp32.
     """
-    trainer = _trainer(model, tokens, config, _options(workload, learning_rate, seed))
+    options = _options(workload, learning_rate, seed)
+    trainer = _trainer(model, tokens, config, options, autocast)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -107,15 +119,21 @@ def _options(workload: Workload, learning_rate: float, seed: int) -> TrainOption
     )
 
 
-def _trainer(model: PreTrainedModel, tokens: Dataset, config: PeftConfig | None, options: TrainOptions) -> Trainer:
-    args = sft_config(options, longest(options, model), save_strategy="no", disable_tqdm=True)
+def _trainer(
+    model: PreTrainedModel,
+    tokens: Dataset,
+    config: PeftConfig | None,
+    options: TrainOptions,
+    autocast: bool,
+) -> Trainer:
+    args = sft_config(options, longest(options, model), autocast, save_strategy="no", disable_tqdm=True)
     args.warmup_steps = warmup_steps(options, options.max_steps or 0)
     set_seed(options.train_seed)  # an adapter may start from random values
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=tokens,
-        processing_class=base_tokenizer(),
+        processing_class=tokenizer_of(model),
         peft_config=config,
         callbacks=[Flow()],
     )
@@ -123,9 +141,9 @@ def _trainer(model: PreTrainedModel, tokens: Dataset, config: PeftConfig | None,
     return trainer
 
 
-def calibration(tokens: Dataset, rows: int) -> dict[str, Any]:
+def calibration(tokens: Dataset, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
     """One batch of the first rows, collated as the trainer does."""
-    collate = DataCollatorForLanguageModeling(pad_token_id=base_tokenizer().pad_token_id)
+    collate = _collator(tokenizer or base_tokenizer())
     batch: dict[str, Any] = collate([tokens[row] for row in range(min(rows, len(tokens)))])
     return batch
 
@@ -133,14 +151,21 @@ def calibration(tokens: Dataset, rows: int) -> dict[str, Any]:
 @torch.no_grad()
 def response_loss(model: Any, tokens: Dataset, batch_size: int) -> float:
     """The mean loss over all response tokens of the examples."""
-    collate = DataCollatorForLanguageModeling(pad_token_id=base_tokenizer().pad_token_id)
+    collate = _collator(tokenizer_of(model))
     model.eval()
     total = count = 0.0
     for start in range(0, len(tokens), batch_size):
         batch = collate([tokens[row] for row in range(start, min(start + batch_size, len(tokens)))])
+        batch = {name: value.to(model.device) for name, value in batch.items()}
         targets = float((batch["labels"][:, 1:] != IGNORED).sum())
         total, count = total + targets * float(model(**batch).loss), count + targets
     return total / count
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForLanguageModeling:
+    padding = tokenizer.pad_token_id
+    assert isinstance(padding, int)
+    return DataCollatorForLanguageModeling(pad_token_id=padding)
 
 
 def accuracy(model: Any, examples: Sequence[Example]) -> float:

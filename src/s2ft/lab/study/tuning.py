@@ -10,11 +10,11 @@ by `STEPS` rates at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from s2ft.finetune.trainer import DivergedError
-from s2ft.lab.study.runs import Result, Runs, Settings
+from s2ft.lab.study.runs import Performer, Result, Runs, Settings, timed
 
 FACTOR = 2
 DIVERGED = "diverged"  # in the result of a run that did
@@ -36,11 +36,23 @@ def best_rate(
         run: Trains at a rate.
         score: What is best of a run at its highest.
     """
+
+    def perform(asked: list[Settings]) -> Iterator[tuple[int, Result, float]]:
+        for place, own in enumerate(asked):
+            yield (place, *timed(partial(_attempt, run, own["rate"])))
+
+    return best_of_grid(runs, rates, settings, perform, score)
+
+
+def best_of_grid(
+    runs: Runs, rates: Sequence[float], settings: Settings, perform: Performer, score: Callable[[Result], float]
+) -> float:
+    """As `best_rate`, for runs that are performed from their settings, several at a time."""
     scores: dict[float, float] = {}
     wanted = list(rates)
     while wanted:
-        for rate in wanted:
-            result = runs.result({**settings, "rate": rate}, partial(_attempt, run, rate))
+        results = runs.results([{**settings, "rate": rate} for rate in wanted], perform)
+        for rate, result in zip(wanted, results, strict=True):
             scores[rate] = -math.inf if DIVERGED in result else _finite(score(result))
         best = max(sorted(scores), key=scores.__getitem__)
         wanted = _beyond(best, scores) if len(scores) < len(rates) + STEPS else []

@@ -1,0 +1,53 @@
+"""How a study on a real model is run: chains of runs side by side, each of which tunes a rate first.
+
+    chain      tune ─→ seed 0, seed 1, ...        one for each contender and part
+    workers    perform what all chains ask for, in the order in which they ask
+
+A base that comes as a GGUF file is converted once, not in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from s2ft.evaluate.subjects import fingerprint
+from s2ft.lab.study.runs import Settings
+from s2ft.lab.study.trial import Trials
+from s2ft.lab.study.workers import Workers
+from s2ft.runtime.conversion import convert
+from s2ft.runtime.gguf import gguf_file
+
+T = TypeVar("T")
+VERSION = 1  # of what a run measures; runs of another version are not taken
+
+
+def identity(model: str) -> Settings:
+    """What a run on a real model depends on besides its settings. The machine and its libraries are no part of it."""
+    return {"model": fingerprint(model, "config.json"), "version": VERSION}
+
+
+@contextmanager
+def trials(model: str, data: str | None, workers: int) -> Iterator[Workers]:
+    """Workers that perform trials on the model."""
+    with TemporaryDirectory() as folder:
+        base = model
+        if gguf_file(model) is not None:
+            base = str(Path(folder, "base"))
+            convert(model, Path(base))
+        with Workers(Trials, (base, data), workers) as performers:
+            yield performers
+
+
+def side_by_side(chains: Sequence[Callable[[], T]], workers: int) -> list[T]:
+    """What the chains return, in order; one after the other where there is a single worker.
+
+    Raises:
+        Exception: what the first chain that failed raised, when all have ended.
+    """
+    with ThreadPoolExecutor(max_workers=len(chains) if workers > 1 else 1) as threads:
+        return list(threads.map(lambda chain: chain(), chains))

@@ -1,0 +1,82 @@
+"""What the studies on a real model train on and ask.
+
+    arithmetic    LLM-Adapters' math_data.json, worked problems    asked: six of its tests
+    commonsense   LLM-Adapters' train.json files                   asked: three of these tasks and two others
+    style         the lighthouse's log (`demo/lighthouse.py`), as chat
+
+Every example is on one side by a hash of its prompt: `fit` is trained on, rates are tuned on `validation`, and the reported
+loss is that of `test`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.data.examples import load_examples
+from s2ft.data.folder import find_file, places
+from s2ft.demo.lighthouse import conversations
+from s2ft.demo.skills import Split, belongs
+from s2ft.lab.study.commonsense import ASKED, LONGEST, TRAINED, example_length, training_file
+
+Example = dict[str, Any]  # prompt and completion: text, or messages
+
+ARITHMETIC = "math_data.json"
+TESTS = {
+    "arithmetic": ("multiarith", "addsub", "svamp", "mawps", "gsm8k", "aqua"),
+    "commonsense": tuple(task for tasks in ASKED.values() for task in tasks),
+}
+_EVERY = 10_000  # conversations: more than there are
+
+
+def load_task(task: str, data: str | None) -> list[Example]:
+    """All examples of a task.
+
+    Args:
+        task: One of `TASKS`.
+        data: LLM-Adapters' folder; not needed for `style`.
+
+    Raises:
+        S2FTError: if a file is missing or malformed.
+    """
+    return TASKS[task](data or "")
+
+
+def draw(examples: list[Example], split: Split, count: int, seed: int) -> list[Example]:
+    """So many examples of one side, or all that there are; another seed draws others."""
+    side = [example for example in examples if belongs(_prompt(example), split)]
+    return random.Random(f"{split}/{seed}").sample(side, min(count, len(side)))
+
+
+def _prompt(example: Example) -> str:
+    prompt = example["prompt"]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _arithmetic(data: str) -> list[Example]:
+    names = places(f"ft-training_set/{ARITHMETIC}")
+    file = find_file(data, names)
+    if file is None:
+        raise S2FTError(f"data={data!r} has no worked problems: there is no {names[-1]}")
+    return list(load_examples(str(file)))
+
+
+def _commonsense(data: str) -> list[Example]:
+    files = [training_file(task, data) for task in TRAINED]
+    raise_together([file for file in files if isinstance(file, str)])
+    examples: list[Any] = list(load_examples([str(file) for file in files]))
+    return [example for example in examples if example["completion"].strip() and example_length(example) <= LONGEST]
+
+
+def _style(data: str) -> list[Example]:
+    chats = [record["messages"] for record in conversations(_EVERY, seed=0)]
+    return [{"prompt": chat[:1], "completion": chat[1:]} for chat in chats]
+
+
+TASKS: dict[str, Callable[[str], list[Example]]] = {
+    "arithmetic": _arithmetic,
+    "commonsense": _commonsense,
+    "style": _style,
+}

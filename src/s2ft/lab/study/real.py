@@ -1,0 +1,183 @@
+"""The paper's claims on a real model: what is learned, carried over, and forgotten; the choice of channels; fusion.
+
+    arithmetic     worked problems; then six tests, answered in writing; commonsense by likelihood; perplexity of plain text
+    commonsense    four tasks; then three of these and two others, answered in writing
+    selection      the paper's strategies, each largest and smallest, on arithmetic
+    fusion         an adapter of each suite, on the same or on disjoint channels, beside LoRA's exact sum
+
+Each contender's rate is the best of its grid on held-out examples. Runs are kept one by one, so that the study can stop and go
+on, on another machine too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from s2ft.lab.registry import TellShare
+from s2ft.lab.study.chains import identity, side_by_side, trials
+from s2ft.lab.study.contenders import TUNING_SEED, Contender
+from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
+from s2ft.lab.study.runs import Performer, Result, Runs, Settings
+from s2ft.lab.study.selection import STRATEGIES, contender
+from s2ft.lab.study.summary import Row
+from s2ft.lab.study.training import Workload
+from s2ft.lab.study.tuning import best_of_grid
+
+BUDGET = 0.01
+VANILLA = Contender("vanilla", "vanilla")
+LORA = Contender("lora", "lora", BUDGET)
+S2FT = Contender("s2ft", "s2ft", BUDGET, "weight")
+RANDOM = Contender("s2ft, random", "s2ft", BUDGET)
+ARITHMETIC = (
+    Contender("full", "full"),
+    LORA,
+    Contender("dora", "dora", BUDGET),
+    Contender("shira", "shira", BUDGET),
+    RANDOM,
+    S2FT,
+)
+COMMONSENSE = tuple(who for who in ARITHMETIC if who.name != "shira")
+RATES: dict[str, tuple[float, ...]] = {  # a grid for each method; it grows where the best rate is at its edge
+    "full": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
+    "lora": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "dora": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "shira": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "s2ft": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+}
+PARTS = ("arithmetic", "commonsense", "selection", "fusion")
+
+
+@dataclass(frozen=True)
+class RealSettings:
+    """What the study does; the defaults are what was recorded."""
+
+    seeds: int = 3
+    parts: tuple[str, ...] = PARTS
+    contenders: Mapping[str, tuple[Contender, ...]] = field(
+        default_factory=lambda: {
+            "arithmetic": ARITHMETIC,
+            "commonsense": COMMONSENSE,
+            "selection": tuple(contender(name, BUDGET) for name in STRATEGIES),
+            "fusion": (LORA, S2FT),
+        }
+    )
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
+    workload: Workload = field(
+        default_factory=lambda: Workload(steps=120, batch_size=16, train_examples=960, test_examples=0)
+    )
+
+    @property
+    def runs(self) -> int:
+        """The number of runs, if no grid of learning rates has to grow."""
+        tuned = [who for part in self.parts if part != "fusion" for who in self.contenders[part]]
+        fused = [who for who in self.contenders["fusion"] if "fusion" in self.parts]
+        return sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(tuned) + 2 * len(fused)) + 2
+
+
+def study_real(
+    folder: Path,
+    settings: RealSettings | None = None,
+    tell: TellShare | None = None,
+    *,
+    model: str,
+    data: str,
+    workers: int = 1,
+) -> StudyReport:
+    """Runs the study, or what of it is not in `folder` yet.
+
+    Args:
+        tell: Is told the share of the runs that are done.
+        model: A chat model's folder, GGUF file or name on the Hub.
+        data: LLM-Adapters' folder.
+        workers: Runs at a time, each in a process of its own.
+
+    Raises:
+        S2FTError: if model or data cannot be read, or `folder` holds runs of another version of the study.
+    """
+    settings = settings or RealSettings()
+    runs = Runs(folder, settings.runs, tell, identity(model))
+    with trials(model, data, workers) as performer:
+        study = _Study(runs, performer, settings)
+        rows = [row for part in side_by_side(list(study.chains()), workers) for row in part]
+    found = {"learning_rate": study.tuned, "seconds": round(runs.seconds), "environments": runs.environments}
+    return StudyReport({**asdict(settings), **found}, rows, ("part", "method"))
+
+
+@dataclass
+class _Study:
+    """Runs, and who performs them."""
+
+    runs: Runs
+    performer: Performer
+    settings: RealSettings
+    tuned: dict[str, dict[str, float]] = field(default_factory=dict)  # part → contender → rate
+
+    def chains(self) -> Iterator[Any]:
+        """What can run side by side: a chain for each contender of each part."""
+        for part in self.settings.parts:
+            if part != "selection":
+                yield partial(self._vanilla, part) if part != "fusion" else list
+            for who in self.settings.contenders[part]:
+                yield partial(self._fused if part == "fusion" else self._scored, part, who)
+
+    def _vanilla(self, part: str) -> list[Row]:
+        asked = self._asked(VANILLA, part, "all")
+        result = self.runs.results([{**asked, "rate": 0.0, "seed": 0}], self.performer)[0]
+        return list(_rows(part, VANILLA.name, 0, result))
+
+    def _scored(self, part: str, who: Contender) -> list[Row]:
+        """Tunes the rate, then trains with every seed."""
+        rate = self._rate(part, who)
+        asked = [{**self._asked(who, part, "all"), "rate": rate, "seed": seed} for seed in range(self.settings.seeds)]
+        results = self.runs.results(asked, self.performer)
+        return [row for seed, result in enumerate(results) for row in _rows(part, who.name, seed, result)]
+
+    def _fused(self, part: str, who: Contender) -> list[Row]:
+        rates = {task: self._rate(task, who) for task in ("arithmetic", "commonsense")}
+        variants = {"": False} if who.method != "s2ft" else {", same channels": False, ", disjoint channels": True}
+        rows: list[Row] = []
+        for variant, disjoint in variants.items():
+            common = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates}
+            seeds = range(self.settings.seeds)
+            asked = [{**common, "seed": seed, "recipe": asdict(self.settings.workload)} for seed in seeds]
+            for seed, result in enumerate(self.runs.results(asked, self.performer)):
+                rows += [
+                    _row(part, f"{who.name}{variant}", f"{suite}, {fusion}", seed, score)
+                    for fusion, suites in result.items()
+                    for suite, score in suites.items()
+                ]
+        return rows
+
+    def _rate(self, part: str, who: Contender) -> float:
+        asked = {**self._asked(who, part, "validation"), "seed": TUNING_SEED}
+        rates = self.settings.rates[who.method]
+        rate = best_of_grid(self.runs, rates, asked, self.performer, lambda result: -float(result["held_out"]))
+        self.tuned.setdefault(part, {})[who.name] = rate
+        return rate
+
+    def _asked(self, who: Contender, part: str, measured: str) -> Settings:
+        task = "arithmetic" if part == "selection" else part
+        return {
+            "contender": asdict(who),
+            "task": task,
+            "recipe": asdict(self.settings.workload),
+            "measured": measured,
+        }
+
+
+def _rows(part: str, method: str, seed: int, result: Result) -> Iterator[Row]:
+    """A row for each score: accuracies, losses, perplexity."""
+    for name, task in (("held_out", HELD_OUT), ("training_loss", LOSS), ("perplexity", PERPLEXITY)):
+        if name in result:
+            yield _row(part, method, task, seed, result[name])
+    for name, way in (("written", ""), ("chosen", ", by likelihood")):
+        for task, score in result.get(name, {}).items():
+            yield _row(part, method, f"{task}{way}", seed, score)
+
+
+def _row(part: str, method: str, task: str, seed: int, score: float) -> Row:
+    return {"part": part, "method": method, "task": task, "seed": seed, "score": score}

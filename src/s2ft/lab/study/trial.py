@@ -1,0 +1,185 @@
+"""One run on a real model: a contender trained on a task, and what is measured of it. Settings in, result out.
+
+    {"contender", "task", "rate", "seed", "recipe", "measured"}      a training; measured: "validation" or "test", the
+                                                                     loss of held-out examples, or "all"
+    {"fusion", "disjoint", "rates", "seed", "recipe"}                two trainings, and their adapters fused
+    {"options", "task", "examples", "seed"}                          `s2ft train` itself, with these options; measured: "test"
+
+All is as in `s2ft train` on the same machine: the base in bf16 where the machine multiplies it, what is trained in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from functools import cache
+from io import StringIO
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from s2ft.common.errors import S2FTError
+from s2ft.demo.real import documentation
+from s2ft.demo.skills import Split
+from s2ft.evaluate.comparison import check_scores, score
+from s2ft.evaluate.likelihood import accuracy, load_choices, perplexity
+from s2ft.evaluate.tasks import TASKS
+from s2ft.finetune.methods import METHODS
+from s2ft.finetune.options import parse_options
+from s2ft.finetune.train import train
+from s2ft.finetune.trainer import DivergedError
+from s2ft.format.config import S2FTConfig
+from s2ft.format.terms import DEFAULT_BUDGET
+from s2ft.lab.study.contenders import Contender
+from s2ft.lab.study.fusion import FUSIONS, fuse_adapters
+from s2ft.lab.study.material import TESTS, Example, draw, load_task
+from s2ft.lab.study.runs import Result, Settings
+from s2ft.lab.study.training import Tuned, Workload, fine_tune, response_loss, tokenizer_of, tokens_of
+from s2ft.lab.study.tuning import DIVERGED
+from s2ft.runtime.models import load_model
+from s2ft.runtime.precision import choose_precision
+from s2ft.training.rate import learning_rate
+
+HELD_OUT = 200  # examples, at most
+QUESTIONS = {"arithmetic": 100, "commonsense": 200}  # of each task, answered in writing
+FUSED_QUESTIONS = 50  # the same for fused adapters
+CHOICES = 200  # of each commonsense task, chosen by likelihood
+BATCH = {"cpu": 16, "cuda": 128}  # prompts at once
+
+
+class Trials:
+    """A real model and its data, loaded once; `Trials(model, data)(settings)` is a run.
+
+    Args:
+        model: A folder, GGUF file or name on the Hub.
+        data: LLM-Adapters' folder; None: the task `style` alone.
+    """
+
+    def __init__(self, model: str, data: str | None) -> None:
+        self._model, self._data = model, data
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._base = load_model(model, torch.float32).to(self._device)
+        self._tokenizer = tokenizer_of(self._base)
+        self._examples = cache(lambda task: load_task(task, data))
+
+    def __call__(self, settings: Settings) -> Result:
+        """Runs what the settings say; a training that diverges is a result too."""
+        kinds = {"fusion": self._fusion, "options": self._command, "contender": self._training}
+        try:
+            return next(run(settings) for kind, run in kinds.items() if kind in settings)
+        except DivergedError as error:
+            return {DIVERGED: str(error)}
+
+    def _training(self, settings: Settings) -> Result:
+        who, measured = Contender(**settings["contender"]), settings["measured"]
+        if who.method == "vanilla":
+            return {"trainable": 0, **self._measure(self._fresh("s2ft"), settings["task"], measured)}
+        tuned, rate = self._fit(who, settings, settings["rate"])
+        counts = {"trainable": tuned.trainable, "rate": rate, "training_loss": tuned.final_loss}
+        return {**counts, **self._measure(tuned.model, settings["task"], measured)}
+
+    def _fit(
+        self, who: Contender, settings: Settings, rate: float | None, avoid: Sequence[str] = (), task: str | None = None
+    ) -> tuple[Tuned, float]:
+        """The tuned model and its learning rate: that of `s2ft train`'s rule where none is given."""
+        workload, seed = Workload(**settings["recipe"]), settings["seed"]
+        examples = draw(self._examples(task or settings["task"]), "fit", workload.train_examples, seed)
+        tokens, model = tokens_of(examples, self._tokenizer), self._fresh(who.method)
+        config = who.config(model, tokens, workload, seed, avoid)
+        if rate is None:
+            assert isinstance(config, S2FTConfig)
+            rate = learning_rate(config, workload.steps)
+        tuned = fine_tune(model, tokens, config, workload, rate, seed, autocast=self._precision(who.method)[1])
+        if config is None:
+            tuned.model.to(self._precision("s2ft")[0])  # as `s2ft eval` loads it
+        return tuned, rate
+
+    def _fresh(self, method: str) -> PreTrainedModel:
+        return copy.deepcopy(self._base).to(self._precision(method)[0])
+
+    def _precision(self, method: str) -> tuple[torch.dtype, bool]:
+        dtype, autocast, _ = METHODS.get(method, METHODS["lora"]).precision(*choose_precision("auto"))
+        return dtype, autocast
+
+    def _measure(self, model: Any, task: str, measured: str) -> Result:
+        split: Split = "validation" if measured == "validation" else "test"
+        held_out = draw(self._examples(task), split, HELD_OUT, seed=0)
+        if task == "style":  # too few to be divided
+            held_out = [*held_out, *draw(self._examples(task), "validation", HELD_OUT, seed=0)]
+        found: Result = {"held_out": self._loss(model, held_out)}
+        if measured == "all":
+            found |= {"written": self._written(model, task, QUESTIONS[task]), **self._kept(model)}
+        return found
+
+    def _loss(self, model: Any, examples: list[Example]) -> float:
+        with torch.no_grad():
+            return response_loss(model, tokens_of(examples, self._tokenizer), BATCH[self._device] // 8)
+
+    def _written(self, model: Any, suite: str, limit: int) -> dict[str, float]:
+        """The accuracy of greedy answers on each task of a suite, and their mean.
+
+        Raises:
+            S2FTError: if an answer could not be produced: a study has no use for parts of a test.
+        """
+        checked = check_scores(TESTS[suite], str(self._data), limit)
+        with TemporaryDirectory() as folder:
+            rows = score(model, self._tokenizer, checked, Path(folder), BATCH[self._device], beams=1)
+        if failed := {name: row["errors"] for name, row in rows.items() if row["errors"]}:
+            raise S2FTError(f"answers could not be produced: {failed}")
+        found = {name: float(row["accuracy"]) for name, row in rows.items() if name in TESTS[suite]}
+        return {**found, "average": fmean(found.values())}
+
+    def _kept(self, model: Any) -> Result:
+        """What the model knows and how it reads, apart from what it was trained on."""
+        chosen = {
+            task: accuracy(
+                model, self._tokenizer, load_choices(TASKS[task], str(self._data), CHOICES), BATCH[self._device]
+            )
+            for task in TESTS["commonsense"]
+        }
+        return {
+            "chosen": {**chosen, "average": fmean(chosen.values())},
+            "perplexity": perplexity(model, self._tokenizer, documentation()),
+        }
+
+    def _command(self, settings: Settings) -> Result:
+        """`s2ft train` itself; other adapters than S²FT's get as many parameters as its default budget has."""
+        options, task = settings["options"], settings["task"]
+        examples = draw(self._examples(task), "fit", settings["examples"], settings["seed"])
+        method = METHODS[options.get("method", "s2ft")]
+        size = (
+            {}
+            if "budget" in method.options
+            else method.of_size(self._base, round(DEFAULT_BUDGET * self._base.num_parameters()))
+        )
+        with TemporaryDirectory() as folder, redirect_stderr(StringIO()):
+            file = Path(folder, "data.json")
+            file.write_text(json.dumps(examples), encoding="utf-8")
+            common = {"model": self._model, "data": str(file), "output": str(Path(folder, "out"))}
+            found = train(parse_options({**common, "train_seed": settings["seed"], **size, **options}))
+        training = {name: found.card["training"][name] for name in ("learning_rate", "steps", "seconds")}
+        return {**training, **self._measure(found.model, task, "test")}
+
+    def _fusion(self, settings: Settings) -> Result:
+        """For each variant and fusion: the accuracy on both suites; "alone" is each task's own adapter."""
+        who, disjoint = Contender(**settings["fusion"]), settings["disjoint"]
+        found: Result = {"alone": {}}
+        with TemporaryDirectory() as folder:
+            folders = [Path(folder, suite) for suite in TESTS]
+            for suite, place in zip(TESTS, folders, strict=True):
+                avoid = [str(folders[0])] if disjoint and place != folders[0] else []
+                tuned, _ = self._fit(who, settings, settings["rates"][suite], avoid, task=suite)
+                tuned.model.save_pretrained(str(place))
+                found["alone"][suite] = self._written(tuned.model, suite, FUSED_QUESTIONS)["average"]
+            fused = fuse_adapters(folders, who.method, self._fresh(who.method))
+        for fusion, suite in product(FUSIONS, TESTS):
+            fused.set_adapter(fusion)
+            found.setdefault(fusion, {})[suite] = self._written(fused, suite, FUSED_QUESTIONS)["average"]
+        return found

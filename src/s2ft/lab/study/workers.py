@@ -1,0 +1,67 @@
+"""Runs side by side, in processes that each prepare once: a GPU, or a machine of many cores, has room for several.
+
+    with Workers(make, given, count) as workers:     make(*given) → a function from settings to result
+        runs.results(asked, workers)                 each result is kept as soon as it is there
+
+`make` is called in each process, before its first run; it and `given` must be picklable, and `given` hashable.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from types import TracebackType
+
+from s2ft.lab.study.runs import Result, Settings, timed
+
+Perform = Callable[[Settings], Result]
+
+
+class Workers:
+    """Performs runs, `count` at a time; a single one in this process."""
+
+    def __init__(self, make: Callable[..., Perform], given: tuple[Hashable, ...], count: int = 1) -> None:
+        self._make, self._given = make, given
+        spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
+        self._pool = ProcessPoolExecutor(count, mp_context=spawn) if count > 1 else None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, asked: list[Settings]) -> Iterator[tuple[int, Result, float]]:
+        """From settings to (place among them, result, seconds), in any order.
+
+        Raises:
+            Exception: what the first run that failed raised, after all others.
+        """
+        if self._pool is None:
+            for place, settings in enumerate(asked):
+                yield (place, *_perform(self._make, self._given, settings))
+            return
+        places = {
+            self._pool.submit(_perform, self._make, self._given, settings): place
+            for place, settings in enumerate(asked)
+        }
+        failed: list[BaseException] = []
+        for done in as_completed(places):
+            if (error := done.exception()) is not None:
+                failed.append(error)
+            else:
+                yield (places[done], *done.result())
+        if failed:
+            raise failed[0]
+
+
+def _perform(make: Callable[..., Perform], given: tuple[Hashable, ...], settings: Settings) -> tuple[Result, float]:
+    return timed(partial(_made(make, given), settings))
+
+
+@cache
+def _made(make: Callable[..., Perform], given: tuple[Hashable, ...]) -> Perform:
+    return make(*given)

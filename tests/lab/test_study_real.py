@@ -1,0 +1,181 @@
+"""The studies on a real model, tiny: a random model, data made here, a few steps."""
+
+import json
+from dataclasses import asdict, replace
+from statistics import fmean
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llm_adapters import write_llm_adapters
+from s2ft import S2FTError
+from s2ft.cli.app import app
+from s2ft.data.tokens import IGNORED
+from s2ft.demo.skills import belongs
+from s2ft.evaluate.tasks import DECODING, Decoding
+from s2ft.lab.study import real, trial
+from s2ft.lab.study.commonsense import ASKED, TRAINED
+from s2ft.lab.study.contenders import TUNING_SEED, Contender
+from s2ft.lab.study.defaults import RULE, DefaultsSettings, study_defaults
+from s2ft.lab.study.material import TESTS, draw, load_task
+from s2ft.lab.study.real import RealSettings, study_real
+from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
+from s2ft.lab.study.runs import FILE, Runs
+from s2ft.lab.study.training import Workload, tokens_of
+from s2ft.lab.study.trial import Trials
+from s2ft.lab.study.workers import Workers
+from tiny_base import CHAT_TEMPLATE, byte_tokenizer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORKLOAD = Workload(steps=2, batch_size=2, train_examples=4, test_examples=0)
+S2FT = Contender("s2ft", "s2ft", 0.05, "weight")
+LORA = Contender("lora", "lora", 0.2)
+SETTINGS = RealSettings(
+    seeds=2,
+    contenders={
+        "arithmetic": (Contender("full", "full"), LORA, S2FT),
+        "commonsense": (LORA, S2FT),
+        "selection": (Contender("W−", "s2ft", 0.05, "weight", "smallest"),),
+        "fusion": (LORA, S2FT),
+    },
+    rates={"full": (1e-4,), "lora": (1e-3,), "s2ft": (1e-3,)},
+    workload=WORKLOAD,
+)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr("s2ft.lab.study.tuning.STEPS", 0)
+    monkeypatch.setitem(DECODING, "arithmetic", Decoding(1, 4))
+    monkeypatch.setattr(trial, "QUESTIONS", {"arithmetic": 1, "commonsense": 2})
+    for name in ("FUSED_QUESTIONS", "CHOICES", "HELD_OUT"):
+        monkeypatch.setattr(trial, name, 2)
+    monkeypatch.setattr(trial, "documentation", lambda: "plain text " * 20)
+
+
+@pytest.fixture
+def model(tmp_path):
+    base = tiny_model()
+    base.config.max_position_embeddings = 4096
+    base.save_pretrained(tmp_path / "model")
+    byte_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    tasks = {task for tasks in ASKED.values() for task in tasks} | set(TRAINED) | set(TESTS["arithmetic"])
+    return write_llm_adapters(tmp_path / "data", tasks, problems=60)
+
+
+def test_every_part_has_its_rows(model, data, tmp_path):
+    told: list[float] = []
+    report = study_real(tmp_path / "runs", SETTINGS, told.append, model=model, data=data)
+    found = {(row["part"], row["method"]) for row in report.rows}
+    fused = ("lora", "s2ft, same channels", "s2ft, disjoint channels")
+    assert found == {
+        *(("arithmetic", name) for name in ("vanilla", "full", "lora", "s2ft")),
+        *(("commonsense", name) for name in ("vanilla", "lora", "s2ft")),
+        ("selection", "W−"),
+        *(("fusion", name) for name in fused),
+    }
+    tasks = {row["task"] for row in report.rows if (row["part"], row["method"]) == ("arithmetic", "s2ft")}
+    chosen = {f"{task}, by likelihood" for task in (*TESTS["commonsense"], "average")}
+    assert tasks == {*TESTS["arithmetic"], "average", HELD_OUT, LOSS, PERPLEXITY, *chosen}
+    assert {row["task"] for row in report.rows if row["part"] == "fusion"} == {
+        f"{suite}, {fusion}" for suite in TESTS for fusion in ("alone", "sum", "mean")
+    }
+    assert told[-1] == 1
+    assert report.settings["learning_rate"]["arithmetic"] == {"full": 1e-4, "lora": 1e-3, "s2ft": 1e-3}
+    again = study_real(tmp_path / "runs", SETTINGS, model=model, data=data)  # from what was kept
+    assert again.rows == report.rows
+
+
+def test_rates_are_tuned_on_examples_that_no_report_sees(data):
+    examples = load_task("arithmetic", data)
+    sides = {
+        split: {row["prompt"] for row in draw(examples, split, 1000, 0)} for split in ("fit", "validation", "test")
+    }
+    assert sum(map(len, sides.values())) == len(set().union(*sides.values())) == len(examples)
+    assert all(belongs(prompt, split) for split, prompts in sides.items() for prompt in prompts)
+    assert TUNING_SEED not in range(SETTINGS.seeds)
+
+
+def test_the_held_out_loss_is_that_of_the_tuned_model(model, data):
+    trials = Trials(model, data)
+    settings = {"contender": asdict(S2FT), "task": "style", "recipe": asdict(WORKLOAD), "seed": 0, "measured": "test"}
+    result = trials({**settings, "rate": None})
+    vanilla = trials({**settings, "contender": asdict(real.VANILLA), "rate": 0.0})
+    examples = [row for split in ("test", "validation") for row in draw(load_task("style", None), split, 2, 0)]
+    base, losses = tiny_model().double(), []
+    for row in tokens_of(examples, byte_tokenizer(CHAT_TEMPLATE)):
+        scores = base(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1).detach()
+        losses += [-float(scores[at, label]) for at, label in enumerate(row["labels"][1:]) if label != IGNORED]
+    assert vanilla["held_out"] == pytest.approx(fmean(losses), rel=2e-2)  # bf16, where the machine has it
+    assert result["held_out"] != vanilla["held_out"]
+    assert result["trainable"] == pytest.approx(0.05 * tiny_model().num_parameters(), rel=0.1)
+    assert 0 < result["rate"] <= 2e-2
+
+
+def test_defaults_are_those_of_the_command(model, data, tmp_path):
+    settings = DefaultsSettings(
+        seeds=1,
+        tasks=("style-50",),
+        contenders={"lora": {"method": "lora", "max_steps": 2}, "s2ft": {"budget": 0.05, "max_steps": 2}},
+        rates=(1e-3,),
+    )
+    report = study_defaults(tmp_path / "runs", settings, model=model, data=data)
+    assert [(row["method"], row["rate"]) for row in report.rows] == [
+        ("lora", "0.001"),
+        ("s2ft", "0.001"),
+        ("s2ft", RULE),
+    ]
+    kept = [json.loads(line) for line in (tmp_path / "runs" / FILE).read_text().splitlines()]
+    assert all(entry["result"]["steps"] == 2 for entry in kept)
+    assert list(report.settings["rules"]) == ["s2ft on style-50"]
+
+
+def test_a_study_of_another_version_is_not_mixed_in(model, data, tmp_path, monkeypatch):
+    few = replace(SETTINGS, parts=("selection",), seeds=1)
+    study_real(tmp_path / "runs", few, model=model, data=data)
+    monkeypatch.setattr("s2ft.lab.study.chains.VERSION", 99)
+    with pytest.raises(S2FTError, match=r"runs of version 1 of the study, and this is version 99; name another folder"):
+        study_real(tmp_path / "runs", few, model=model, data=data)
+
+
+def test_runs_in_other_processes_come_back_each_in_its_place_and_one_that_fails_takes_no_other_along(tmp_path):
+    kept = Runs(tmp_path, 4, identity={"version": 1})
+    with Workers(_squares, (10,), 2) as workers:
+        with pytest.raises(ZeroDivisionError):
+            kept.results([{"seed": 0}, {"seed": 1}, {"seed": 2}], workers)
+        assert len((tmp_path / FILE).read_text().splitlines()) == 2
+        asked = [{"seed": seed} for seed in (3, 1, 2)]
+        assert kept.results(asked, workers) == [{"score": 19}, {"score": 11}, {"score": 14}]
+    assert Runs(tmp_path, 3, identity={"version": 1}).results(asked, _nothing)[0] == {"score": 19}
+
+
+def test_missing_problems_are_named(data, tmp_path):
+    with pytest.raises(S2FTError, match=r"has no worked problems: there is no .*ft-training_set/math_data\.json"):
+        load_task("arithmetic", str(tmp_path))
+
+
+def test_the_commands_ask_for_model_and_data():
+    for study in ("real", "defaults"):
+        found = CliRunner().invoke(app, ["study", study])
+        assert found.exit_code == 2
+        assert "--model" in found.output
+
+
+def _squares(start):
+    def perform(settings):
+        1 / settings["seed"]
+        return {"score": start + settings["seed"] ** 2}
+
+    return perform
+
+
+def _nothing(asked):
+    assert not asked
+    return []
