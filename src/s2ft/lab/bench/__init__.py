@@ -5,7 +5,6 @@ training       what a training step costs
 presets        its models and sizes, and the options that change them
 bases          its frozen models
 contestants    sets up each method for it
-saved          what autograd keeps for backward
 training_plot  a picture of time and memory
 selection      how long choosing channels takes
 switch         how long a switch takes, beside LoRA and one copy

@@ -34,10 +34,10 @@ from s2ft.lab.bench.contestants import (
 )
 from s2ft.lab.bench.presets import PRESETS, Cell, Preset, adjusted, check, usual_preset
 from s2ft.lab.bench.report import Report
-from s2ft.lab.bench.saved import own_tensors, saved_bytes
 from s2ft.lab.bench.training_plot import draw_training as draw_training
 from s2ft.lab.registry import TellShare
 from s2ft.runtime.failures import is_out_of_memory
+from s2ft.runtime.memory import own_tensors, saved_bytes
 from s2ft.runtime.timing import milliseconds, no_spread, spread
 
 Row = dict[str, Any]

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from s2ft.finetune.lisa import find_blocks
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions, parse_options
-from s2ft.lab.bench.saved import own_tensors, saved_bytes
 from s2ft.lab.reproduce.recipes import MODELS, Recipe
 from s2ft.layer.linears import layer_stack
+from s2ft.runtime.memory import own_tensors, saved_bytes
 from s2ft.training.in_place import in_place
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
