@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from families import build, tokens
 from s2ft import S2FTConfig, in_place
 from s2ft.finetune import layout as module_under_test
-from s2ft.finetune.layout import choose_layout
+from s2ft.finetune import trial
+from s2ft.finetune.layout import Chosen, choose_layout
 from s2ft.finetune.options import parse_options, read_config
+from s2ft.finetune.trial import Batch
 from tiny_base import save_tiny_base
 from tiny_runs import train
 
@@ -28,17 +30,22 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+def loss(model: nn.Module, given: Batch) -> Tensor:
+    result: Tensor = model(**given).loss
+    return result
+
+
 def taking(monkeypatch: pytest.MonkeyPatch, in_place_ms: float, indexed_ms: float) -> list[str]:
     """Times are as given; returns the log of what was tried."""
     tried: list[str] = []
-    real = module_under_test.milliseconds
+    real = trial.milliseconds
 
     def timed(run: Any, device: torch.device) -> float:
         real(run, device)
         tried.append("indexed" if len(tried) % 2 else "in place")
         return indexed_ms if tried[-1] == "indexed" else in_place_ms
 
-    monkeypatch.setattr(module_under_test, "milliseconds", timed)
+    monkeypatch.setattr(trial, "milliseconds", timed)
     return tried
 
 
@@ -54,16 +61,18 @@ def test_the_faster_is_taken(
     monkeypatch: pytest.MonkeyPatch, in_place_ms: float, indexed_ms: float, expected: Any
 ) -> None:
     tried = taking(monkeypatch, in_place_ms, indexed_ms)
-    assert choose_layout(adapted(), batch(), "auto") == expected
-    assert tried == ["in place", "indexed"] * 4
+    chosen = choose_layout(loss, adapted(), batch(), "auto")
+    assert chosen[:2] == expected
+    assert chosen.trial is not None
+    assert chosen.trial.milliseconds == min(in_place_ms, indexed_ms)
+    assert tried == ["in place", "indexed"] * 3
 
 
 def test_trying_leaves_no_trace() -> None:
     model, given = adapted().eval(), batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    name, _ = choose_layout(model, given, "auto")
-    assert name in ("in-place", "indexed")
+    assert choose_layout(loss, model, given, "auto").layout in ("in-place", "indexed")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -71,10 +80,15 @@ def test_trying_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["in-place", "indexed"])
-def test_what_is_asked_for_is_not_tried(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+def test_what_is_asked_for_is_tried_alone_and_only_for_the_estimate(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
     tried = taking(monkeypatch, 5.0, 9.0)
-    assert choose_layout(adapted(), batch(), wanted) == (wanted, f"{wanted}, as asked")
-    assert tried == []
+    entered = []
+    monkeypatch.setattr(module_under_test, "in_place", lambda model: entered.append(wanted) or in_place(model))
+    chosen = choose_layout(loss, adapted(), batch(), wanted)
+    assert chosen[:2] == (wanted, f"{wanted}, as asked")
+    assert (len(tried), len(entered)) == (1, 2 * (wanted == "in-place"))
 
 
 def test_weights_that_must_not_be_written_to_are_trained_around() -> None:
@@ -89,14 +103,14 @@ def test_weights_that_must_not_be_written_to_are_trained_around() -> None:
             base.model.layers[0].mlp.down_proj.weight,
         )
     model = get_peft_model(base, S2FTConfig(ratios={"down_proj": 0.2}, layers=[0], init_weights=False))
-    assert choose_layout(model, batch(), "auto")[0] == "indexed"
+    assert choose_layout(loss, model, batch(), "auto").layout == "indexed"
 
 
 def test_several_adapters_cannot_be_in_place() -> None:
     model = adapted()
     model.add_adapter("other", S2FTConfig(ratios=0.25, seed=4))
     model.base_model.set_adapter(["default", "other"])
-    assert choose_layout(model, batch(), "auto") == (
+    assert choose_layout(loss, model, batch(), "auto")[:2] == (
         "indexed",
         "indexed: in_place(model) trains one active adapter; active are: default, other",
     )
@@ -123,7 +137,7 @@ def test_a_run_says_its_layout_and_goes_on_in_it(
         inside.append("in-place")
         return original(model)
 
-    monkeypatch.setattr("s2ft.finetune.prepare.choose_layout", lambda *_: (taken, f"{taken}: measured"))
+    monkeypatch.setattr("s2ft.finetune.prepare.choose_layout", lambda *_: Chosen(taken, f"{taken}: measured", None))
     monkeypatch.setattr(module_under_test, "in_place", watched)
     card = train(parse_options(options)).card
     assert card["training"]["layout"] == f"{taken}: measured"
@@ -132,6 +146,10 @@ def test_a_run_says_its_layout_and_goes_on_in_it(
     assert json.loads((output / "checkpoint-2" / "run.json").read_text())["options"]["layout"] == taken
     assert read_config(str(output / "run.yaml"))["layout"] == taken
     (output / "run.json").unlink()
-    monkeypatch.setattr("s2ft.finetune.prepare.choose_layout", lambda *_: pytest.fail("tried again"))
+    asked = []
+    monkeypatch.setattr(
+        "s2ft.finetune.prepare.choose_layout", lambda *given: asked.append(given[-1]) or Chosen(taken, "measured", None)
+    )
     resumed = train(parse_options({**options, "resume": True})).card
+    assert asked == [taken]  # not "auto": the other one is not tried again
     assert resumed["training"]["layout"] == f"{taken}, as the checkpoint's run"

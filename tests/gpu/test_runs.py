@@ -71,6 +71,14 @@ def test_a_resumed_run_ends_where_the_whole_one_does(run, tmp_path, monkeypatch,
     assert read_adapter(ends["whole"]).config.slices == read_adapter(ends["resumed"]).config.slices
 
 
+@pytest.mark.parametrize("options", [{"layout": "in-place"}, {"method": "lora"}, {"method": "full"}])
+def test_the_memory_that_is_foreseen_is_near_what_is_taken(run, options):
+    training = run(batch_size=4, **options).card["training"]
+    assert training["estimated_seconds"] > 0
+    if IS_CUDA:
+        assert 0.7 < training["estimated_memory_bytes"] / training["peak_memory_bytes"] < 1.5
+
+
 def deltas(folder):
     return {name: value for name, value in weights(folder).items() if name.endswith("weight")}
 

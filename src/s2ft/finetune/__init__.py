@@ -14,7 +14,9 @@ Read `options`, then `train`.
     lora        LoRA and DoRA: config, targets, rank
     lisa        LISA, as a callback
     galore      GaLore: import, targets, checkpoints
+    trial       one batch before the run: its time and memory
     layout      in place or indexed, with the reason
+    estimate    time and memory of a run, before it starts
     arguments   options → TRL's `SFTConfig`
     holdout     the held-out loss, in batches
     trainer     TRL's `SFTTrainer` with an orderly stop

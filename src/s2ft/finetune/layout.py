@@ -3,55 +3,63 @@
     in place    the slice lives in the base weight (`training/in_place.py`); activations save the least
     indexed     the slice is computed around the layer
 
-Both are timed on a batch of the run, forward and backward, in turns. In place takes less memory, so it is taken unless it is
-slower.
+Both are tried on a batch of the run. In place takes less memory, so it is taken unless it is slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
-from statistics import median
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
+from s2ft.finetune.trial import Batch, Loss, Trial, try_in_turns
 from s2ft.layer.linear import S2FTLinear
-from s2ft.runtime.timing import milliseconds
 from s2ft.training.in_place import in_place
 
-ROUNDS = 3  # after one to warm up
+ROUNDS = 3  # of both; one round tells how long the only one takes
 TIE = 1.02  # in place may take this much longer, since it saves memory
 AUTO, IN_PLACE, INDEXED = "auto", "in-place", "indexed"
 
-Batch = Mapping[str, Tensor]
+
+class Chosen(NamedTuple):
+    """A layout, why, and what a batch takes in it."""
+
+    layout: str
+    reason: str
+    trial: Trial | None  # None: not tried
 
 
-def choose_layout(model: nn.Module, batch: Batch, wanted: str) -> tuple[str, str]:
-    """`(layout, reason)` for `auto`, `in-place` or `indexed`.
+def choose_layout(loss: Loss, model: nn.Module, batch: Batch, wanted: str) -> Chosen:
+    """For `auto`, `in-place` or `indexed`. Trying changes neither weights, nor gradients, nor random numbers.
 
-    Timing changes neither weights, nor gradients, nor the state of the random number generators.
+    Args:
+        loss: Of a batch, as training computes it.
+        model: Outside of `in_place`.
+        batch: One of the run's.
+        wanted: What the options say.
     """
-    if wanted != AUTO:
-        return wanted, f"{wanted}, as asked"
-    if obstacle := _obstacle(model):
-        return INDEXED, f"indexed: {obstacle}"
-    times: dict[str, list[float]] = {IN_PLACE: [], INDEXED: []}
-    device = next(model.parameters()).device
-    for _ in range(1 + ROUNDS):
-        for name, taken in times.items():
-            with in_place(model) if name == IN_PLACE else nullcontext():
-                taken.append(milliseconds(lambda: _forward_and_backward(model, batch), device))
-    ours, other = (median(times[name][1:]) for name in (IN_PLACE, INDEXED))
+    obstacle = _obstacle(model) if wanted == AUTO else None
+    if wanted != AUTO or obstacle:
+        name, reason = (INDEXED, f"indexed: {obstacle}") if obstacle else (wanted, f"{wanted}, as asked")
+        return Chosen(name, reason, _try(loss, model, batch, [name], rounds=1)[name])
+    trials = _try(loss, model, batch, [IN_PLACE, INDEXED], ROUNDS)
+    ours, other = (trials[name].milliseconds for name in (IN_PLACE, INDEXED))
     tried = f"{ours:.1f} ms forward and backward in place, {other:.1f} ms indexed"
-    return (IN_PLACE, f"in place: {tried}") if ours <= TIE * other else (INDEXED, f"indexed: {tried}")
+    if ours <= TIE * other:
+        return Chosen(IN_PLACE, f"in place: {tried}", trials[IN_PLACE])
+    return Chosen(INDEXED, f"indexed: {tried}", trials[INDEXED])
 
 
 def layout(model: nn.Module, name: str) -> Any:
     """The context to train in."""
     return in_place(model) if name == IN_PLACE else nullcontext()
+
+
+def _try(loss: Loss, model: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict[str, Trial]:
+    return try_in_turns(loss, model, batch, {name: partial(layout, model, name) for name in names}, rounds)
 
 
 def _obstacle(model: nn.Module) -> str | None:
@@ -66,13 +74,3 @@ def _obstacle(model: nn.Module) -> str | None:
     except S2FTError as error:
         return str(error)
     return None if held else "; ".join(reasons)
-
-
-def _forward_and_backward(model: nn.Module, batch: Batch) -> None:
-    was_training = model.training
-    with torch.random.fork_rng():  # dropout must not move the run's random numbers
-        try:
-            model.train()(**batch).loss.backward()
-        finally:
-            model.train(was_training)
-            model.zero_grad(set_to_none=True)

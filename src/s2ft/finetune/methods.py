@@ -102,6 +102,7 @@ class Method:
     learning_rate: float  # the S²FT paper's, for commonsense
     options: frozenset[str]  # those that not every method takes
     leaves_model = False  # a whole model rather than an adapter
+    foreseeable = True  # one batch, tried before the run, tells what each step takes
     autocast = False  # keeps what it trains in fp32 and computes in bf16 (as in the S²FT paper)
 
     def check(self) -> None:
@@ -209,6 +210,7 @@ class Galore(Full):
     """Every weight, by an optimizer whose moments are projected (arXiv 2403.03507)."""
 
     title = "GaLore"
+    foreseeable = False  # projections take time of their own, and moments less memory than Adam's
     options = frozenset(GaloreOptions.model_fields)  # it is an optimizer, and transformers gives it no weight decay
 
     def check(self) -> None:
@@ -240,6 +242,7 @@ class Lisa(Full):
     """Every weight, a few blocks at a time (arXiv 2403.17919)."""
 
     title = "LISA"
+    foreseeable = False  # before it starts, nothing is frozen yet
     options = frozenset(LisaOptions.model_fields) | ADAMW
 
     def callbacks(self, options: TrainOptions, model: PreTrainedModel) -> list[TrainerCallback]:

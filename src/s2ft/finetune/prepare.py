@@ -35,7 +35,7 @@ from s2ft.evaluate.comparison import Checked, check_scores
 from s2ft.finetune.arguments import longest, sft_config
 from s2ft.finetune.channels import Examples, choose_more
 from s2ft.finetune.checkpoints import Checkpoints
-from s2ft.finetune.layout import INDEXED, choose_layout
+from s2ft.finetune.layout import INDEXED, Chosen, choose_layout
 from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
@@ -43,6 +43,7 @@ from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate
 from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
 from s2ft.finetune.trainer import Flow, LossBar, Trainer
+from s2ft.finetune.trial import Trial
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.format.terms import PURE
@@ -86,6 +87,7 @@ class Setup:
     reasons: dict[str, str]  # for precision, batch, learning_rate and, with S²FT, layout
     trainer: Trainer
     flow: Flow
+    trial: Trial | None  # of one batch; None where that would not tell what the run takes
     questions: Checked | None  # for the run card
 
 
@@ -129,13 +131,12 @@ def prepare(options: TrainOptions) -> Setup:
         config, reselect = _reselection(options, model, data, config)
         callbacks.append(reselect)
     trainer = _trainer(options, args, model, data, config, callbacks)
-    if isinstance(config, S2FTConfig):
-        options, reasons["layout"] = _settle_layout(options, paused, trainer)
-    else:
-        options = options.model_copy(update={"layout": INDEXED})  # nothing is sliced
+    chosen = _settle_layout(options, paused, trainer, sliced=isinstance(config, S2FTConfig))
+    options = options.model_copy(update={"layout": chosen.layout})  # whoever runs them again takes the same
+    reasons |= {"layout": chosen.reason} if isinstance(config, S2FTConfig) else {}
     trainer.add_callback(Checkpoints(partial(note_run, options=options, digest=digest, prompts=data.format)))
     checkpoint = None if paused is None else paused.checkpoint
-    return Setup(options, checkpoint, data, config, reasons, trainer, flow, questions)
+    return Setup(options, checkpoint, data, config, reasons, trainer, flow, chosen.trial, questions)
 
 
 def _questions(options: TrainOptions, prompts: str) -> Checked | None:
@@ -208,17 +209,21 @@ def _trainer(
     return trainer
 
 
-def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: Trainer) -> tuple[TrainOptions, str]:
-    """The options with the layout that is taken, so that whoever runs them again takes the same; and the reason."""
-    if paused is not None and paused.layout is not None:
-        taken, reason = paused.layout, f"{paused.layout}, as the checkpoint's run"
-    else:
-        with torch.random.fork_rng(devices=[]):  # looking at a batch must not move the order of the run's
-            batch = next(iter(trainer.get_train_dataloader()))
-        measured = choose_layout(trainer.model, batch, options.layout)
-        taken, reason = as_leader(measured)  # each process might choose another
-        log.info("layout: %s", reason)
-    return options.model_copy(update={"layout": taken}), reason
+def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: Trainer, sliced: bool) -> Chosen:
+    """The layout that is taken, and what one batch took in it."""
+    if not METHODS[options.method].foreseeable:
+        return Chosen(INDEXED, "nothing is sliced", None)
+    noted = None if paused is None else paused.layout
+    with torch.random.fork_rng(devices=[]):  # looking at a batch must not move the order of the run's
+        batch = next(iter(trainer.get_train_dataloader()))
+    wanted = noted or options.layout if sliced else INDEXED
+    chosen = choose_layout(lambda model, batch: trainer.forward(model, batch).loss, trainer.model, batch, wanted)
+    chosen = as_leader(chosen)  # each process might choose another
+    if noted is not None:
+        return Chosen(chosen.layout, f"{noted}, as the checkpoint's run", chosen.trial)
+    if sliced:
+        log.info("layout: %s", chosen.reason)
+    return chosen
 
 
 def _tell_end(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,6 +15,7 @@ from s2ft.common.files import staged
 from s2ft.data.template import turn_end
 from s2ft.finetune.card import Card, final_loss, write_card
 from s2ft.finetune.checkpoints import step_of
+from s2ft.finetune.estimate import Estimate
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.model_card import model_card
 from s2ft.finetune.options import TrainOptions, to_yaml
@@ -81,12 +82,13 @@ def _stored_dtype(base: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def run_card(setup: Setup, steps: int, metrics: dict[str, float]) -> Card:
+def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[str, float]) -> Card:
     """What the run was and what came out, but for its scores and the size of its files.
 
     Args:
         setup: After the training.
         steps: As planned.
+        foreseen: The estimate that was told.
         metrics: From transformers' `Trainer.train`.
     """
     options, state, tokens = setup.options, setup.trainer.state, setup.data.tokens
@@ -110,7 +112,7 @@ def run_card(setup: Setup, steps: int, metrics: dict[str, float]) -> Card:
             "share": trainable / total,
             **_at_once(setup),
         },
-        "training": _training(setup, steps, metrics["train_runtime"]),
+        "training": _training(setup, steps, foreseen, metrics["train_runtime"]),
         "loss_curve": _points(state.log_history, "loss"),
     }
     if setup.data.held_out is not None:
@@ -124,7 +126,7 @@ def _at_once(setup: Setup) -> Card:
     return {"trained_at_once": found[0].trained_at_once} if found else {}
 
 
-def _training(setup: Setup, steps: int, seconds: float) -> Card:
+def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: float) -> Card:
     options, state, reasons = setup.options, setup.trainer.state, setup.reasons
     started = 0 if setup.checkpoint is None else step_of(setup.checkpoint)
     tokens = max((entry.get("num_tokens", 0) for entry in state.log_history if entry["step"] > started), default=0)
@@ -149,7 +151,7 @@ def _training(setup: Setup, steps: int, seconds: float) -> Card:
     if setup.data.held_out is not None:
         best = {"best_step": state.best_global_step, "best_loss": state.best_metric}
         training |= {"held_out": len(setup.data.held_out), **best}
-    return training | peak_memory()
+    return training | peak_memory() | ({} if foreseen is None else foreseen.card)
 
 
 def _points(history: Sequence[dict[str, float]], name: str) -> list[tuple[int, float]]:  # (step, value)

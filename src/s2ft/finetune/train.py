@@ -18,7 +18,8 @@ from s2ft.common.locks import no_empty_folders
 from s2ft.evaluate.comparison import Scorer
 from s2ft.finetune.arguments import total_steps, warmup_steps
 from s2ft.finetune.card import Card, write_card
-from s2ft.finetune.checkpoints import remove_unfinished
+from s2ft.finetune.checkpoints import remove_unfinished, step_of
+from s2ft.finetune.estimate import Estimate, estimate
 from s2ft.finetune.launch import check_run
 from s2ft.finetune.layout import layout
 from s2ft.finetune.methods import METHODS
@@ -75,6 +76,7 @@ def _advice(options: TrainOptions) -> str:
 def _run(setup: Setup) -> TrainResult:
     options, trainer, output = setup.options, setup.trainer, Path(setup.options.output)
     steps = _plan(setup)
+    foreseen = _estimate(setup, steps)
     scorer = Scorer(setup.data.tokenizer, setup.questions, output / "answers")
     if METHODS[options.method].leaves_model:
         scorer.score_base(trainer.model)  # its weights will be gone
@@ -82,7 +84,7 @@ def _run(setup: Setup) -> TrainResult:
         metrics = _train(setup)
         # Ctrl-C must not prevent saving from here on; one that came while the best weights were loaded counts as too late
         interrupted = setup.flow.interrupted and trainer.state.global_step < trainer.state.max_steps
-        card = {"status": "interrupted" if interrupted else "finished", **run_card(setup, steps, metrics)}
+        card = {"status": "interrupted" if interrupted else "finished", **run_card(setup, steps, foreseen, metrics)}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if leads():
             save_result(options, model, setup.data.tokenizer, card)
@@ -104,6 +106,23 @@ def _plan(setup: Setup) -> int:
     if (short := too_short(options, steps, mean_channels(setup.config))) is not None:
         log.warning("%s", short)
     return steps
+
+
+def _estimate(setup: Setup, steps: int) -> Estimate | None:
+    """Told before the run; None where one batch does not tell what it takes."""
+    if setup.trial is None:
+        return None
+    options, trainer = setup.options, setup.trainer
+    assert options.batch_size is not None
+    assert options.gradient_accumulation is not None
+    lengths = list(map(len, trainer.train_dataset["input_ids"]))
+    left = steps - (0 if setup.checkpoint is None else step_of(setup.checkpoint))
+    found = estimate(setup.trial, trainer.model, lengths, options.batch_size, options.gradient_accumulation, left)
+    log.info("time: %s", found.time)
+    log.info("memory: %s", found.memory)
+    if found.lack is not None:
+        log.warning("%s: %s", found.lack, _advice(options))
+    return found
 
 
 def _train(setup: Setup) -> dict[str, float]:

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -100,9 +100,14 @@ class Trainer(SFTTrainer):
         """A held-out batch's part of the mean over examples; TRL's, a mean over tokens, depends on what a batch holds."""
         inputs = dict(inputs)
         weight = inputs.pop(WEIGHT)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's head, which keeps no logits
+        with torch.no_grad():
+            outputs = self.forward(model, inputs)
         return weight * summed_losses(outputs.log_probs, outputs.label_mask), None, None
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        """What training computes for a batch, but for TRL's statistics: log-probabilities and loss, without logits."""
+        with self.accelerator.autocast():  # where it is on
+            return model(**batch, use_cache=False, fused_lm_head=True)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As in transformers, where it is the first to write into a checkpoint."""

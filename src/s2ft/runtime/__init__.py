@@ -8,7 +8,7 @@ failures     messages for running out of memory or disk
 options      options of a command as a model, which reports every problem at once
 environment  versions and machine, for a result
 timing       timing on a CPU or GPU
-memory       what autograd keeps for backward
+memory       what autograd keeps for backward, and what a process holds
 gguf         models in llama.cpp's format
 conversion   a GGUF model as a Hugging Face folder
 """

@@ -1,4 +1,4 @@
-"""How much does autograd keep between forward and backward?
+"""How much does autograd keep between forward and backward, and this process at all?
 
     saved bytes = Σ size of every distinct storage that a node of the graph saved, without the model's own tensors
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from weakref import WeakSet
 
+import psutil  # comes with accelerate
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -54,3 +56,10 @@ def own_tensors(model: nn.Module) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr())
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds now: on a GPU torch's tensors there, else its resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
