@@ -44,7 +44,7 @@ test-peft: setup
 # PEFT, TRL and the command line on the lowest versions that pyproject.toml allows, in an environment of their own (6 GB)
 test-lowest: build/lowest/ready
 	build/lowest/bin/python -m pytest -m 'not slow and not soak' \
-		tests/house/test_dependencies.py tests/hosts/test_peft.py tests/hosts/test_peft_training.py tests/hosts/test_trl.py tests/hosts/test_private.py tests/cli/test_train.py
+		tests/house/test_dependencies.py tests/hosts/test_peft.py tests/hosts/test_peft_training.py tests/hosts/test_trl.py tests/hosts/test_private.py tests/cli/test_train.py tests/training tests/tuner
 
 build/lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv build/lowest

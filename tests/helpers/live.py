@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from s2ft.layer.linear import S2FTLinear
 
@@ -49,3 +50,13 @@ def unchanged(before: dict[str, Any], model: nn.Module) -> bool:
     return same(before["values"], after["values"]) and all(
         before[key] == after[key] for key in before if key != "values"
     )
+
+
+def checkpoint(model: Any, **options: Any) -> None:
+    """Turns checkpointing on, by the newest name that this version of transformers has."""
+    name = (
+        "activation_checkpointing"
+        if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+        else "gradient_checkpointing"
+    )
+    getattr(model, f"{name}_enable")(**({f"{name}_kwargs": options} if options else {}))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from families import build, tokens
+from live import checkpoint
 from s2ft import S2FTConfig
 from s2ft.selection.select import select
 from s2ft.training.depth import lowest_trained, stop_below
@@ -52,7 +53,7 @@ def plain(model: PeftModel) -> None:
 
 def by_trainer(reentrant: bool) -> Any:
     def enable(model: PeftModel) -> None:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        checkpoint(model, use_reentrant=reentrant)
 
     return enable
 
@@ -63,12 +64,12 @@ def by_the_older_name(model: PeftModel) -> None:
 
 def as_trl_does(model: PeftModel) -> None:
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable()
+    checkpoint(model)
     model.enable_input_require_grads()
 
 
 def on_the_base_then_train(model: PeftModel) -> None:
-    model.get_base_model().activation_checkpointing_enable()
+    checkpoint(model.get_base_model())
     model.train()
 
 
@@ -100,7 +101,7 @@ def test_blocks_below_run_once_and_never_backwards(way: str) -> None:
 
 def test_a_model_that_was_checkpointed_before_is_confined_too() -> None:
     base = build("mistral", torch.float32)
-    base.activation_checkpointing_enable()
+    checkpoint(base)
     model = get_peft_model(base, S2FTConfig(ratios=0.2, layers=[1, 2])).train()
     passes = Passes(model)
     gradients(model, tokens(2, 7))
@@ -110,7 +111,7 @@ def test_a_model_that_was_checkpointed_before_is_confined_too() -> None:
 
 def test_all_blocks_are_checkpointed_where_all_train() -> None:
     model = adapted(layers=None)
-    model.activation_checkpointing_enable()
+    checkpoint(model)
     passes = Passes(model)
     gradients(model, tokens(2, 7))
     assert passes.forward == [2, 2, 2]
@@ -118,7 +119,7 @@ def test_all_blocks_are_checkpointed_where_all_train() -> None:
 
 def test_what_trains_below_the_blocks_keeps_its_gradient() -> None:
     model = adapted(trainable_token_indices={"embed_tokens": [5, 6]})
-    model.activation_checkpointing_enable()
+    checkpoint(model)
     assert stop_below(model) is None
     trained = gradients(model, torch.tensor([[5, 6, 7, 5]]))
     embedding = next(gradient for name, gradient in trained.items() if "trainable_tokens" in name)
@@ -127,7 +128,7 @@ def test_what_trains_below_the_blocks_keeps_its_gradient() -> None:
 
 def test_inputs_that_the_user_asks_gradients_of_get_them() -> None:
     model = adapted()
-    model.activation_checkpointing_enable()
+    checkpoint(model)
     x = torch.randn(2, 5, 24, requires_grad=True)
     model(inputs_embeds=x).logits.square().sum().backward()
     assert x.grad is not None

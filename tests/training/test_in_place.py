@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from families import FAMILIES, build, tokens
-from live import layers, values
+from live import checkpoint, layers, values
 from s2ft import S2FTConfig, S2FTError, in_place
 from s2ft.training import in_place as module_under_test
 from s2ft.training.in_place import Layout
@@ -202,7 +202,7 @@ def autocast(model: nn.Module) -> None:
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> None:
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint(model, use_reentrant=reentrant)
     train(model, [tokens_of(i) for i in range(6)], "sgd")
 
 

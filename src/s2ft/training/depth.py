@@ -5,11 +5,13 @@
 
 With checkpointing, transformers, PEFT and TRL make the input require gradients and checkpoint every block: backward then runs
 every block forward again, and goes through to the embeddings. `stop_below(model)` undoes that: only the blocks from the lowest
-trained one up are checkpointed. Reentrant checkpoints need an input with gradients; there, that block's input gets them.
+trained one up are checkpointed. Reentrant checkpoints need an input with gradients; there, the output of the block below gets
+them: before transformers 5.23, a hook of the block itself would run inside its checkpoint.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def stop_below(model: nn.Module) -> int | None:
         return None
     if any(getattr(block, "gradient_checkpointing", False) for _, block in blocks):
         _release_input(model)
-        _mark_input(blocks[lowest][1])
+        _mark_output(blocks[lowest - 1][1], blocks[lowest][1])
     return lowest
 
 
@@ -72,19 +74,19 @@ def _release_input(model: nn.Module) -> None:
             hooks.pop(key)
 
 
-def _mark_input(block: Any) -> None:
-    if not getattr(block, "s2ft_marks_input", False):
-        block.register_forward_pre_hook(_needs_input_grad, with_kwargs=True)
-        block.s2ft_marks_input = True
+def _mark_output(below: Any, block: Any) -> None:
+    if not getattr(below, "s2ft_marks_output", False):
+        below.register_forward_hook(partial(_needs_grad, block))
+        below.s2ft_marks_output = True
 
 
-def _needs_input_grad(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Gives a reentrant checkpoint an input that requires gradients; any other needs none."""
+def _needs_grad(block: Any, below: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Gives a reentrant checkpoint of `block` an input that requires gradients; any other needs none."""
     function = getattr(block, "_gradient_checkpointing_func", None)
     reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+    hidden, *others = output if isinstance(output, tuple) else (output,)
     active = getattr(block, "gradient_checkpointing", False) and block.training and reentrant
-    if not active or not args or not isinstance(args[0], Tensor) or args[0].requires_grad:
+    if not active or not isinstance(hidden, Tensor) or hidden.requires_grad:
         return None
-    return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    marked = hidden.detach().requires_grad_()
+    return (marked, *others) if isinstance(output, tuple) else marked
