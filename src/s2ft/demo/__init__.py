@@ -4,6 +4,7 @@ skills      generators of data for the skills that the embedded model has, and f
 pretrain    the script that made it
 evaluate    scores by exact match
 quickstart  trains a new skill, and compares the base with the result
+serving     two adapters to be served
 lighthouse  a style of answering that no model has
 smollm2     a real model that pip installs
 real        the quickstart on it

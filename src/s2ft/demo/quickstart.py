@@ -55,8 +55,8 @@ def quickstart(folder: Path, train_examples: int = 1000, test_examples: int = 10
     examples = {name: SKILLS[name].examples(test_examples, seed=1, split="test") for name in SKILL_NAMES}
     data = folder / f"{NEW_SKILL}.jsonl"
     folder.mkdir(parents=True)
-    _write_jsonl(data, SKILLS[NEW_SKILL].examples(train_examples, seed=0))
-    options = TrainOptions(model=str(base_path()), data=[str(data)], output=str(folder / "adapter"), **TRAINING)
+    write_jsonl(data, SKILLS[NEW_SKILL].examples(train_examples, seed=0))
+    options = training(data, folder / "adapter")
     base = _scores(*_base_model(options), examples)
     result = train(options)
     tuned = _scores(result.model, result.tokenizer, examples)
@@ -64,6 +64,11 @@ def quickstart(folder: Path, train_examples: int = 1000, test_examples: int = 10
     comparison = Comparison(result.output, result.card, examples, base, tuned, base_bytes)
     write_card(result.output, {**read_card(result.output), "scores": comparison.accuracies})
     return comparison
+
+
+def training(data: Path, output: Path) -> TrainOptions:
+    """How the embedded base is trained on the examples in `data`."""
+    return TrainOptions(model=str(base_path()), data=[str(data)], output=str(output), **TRAINING)
 
 
 def fresh_folder(parent: Path = Path("runs"), name: str = "quickstart") -> Path:
@@ -81,5 +86,6 @@ def _scores(model: Any, tokenizer: Any, examples: dict[str, list[Example]]) -> d
     return {name: exact_match(model, tokenizer, tests) for name, tests in examples.items()}
 
 
-def _write_jsonl(path: Path, examples: list[Example]) -> None:
+def write_jsonl(path: Path, examples: list[Example]) -> None:
+    """One example a line."""
     path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
