@@ -12,7 +12,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     Adafactor,
+    BloomConfig,
+    BloomForCausalLM,
     CLIPVisionConfig,
+    CLIPVisionModel,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
     GptOssConfig,
@@ -25,6 +28,8 @@ from transformers import (
     Olmo2ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from families import FAMILIES, build, tokens
@@ -638,19 +643,60 @@ class TestObstacles:
         layout = self.same_inside(model)
         assert any("cannot be run on its dummy input" in place.reason for place in layout.placements)
 
-    def test_a_tower_that_the_dummy_input_never_reaches(self) -> None:
+    def llava(self) -> PeftModel:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
-        config = LlavaConfig(
-            vision_config=vision, text_config=LlamaConfig(vocab_size=64, **sizes), image_token_index=60
-        )
-        targets = r".*(fc2|down_proj)"
-        model = get_peft_model(LlavaForConditionalGeneration(config), S2FTConfig(ratios=0.3, target_modules=targets))
+        text = LlamaConfig(vocab_size=64, **sizes)
+        base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=60))
+        config = S2FTConfig(ratios=0.3, target_modules=r".*(fc2|down_proj)", init_weights=False, seed=5)
+        return get_peft_model(base, config).eval()
+
+    def test_a_tower_beside_the_text_is_run_by_itself(self) -> None:
+        model, before = self.llava(), None
+        tower, image = model.get_base_model().model.vision_tower, torch.randn(2, 3, 16, 16)
+        expected, before = tower(image).last_hidden_state, values(model)
         with in_place(model) as layout:
-            assert hows(layout, "fc2") == {
-                ("gathered", "the model's dummy input never gets there, so its order cannot be checked")
-            }
+            assert hows(layout, "fc2") == hows(layout, "down_proj") == {("contiguous", "")}
+            torch.testing.assert_close(tower(image).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+        assert_same(values(model), before)
+
+    def test_a_tower_that_no_dummy_input_reaches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = self.llava()
+        monkeypatch.setattr(CLIPVisionModel, "forward", fail)
+        with in_place(model) as layout:
+            assert hows(layout, "fc2") == {("gathered", "no dummy input gets there, so its order cannot be checked")}
             assert hows(layout, "down_proj") == {("contiguous", "")}
+
+    def test_an_image_is_what_a_vision_model_is_probed_with(self) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        base = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8))
+        model = get_peft_model(base, S2FTConfig(ratios=0.3, init_weights=False, seed=5)).eval()
+        image, before = torch.randn(2, 3, 16, 16), values(model)
+        expected = model(pixel_values=image).logits
+        with in_place(model) as layout:
+            assert {place.how for place in layout.placements} == {"contiguous"}
+            torch.testing.assert_close(model(pixel_values=image).logits, expected, rtol=1e-4, atol=1e-5)
+        assert_same(values(model), before)
+
+    @pytest.mark.parametrize("endings", [("lm_head",), ("o_proj",), ("down_proj", "lm_head")])
+    def test_weights_that_are_still_zero_do_not_hide_what_is_permuted(self, endings: tuple[str, ...]) -> None:
+        base = build("llama", torch.float32)
+        for path, module in base.named_modules():
+            if path.endswith(endings):
+                nn.init.zeros_(module.weight)
+        model = get_peft_model(base, S2FTConfig(ratios={"o_proj": 0.25, "down_proj": 0.2}, init_weights=False, seed=3))
+        assert {place.how for place in self.same_inside(model).placements} == {"contiguous"}
+
+    def test_a_zero_weight_does_not_hide_heads_that_keep_their_order(self) -> None:
+        base = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4))
+        attention = base.transformer.h[0].self_attention
+        nn.init.zeros_(attention.dense.weight)
+        chosen = S2FTConfig(target_modules=["dense"], slices={"transformer.h.0.self_attention.dense": "in 8-15,24-31"})
+        chosen.init_weights = False
+        layout = self.same_inside(get_peft_model(base, chosen))
+        assert hows(layout, "dense") == {
+            ("gathered", "it computes something else when its heads or channels change places")
+        }
 
     def test_a_weight_that_is_sharded_inside(self) -> None:
         model = adapted()

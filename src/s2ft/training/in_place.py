@@ -23,9 +23,10 @@ from s2ft.common.errors import S2FTError
 from s2ft.format.slices import Indices
 from s2ft.layer.adapted import adapted_layers, require_own, turns_of
 from s2ft.layer.linear import S2FTLinear, sliced_layers
+from s2ft.selection.units import Structure
 from s2ft.training.lean import Patches, lean
 from s2ft.training.plan import Move, Placement, Plan
-from s2ft.training.probe import Probe
+from s2ft.training.probe import Probe, filled
 
 
 @dataclass(eq=False)
@@ -137,13 +138,24 @@ def _permute(layout: Layout, model: nn.Module, plan: Plan) -> dict[str, Indices]
     moved = [s for s in plan.structures if any(p.module in orders for p in s.projections)]
     if not moved:
         return {}
+    with filled(model, {p.module for structure in moved for p in structure.projections}) as any_filled:
+        orders = _permute_where_same(layout, model, plan, moved)
+        if any_filled:
+            layout.put_back()
+    if any_filled:
+        layout.move(plan.moves(model, orders))
+    return orders
+
+
+def _permute_where_same(layout: Layout, model: nn.Module, plan: Plan, moved: list[Structure]) -> dict[str, Indices]:
+    """Permutes these structures, and takes back those that show in what the model computes."""
     try:
         probe = Probe(model, {structure.path for structure in moved})
     except Exception as error:
         plan.forbid(moved, f"the model cannot be run on its dummy input to check the order ({error})")
         return {}
     unknown = [structure for structure in moved if structure.path in probe.unreached]
-    plan.forbid(unknown, "the model's dummy input never gets there, so its order cannot be checked")
+    plan.forbid(unknown, "no dummy input gets there, so its order cannot be checked")
     orders = plan.orders()
     layout.move(plan.moves(model, orders))
     if differing := probe.differing():
