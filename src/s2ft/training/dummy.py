@@ -56,7 +56,7 @@ def _patches(model: PreTrainedModel) -> dict[str, Any]:
     """An image cut into rows of pixels, as the towers of Qwen-VL read it."""
     config = model.config
     side = 2 * getattr(config, "spatial_merge_size", 2)
-    channels: int = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
+    channels: int = getattr(config, "in_channels", 0) or getattr(config, "in_chans", 3)
     pixels: int = channels * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
     grid = torch.tensor([[1, side, side]])
     first = next(iter(inspect.signature(model.forward).parameters))
