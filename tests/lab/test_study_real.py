@@ -31,16 +31,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORKLOAD = Workload(steps=2, batch_size=2, train_examples=4, test_examples=0)
 S2FT = Contender("s2ft", "s2ft", 0.05, "weight")
-LORA = Contender("lora", "lora", 0.2)
 SETTINGS = RealSettings(
-    seeds=2,
+    seeds=1,
     contenders={
-        "arithmetic": (Contender("full", "full"), LORA, S2FT),
-        "commonsense": (LORA, S2FT),
+        "arithmetic": (Contender("full", "full"), S2FT),
+        "commonsense": (S2FT,),
         "selection": (Contender("W−", "s2ft", 0.05, "weight", "smallest"),),
-        "fusion": (LORA, S2FT),
+        "fusion": (S2FT,),
     },
-    rates={"full": (1e-4,), "lora": (1e-3,), "s2ft": (1e-3,)},
+    rates={"full": (1e-4,), "s2ft": (1e-3,)},
     workload=WORKLOAD,
 )
 
@@ -74,10 +73,10 @@ def test_every_part_has_its_rows(model, data, tmp_path):
     told: list[float] = []
     report = study_real(tmp_path / "runs", SETTINGS, told.append, model=model, data=data)
     found = {(row["part"], row["method"]) for row in report.rows}
-    fused = ("lora", "s2ft, same channels", "s2ft, disjoint channels")
+    fused = ("s2ft, same channels", "s2ft, disjoint channels")
     assert found == {
-        *(("arithmetic", name) for name in ("vanilla", "full", "lora", "s2ft")),
-        *(("commonsense", name) for name in ("vanilla", "lora", "s2ft")),
+        *(("arithmetic", name) for name in ("vanilla", "full", "s2ft")),
+        *(("commonsense", name) for name in ("vanilla", "s2ft")),
         ("selection", "W−"),
         *(("fusion", name) for name in fused),
     }
@@ -88,7 +87,7 @@ def test_every_part_has_its_rows(model, data, tmp_path):
         f"{suite}, {fusion}" for suite in TESTS for fusion in ("alone", "sum", "mean")
     }
     assert told[-1] == 1
-    assert report.settings["learning_rate"]["arithmetic"] == {"full": 1e-4, "lora": 1e-3, "s2ft": 1e-3}
+    assert report.settings["learning_rate"]["arithmetic"] == {"full": 1e-4, "s2ft": 1e-3}
     again = study_real(tmp_path / "runs", SETTINGS, model=model, data=data)  # from what was kept
     assert again.rows == report.rows
 
@@ -122,9 +121,10 @@ def test_the_held_out_loss_is_that_of_the_tuned_model(model, data):
 def test_defaults_are_those_of_the_command(model, data, tmp_path):
     settings = DefaultsSettings(
         seeds=1,
-        tasks=("style-50",),
+        cases=("style-50",),
         contenders={"lora": {"method": "lora", "max_steps": 2}, "s2ft": {"budget": 0.05, "max_steps": 2}},
         rates=(1e-3,),
+        variants={},
     )
     report = study_defaults(tmp_path / "runs", settings, model=model, data=data)
     assert [(row["method"], row["rate"]) for row in report.rows] == [

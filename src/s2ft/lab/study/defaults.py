@@ -3,8 +3,9 @@
     style-200, style-50    chat in a fixed style (`demo/lighthouse.py`)      loss of held-out examples after
     arithmetic-1000        worked problems                                   `s2ft train` as a user calls it
 
-For every contender, task and seed: each rate of one grid, and the rate of the rule. All contenders train as many parameters, in
-as many steps.
+For every contender, case and seed: each rate of one grid, and the rate of the rule. Variants of S²FT (other projections, other
+allocations, rates by slice, channels exchanged on the way) take a few rates on one case. All train about as many parameters
+(LoRA 10% more, to be on the safe side), in as many steps.
 """
 
 from __future__ import annotations
@@ -24,12 +25,53 @@ from s2ft.lab.study.tuning import DIVERGED
 
 RULE = "rule"  # the rate that follows from method and run
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-TASKS = {"style-50": ("style", 50), "style-200": ("style", 200), "arithmetic-1000": ("arithmetic", 1000)}
-CONTENDERS: Mapping[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
-    "s2ft, random": {"strategy": "random"},
-    "s2ft, weight": {"strategy": "weight"},
+FEW = (1e-3, 2e-3, 4e-3)  # for variants
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on: so many examples of a task (`material.py`)."""
+
+    task: str
+    examples: int
+    options: Mapping[str, Any] = field(default_factory=dict)  # more of `s2ft train`'s
+
+
+CASES = {
+    "style-50": Case("style", 50),
+    "style-200": Case("style", 200),
+    # the 16 examples a step that the defaults come to, in one batch
+    "arithmetic-1000": Case("arithmetic", 1000, {"batch_size": 16, "gradient_accumulation": 1}),
 }
+LORA = {"method": "lora", "lora_rank": 6, "lora_alpha": 12, "target_modules": "all-linear"}
+WEIGHT = {"strategy": "weight", "layout": "in-place"}
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "random": {"strategy": "random", "layout": "in-place"},
+    "weight": WEIGHT,
+}
+VARIANTS: dict[str, dict[str, Any]] = {  # each about 1% of SmolLM2's parameters, as the default budget
+    "saliency": {**WEIGHT, "strategy": "saliency"},
+    "global": {**WEIGHT, "allocation": "global"},
+    "rates by norm": {**WEIGHT, "slice_rates": "norm"},
+    "reselect 2": {**WEIGHT, "reselect": 2},
+    "down": {**WEIGHT, "ratios": {"down_proj": 0.050673}},
+    "up and down": {**WEIGHT, "ratios": dict.fromkeys(("up_proj", "down_proj"), 0.025347)},
+    "gate, up, down": {**WEIGHT, "ratios": dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 0.016884)},
+    "v, o, down": {**WEIGHT, "ratios": {"v_proj": 0.066667, "o_proj": 0.022222, "down_proj": 0.034006}},
+    "o in every block": {**WEIGHT, "ratios": {"o_proj": 0.111111, "down_proj": 0.009006}},
+    "all seven": {
+        **WEIGHT,
+        "ratios": {
+            **dict.fromkeys(("q_proj", "o_proj"), 0.018519),
+            **dict.fromkeys(("k_proj", "v_proj"), 0.055556),
+            **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 0.007639),
+        },
+    },
+}
+VARIED = "arithmetic-1000"  # where variants are tried
+
+Asked = tuple[str, str, float | None, int]  # case, contender, rate (None: the rule's), seed
 
 
 @dataclass(frozen=True)
@@ -37,16 +79,30 @@ class DefaultsSettings:
     """What the study does; the defaults are what was recorded."""
 
     seeds: int = 3
-    tasks: tuple[str, ...] = tuple(TASKS)
-    contenders: Mapping[str, dict[str, Any]] = field(default_factory=lambda: dict(CONTENDERS))  # name → options
+    cases: tuple[str, ...] = tuple(CASES)
+    contenders: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: CONTENDERS)  # name → options
     rates: tuple[float, ...] = GRID
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: VARIANTS)
+    variant_rates: tuple[float, ...] = FEW
 
-    def asked(self) -> Iterator[tuple[str, str, float | None, int]]:
-        """(task, contender, rate, seed) of each run; LoRA has no rule."""
-        for seed, task, who in product(range(self.seeds), self.tasks, self.contenders):
-            ruled = self.contenders[who].get("method", "s2ft") == "s2ft"
-            for rate in (*self.rates, *([None] if ruled else [])):
-                yield task, who, rate, seed
+    @property
+    def runs(self) -> int:
+        """The number of runs."""
+        return sum(1 for _ in self.asked())
+
+    def asked(self) -> Iterator[Asked]:
+        """Each run, seed by seed; LoRA has no rule."""
+        for seed in range(self.seeds):
+            for case, who in product(self.cases, self.contenders):
+                ruled = self.contenders[who].get("method", "s2ft") == "s2ft"
+                for rate in (*self.rates, *([None] if ruled else [])):
+                    yield case, who, rate, seed
+            for who, rate in product(self.variants, self.variant_rates):
+                yield VARIED, who, rate, seed
+
+    def options(self, who: str) -> Mapping[str, Any]:
+        """Of a contender or variant."""
+        return self.contenders.get(who) or self.variants[who]
 
 
 def study_defaults(
@@ -71,28 +127,29 @@ def study_defaults(
     """
     settings = settings or DefaultsSettings()
     asked = list(settings.asked())
-    runs = Runs(folder, len(asked), tell, identity(model))
+    runs = Runs(folder, settings.runs, tell, identity(model))
     with trials(model, data, workers) as performer:
-        results = runs.results([_settings(settings, *one) for one in asked], performer)
+        results = runs.results([_settings(settings, one) for one in asked], performer)
     rows: list[Row] = []
-    for (task, who, rate, seed), result in zip(asked, results, strict=True):
+    for (case, who, rate, seed), result in zip(asked, results, strict=True):
         if DIVERGED not in result:
             shown = RULE if rate is None else f"{rate:g}"
-            rows.append({"method": who, "rate": shown, "task": task, "seed": seed, "score": result["held_out"]})
+            rows.append({"method": who, "rate": shown, "task": case, "seed": seed, "score": result["held_out"]})
     found = {"seconds": round(runs.seconds), "environments": runs.environments, "rules": _rules(asked, results)}
     return StudyReport({**asdict(settings), "measured": HELD_OUT, **found}, rows, ("method", "rate"))
 
 
-def _settings(settings: DefaultsSettings, task: str, who: str, rate: float | None, seed: int) -> Settings:
-    name, size = TASKS[task]
-    options = {**settings.contenders[who], **({} if rate is None else {"learning_rate": rate})}
-    return {"options": options, "task": name, "examples": size, "seed": seed}
+def _settings(settings: DefaultsSettings, asked: Asked) -> Settings:
+    name, who, rate, seed = asked
+    case = CASES[name]
+    options = {**case.options, **settings.options(who), **({} if rate is None else {"learning_rate": rate})}
+    return {"options": options, "task": case.task, "examples": case.examples, "seed": seed}
 
 
-def _rules(asked: list[tuple[str, str, float | None, int]], results: list[Any]) -> dict[str, float]:
+def _rules(asked: list[Asked], results: list[Any]) -> dict[str, float]:
     """What the rule's rate was."""
     return {
-        f"{who} on {task}": result["learning_rate"]
-        for (task, who, rate, _), result in zip(asked, results, strict=True)
+        f"{who} on {case}": result["learning_rate"]
+        for (case, who, rate, _), result in zip(asked, results, strict=True)
         if rate is None and DIVERGED not in result
     }

@@ -2,7 +2,7 @@
 
     arithmetic     worked problems; then six tests, answered in writing; commonsense by likelihood; perplexity of plain text
     commonsense    four tasks; then three of these and two others, answered in writing
-    selection      the paper's strategies, each largest and smallest, on arithmetic
+    selection      the paper's strategies, each largest and smallest, on arithmetic: loss of held-out examples
     fusion         an adapter of each suite, on the same or on disjoint channels, beside LoRA's exact sum
 
 Each contender's rate is the best of its grid on held-out examples. Runs are kept one by one, so that the study can stop and go
@@ -11,15 +11,16 @@ on, on another machine too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
 from s2ft.lab.registry import TellShare
 from s2ft.lab.study.chains import identity, side_by_side, trials
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
+from s2ft.lab.study.material import TESTS
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
 from s2ft.lab.study.runs import Performer, Result, Runs, Settings
 from s2ft.lab.study.selection import STRATEGIES, contender
@@ -27,7 +28,7 @@ from s2ft.lab.study.summary import Row
 from s2ft.lab.study.training import Workload
 from s2ft.lab.study.tuning import best_of_grid
 
-BUDGET = 0.01
+BUDGET = 0.0109  # as many parameters as LoRA of rank 6 on all linear layers has on SmolLM2
 VANILLA = Contender("vanilla", "vanilla")
 LORA = Contender("lora", "lora", BUDGET)
 S2FT = Contender("s2ft", "s2ft", BUDGET, "weight")
@@ -50,6 +51,8 @@ RATES: dict[str, tuple[float, ...]] = {  # a grid for each method; it grows wher
 }
 PARTS = ("arithmetic", "commonsense", "selection", "fusion")
 
+Chain = Callable[[], list[Row]]
+
 
 @dataclass(frozen=True)
 class RealSettings:
@@ -67,15 +70,23 @@ class RealSettings:
     )
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
     workload: Workload = field(
-        default_factory=lambda: Workload(steps=120, batch_size=16, train_examples=960, test_examples=0)
+        default_factory=lambda: Workload(steps=120, batch_size=8, train_examples=960, test_examples=0)
     )
 
     @property
     def runs(self) -> int:
         """The number of runs, if no grid of learning rates has to grow."""
         tuned = [who for part in self.parts if part != "fusion" for who in self.contenders[part]]
-        fused = [who for who in self.contenders["fusion"] if "fusion" in self.parts]
-        return sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(tuned) + 2 * len(fused)) + 2
+        fused = [variant for who in self.contenders["fusion"] if "fusion" in self.parts for variant in variants(who)]
+        vanilla = [part for part in self.parts if part in TESTS]
+        return sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(tuned) + len(fused)) + len(vanilla)
+
+
+def variants(who: Contender) -> dict[str, bool]:
+    """The ways in which a contender's adapters are fused: name → whether their channels are disjoint."""
+    if who.method != "s2ft":
+        return {who.name: False}
+    return {f"{who.name}, same channels": False, f"{who.name}, disjoint channels": True}
 
 
 def study_real(
@@ -102,7 +113,8 @@ def study_real(
     runs = Runs(folder, settings.runs, tell, identity(model))
     with trials(model, data, workers) as performer:
         study = _Study(runs, performer, settings)
-        rows = [row for part in side_by_side(list(study.chains()), workers) for row in part]
+        chains = [*study.chains(), *study.fusions()]  # fusions wait for the others' rates
+        rows = [row for part in side_by_side(chains, workers) for row in part]
     found = {"learning_rate": study.tuned, "seconds": round(runs.seconds), "environments": runs.environments}
     return StudyReport({**asdict(settings), **found}, rows, ("part", "method"))
 
@@ -115,14 +127,20 @@ class _Study:
     performer: Performer
     settings: RealSettings
     tuned: dict[str, dict[str, float]] = field(default_factory=dict)  # part → contender → rate
+    locks: dict[tuple[str, str], Lock] = field(default_factory=dict)
 
-    def chains(self) -> Iterator[Any]:
+    def chains(self) -> Iterator[Chain]:
         """What can run side by side: a chain for each contender of each part."""
         for part in self.settings.parts:
-            if part != "selection":
-                yield partial(self._vanilla, part) if part != "fusion" else list
-            for who in self.settings.contenders[part]:
-                yield partial(self._fused if part == "fusion" else self._scored, part, who)
+            if part in TESTS:
+                yield partial(self._vanilla, part)
+            if part != "fusion":
+                yield from (partial(self._scored, part, who) for who in self.settings.contenders[part])
+
+    def fusions(self) -> Iterator[Chain]:
+        """A chain for each contender that fuses."""
+        if "fusion" in self.settings.parts:
+            yield from (partial(self._fused, who) for who in self.settings.contenders["fusion"])
 
     def _vanilla(self, part: str) -> list[Row]:
         asked = self._asked(VANILLA, part, "all")
@@ -132,32 +150,37 @@ class _Study:
     def _scored(self, part: str, who: Contender) -> list[Row]:
         """Tunes the rate, then trains with every seed."""
         rate = self._rate(part, who)
-        asked = [{**self._asked(who, part, "all"), "rate": rate, "seed": seed} for seed in range(self.settings.seeds)]
+        common = self._asked(who, part, "all" if part in TESTS else "test")
+        asked = [{**common, "rate": rate, "seed": seed} for seed in range(self.settings.seeds)]
         results = self.runs.results(asked, self.performer)
         return [row for seed, result in enumerate(results) for row in _rows(part, who.name, seed, result)]
 
-    def _fused(self, part: str, who: Contender) -> list[Row]:
-        rates = {task: self._rate(task, who) for task in ("arithmetic", "commonsense")}
-        variants = {"": False} if who.method != "s2ft" else {", same channels": False, ", disjoint channels": True}
+    def _fused(self, who: Contender) -> list[Row]:
+        rates = {suite: self._rate(suite, who) for suite in TESTS}
         rows: list[Row] = []
-        for variant, disjoint in variants.items():
+        for variant, disjoint in variants(who).items():
             common = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates}
             seeds = range(self.settings.seeds)
             asked = [{**common, "seed": seed, "recipe": asdict(self.settings.workload)} for seed in seeds]
             for seed, result in enumerate(self.runs.results(asked, self.performer)):
                 rows += [
-                    _row(part, f"{who.name}{variant}", f"{suite}, {fusion}", seed, score)
+                    _row("fusion", variant, f"{suite}, {fusion}", seed, score)
                     for fusion, suites in result.items()
                     for suite, score in suites.items()
                 ]
         return rows
 
     def _rate(self, part: str, who: Contender) -> float:
+        """Tuned once, whoever asks first."""
+        with self.locks.setdefault((part, who.name), Lock()):
+            if who.name not in self.tuned.setdefault(part, {}):
+                self.tuned[part][who.name] = self._tune(part, who)
+            return self.tuned[part][who.name]
+
+    def _tune(self, part: str, who: Contender) -> float:
         asked = {**self._asked(who, part, "validation"), "seed": TUNING_SEED}
         rates = self.settings.rates[who.method]
-        rate = best_of_grid(self.runs, rates, asked, self.performer, lambda result: -float(result["held_out"]))
-        self.tuned.setdefault(part, {})[who.name] = rate
-        return rate
+        return best_of_grid(self.runs, rates, asked, self.performer, lambda result: -float(result["held_out"]))
 
     def _asked(self, who: Contender, part: str, measured: str) -> Settings:
         task = "arithmetic" if part == "selection" else part

@@ -11,6 +11,7 @@ All is as in `s2ft train` on the same machine: the base in bf16 where the machin
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -36,7 +37,6 @@ from s2ft.finetune.options import parse_options
 from s2ft.finetune.train import train
 from s2ft.finetune.trainer import DivergedError
 from s2ft.format.config import S2FTConfig
-from s2ft.format.terms import DEFAULT_BUDGET
 from s2ft.lab.study.contenders import Contender
 from s2ft.lab.study.fusion import FUSIONS, fuse_adapters
 from s2ft.lab.study.material import TESTS, Example, draw, load_task
@@ -76,6 +76,10 @@ class Trials:
             return next(run(settings) for kind, run in kinds.items() if kind in settings)
         except DivergedError as error:
             return {DIVERGED: str(error)}
+        finally:
+            gc.collect()  # a trainer holds on to its model in a circle
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _training(self, settings: Settings) -> Result:
         who, measured = Contender(**settings["contender"]), settings["measured"]
@@ -150,20 +154,14 @@ class Trials:
         }
 
     def _command(self, settings: Settings) -> Result:
-        """`s2ft train` itself; other adapters than S²FT's get as many parameters as its default budget has."""
+        """`s2ft train` itself."""
         options, task = settings["options"], settings["task"]
         examples = draw(self._examples(task), "fit", settings["examples"], settings["seed"])
-        method = METHODS[options.get("method", "s2ft")]
-        size = (
-            {}
-            if "budget" in method.options
-            else method.of_size(self._base, round(DEFAULT_BUDGET * self._base.num_parameters()))
-        )
         with TemporaryDirectory() as folder, redirect_stderr(StringIO()):
             file = Path(folder, "data.json")
             file.write_text(json.dumps(examples), encoding="utf-8")
             common = {"model": self._model, "data": str(file), "output": str(Path(folder, "out"))}
-            found = train(parse_options({**common, "train_seed": settings["seed"], **size, **options}))
+            found = train(parse_options({**common, "train_seed": settings["seed"], **options}))
         training = {name: found.card["training"][name] for name in ("learning_rate", "steps", "seconds")}
         return {**training, **self._measure(found.model, task, "test")}
 
