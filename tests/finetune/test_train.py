@@ -326,7 +326,7 @@ def packed_rows(options, tokenizer):
 
     tokens = tokenize(load_examples(options["data"]), tokenizer, 64)
     return pack_dataset(
-        tokens.dataset, 64, sft_config(settle_batch(parse_options(options), 1).options, 64).packing_strategy
+        tokens.dataset, 64, sft_config(settle_batch(parse_options(options), 1).options, max_length=64).packing_strategy
     )
 
 

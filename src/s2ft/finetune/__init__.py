@@ -16,6 +16,7 @@ Read `options`, then `train`.
     galore      GaLore: import, targets, checkpoints
     trial       one batch before the run: its time and memory
     layout      in place or indexed, with the reason
+    search      the learning rate, by short runs
     estimate    time and memory of a run, before it starts
     arguments   options → TRL's `SFTConfig`
     holdout     the held-out loss, in batches

@@ -14,7 +14,7 @@ from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, TrainOptions
 from s2ft.runtime.models import positions
 
 
-def sft_config(options: TrainOptions, max_length: int, autocast: bool = False, **of_method: Any) -> SFTConfig:
+def sft_config(options: TrainOptions, /, *, max_length: int, autocast: bool = False, **of_method: Any) -> SFTConfig:
     """The trainer's settings, with those of the method.
 
     Batch and rate must be settled (`finetune/recipe.py`); a rate that is not yet is set before the trainer is made.
@@ -28,7 +28,7 @@ def sft_config(options: TrainOptions, max_length: int, autocast: bool = False, *
 def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
     assert options.batch_size is not None
     assert options.gradient_accumulation is not None
-    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+    rate = {"learning_rate": options.learning_rate} if isinstance(options.learning_rate, float) else {}
     return {
         **rate,
         "output_dir": options.output,
@@ -53,6 +53,8 @@ def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_steps": options.save_every,
+        "per_device_eval_batch_size": 1,  # a batch of the held-out loader counts as one
+        "eval_packing": False,
         "report_to": "none",
         "disable_tqdm": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -71,8 +73,6 @@ def _holdout_settings(options: TrainOptions) -> dict[str, Any]:
         "eval_steps": options.validate_every,
         "save_steps": options.validate_every,
         "load_best_model_at_end": True,  # by the lowest loss
-        "per_device_eval_batch_size": 1,  # a batch of the held-out loader counts as one
-        "eval_packing": False,
     }
 
 

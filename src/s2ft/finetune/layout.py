@@ -58,6 +58,13 @@ def layout(model: nn.Module, name: str) -> Any:
     return in_place(model) if name == IN_PLACE else nullcontext()
 
 
+def brief_layout(model: nn.Module, wanted: str) -> Any:
+    """The context for a run that is too short to try layouts for: in place where that is possible."""
+    if wanted != AUTO:
+        return layout(model, wanted)
+    return layout(model, INDEXED if _obstacle(model) else IN_PLACE)
+
+
 def _try(loss: Loss, model: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict[str, Trial]:
     return try_in_turns(loss, model, batch, {name: partial(layout, model, name) for name in names}, rounds)
 

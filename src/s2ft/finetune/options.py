@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.finetune.methods import METHODS, MethodOptions, S2FTOptions, foreign_options
-from s2ft.finetune.values import CommaNames, Name, Names, Positive, PositiveFloat, Seed
+from s2ft.finetune.values import AUTO_RATE, CommaNames, Name, Names, Positive, PositiveFloat, Rate, Seed
 from s2ft.format.choice import choice_problems
 from s2ft.format.terms import PURE
 from s2ft.format.unknown import hint
@@ -83,9 +83,10 @@ class TrainOptions(MethodOptions):
         None,
         description=f"Batches per optimizer step; unless given, chosen for about 100 steps of at most {PAPER_STEP} examples",
     )
-    learning_rate: PositiveFloat | None = Field(
+    learning_rate: Rate = Field(
         None,
-        description=f"Peak learning rate; unless given, for s2ft by steps and size of slices, for the others {_rates()} "
+        description="Peak learning rate, or auto, which tries a few in short runs; unless given, for s2ft by steps and size "
+        f"of slices, for the others {_rates()} "
         "(s2ft in the paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)",
     )
     reselect: Annotated[int, Field(ge=0)] = Field(
@@ -228,6 +229,11 @@ def _method_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
     ]
     if method != "s2ft" and values.get("precision") == PURE:
         foreign.append(f"precision={PURE!r} belongs to method=s2ft; take auto, bf16 or fp32 with method={method}")
+    if METHODS[method].leaves_model and values.get("learning_rate") == AUTO_RATE:
+        foreign.append(
+            f"learning_rate={AUTO_RATE!r} tries rates one after the other, and with method={method} each would change the "
+            "model's own weights; give a rate, or take a method that trains an adapter"
+        )
     return foreign + (_config_problems(values, wrong) if method == "s2ft" else [])
 
 

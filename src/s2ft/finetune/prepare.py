@@ -7,12 +7,14 @@ What was left open is settled on the way, each with its reason (`Setup.reasons`)
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -33,17 +35,20 @@ from s2ft.data.template import turn_end
 from s2ft.data.tokens import Tokens, hold_out, tokenize
 from s2ft.evaluate.comparison import Checked, check_scores
 from s2ft.finetune.arguments import longest, sft_config
+from s2ft.finetune.card import Card
 from s2ft.finetune.channels import Examples, choose_more
 from s2ft.finetune.checkpoints import Checkpoints
 from s2ft.finetune.layout import INDEXED, Chosen, choose_layout
 from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
-from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate
+from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate
 from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
+from s2ft.finetune.search import plan_tries, search
 from s2ft.finetune.trainer import Flow, LossBar, Trainer
 from s2ft.finetune.trial import Trial
+from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.format.terms import PURE
@@ -87,6 +92,7 @@ class Setup:
     reasons: dict[str, str]  # for precision, batch, learning_rate and, with S²FT, layout
     trainer: Trainer
     flow: Flow
+    search: Card | None  # how short runs found the learning rate, where they did
     trial: Trial | None  # of one batch; None where that would not tell what the run takes
     questions: Checked | None  # for the run card
 
@@ -114,15 +120,16 @@ def prepare(options: TrainOptions) -> Setup:
     rows = data.rows(max_length if options.packing else None)
 
     options, reasons["batch"] = settle_batch(options, rows)
-    args = sft_config(options, max_length, autocast, **method.arguments(options, model))
-    model.to(args.device)
+    arguments = partial(sft_config, max_length=max_length, autocast=autocast, **method.arguments(options, model))
+    model.to(arguments(options).device)
     if options.packing:
         check_packing(model)
     config = _adapter(options, paused, model, data)
-    options, reasons["learning_rate"] = settle_rate(options, rows, mean_channels(config))
-    args.learning_rate = options.learning_rate
+    make = partial(_trainer, model, arguments)
     if paused is None:
         log.info("batch: %s", reasons["batch"])
+    options, reasons["learning_rate"], found = _settle_rate(options, paused, data, config, rows, make)
+    if paused is None:
         log.info("learning rate: %g, %s", options.learning_rate, reasons["learning_rate"])
 
     flow = Flow(options.save_every)
@@ -130,13 +137,15 @@ def prepare(options: TrainOptions) -> Setup:
     if options.reselect and isinstance(config, S2FTConfig):
         config, reselect = _reselection(options, model, data, config)
         callbacks.append(reselect)
-    trainer = _trainer(options, args, model, data, config, callbacks)
+    trainer = make(options, data, config, callbacks)
     chosen = _settle_layout(options, paused, trainer, sliced=isinstance(config, S2FTConfig))
     options = options.model_copy(update={"layout": chosen.layout})  # whoever runs them again takes the same
     reasons |= {"layout": chosen.reason} if isinstance(config, S2FTConfig) else {}
-    trainer.add_callback(Checkpoints(partial(note_run, options=options, digest=digest, prompts=data.format)))
+    trainer.add_callback(
+        Checkpoints(partial(note_run, options=options, digest=digest, prompts=data.format, search=found))
+    )
     checkpoint = None if paused is None else paused.checkpoint
-    return Setup(options, checkpoint, data, config, reasons, trainer, flow, chosen.trial, questions)
+    return Setup(options, checkpoint, data, config, reasons, trainer, flow, found, chosen.trial, questions)
 
 
 def _questions(options: TrainOptions, prompts: str) -> Checked | None:
@@ -172,6 +181,26 @@ def _adapter(options: TrainOptions, paused: Paused | None, model: PreTrainedMode
     return config
 
 
+def _settle_rate(
+    options: TrainOptions,
+    paused: Paused | None,
+    data: Data,
+    config: PeftConfig | None,
+    rows: int,
+    make: Callable[..., Trainer],
+) -> tuple[TrainOptions, str, Card | None]:
+    """The options with a learning rate, the reason, and how short runs found it, now or before the pause."""
+    settled, reason = settle_rate(options, rows, mean_channels(config))
+    if options.learning_rate != AUTO_RATE:
+        noted = None if paused is None else paused.search
+        return settled, reason if noted is None else str(noted.get("reason")), noted
+    short = plan_tries(settled, len(data.tokens.dataset), planned_steps(settled, rows))
+    left, apart = hold_out(data.tokens, short.held_out, options.train_seed)
+    parts = replace(data, tokens=left, held_out=apart)
+    found = search(settled, short, lambda brief: make(brief, parts, copy.deepcopy(config), [], save_strategy="no"))
+    return settled.model_copy(update={"learning_rate": found.rate}), found.reason, found.card
+
+
 def _reselection(
     options: TrainOptions, model: PreTrainedModel, data: Data, config: S2FTConfig
 ) -> tuple[S2FTConfig, Reselect]:
@@ -184,13 +213,15 @@ def _reselection(
 
 
 def _trainer(
-    options: TrainOptions,
-    args: SFTConfig,
     model: PreTrainedModel,
+    arguments: Callable[..., SFTConfig],
+    options: TrainOptions,
     data: Data,
     config: PeftConfig | None,
     callbacks: Sequence[TrainerCallback],
+    **more: Any,  # arguments
 ) -> Trainer:
+    args = arguments(options, **more)
     set_seed(args.seed)  # an adapter may start from random values
     trainer = Trainer(
         model=model,

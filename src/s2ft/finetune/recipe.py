@@ -70,24 +70,25 @@ def _batch_reason(options: TrainOptions, rows: int, step: int) -> str:
 
 
 def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Settled:
-    """Fills in `learning_rate` where it is not given.
+    """Fills in `learning_rate` where it is not given, or is to be found by short runs, which begin there.
 
     Args:
         options: With their batch settled.
         rows: Of the training data.
         channels: From `mean_channels`.
     """
-    if options.learning_rate is not None:
+    if isinstance(options.learning_rate, float):
         return Settled(options, "as asked")
     if options.recipe == PAPER or channels is None:
         rate = METHODS[options.method].learning_rate
         return Settled(options.model_copy(update={"learning_rate": rate}), "the paper's, for commonsense")
-    steps = _steps(options, rows)
+    steps = planned_steps(options, rows)
     reason = f"for {steps:,} steps and {channels:.0f} channels in a slice" + ("" if _is_adam(options) else NOT_ADAM)
     return Settled(options.model_copy(update={"learning_rate": rate_of(channels, steps)}), reason)
 
 
-def _steps(options: TrainOptions, rows: int) -> int:
+def planned_steps(options: TrainOptions, rows: int) -> int:
+    """Optimizer steps of a run whose batch is settled."""
     return total_steps(options, math.ceil(rows / ((options.batch_size or 1) * process_count())))
 
 
@@ -102,7 +103,7 @@ def _is_adam(options: TrainOptions) -> bool:
 
 def too_short(options: TrainOptions, steps: int, channels: float | None) -> str | None:
     """A warning if the run is too short to change the model noticeably, else None."""
-    assert options.learning_rate is not None
+    assert isinstance(options.learning_rate, float)
     few = steps < (FEW_STEPS if channels is None else FEWEST_STEPS)
     if channels is not None and _is_adam(options):
         few |= options.learning_rate * math.sqrt(channels * steps) < LEAST_MOVE

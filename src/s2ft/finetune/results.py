@@ -113,6 +113,7 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
             **_at_once(setup),
         },
         "training": _training(setup, steps, foreseen, metrics["train_runtime"]),
+        **({} if setup.search is None else {"learning_rate_search": setup.search}),
         "loss_curve": _points(state.log_history, "loss"),
     }
     if setup.data.held_out is not None:

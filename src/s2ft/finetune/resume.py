@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from s2ft.finetune.checkpoints import is_unfinished, whole_checkpoints
 from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config_file import method_of
 from s2ft.format.registration import NAME
 from s2ft.runtime.processes import process_count
@@ -52,6 +54,7 @@ class Paused:
     options: dict[str, Any]  # with a learning rate, which older notes left open
     digest: str  # of the data
     processes: int
+    search: dict[str, Any] | None = None  # how its learning rate was found, where short runs did
 
     @classmethod
     def read(cls, checkpoint: Path) -> Paused:
@@ -69,7 +72,9 @@ class Paused:
             raise _unreadable(path, "expected an object with options and data, with its digest")
         if processes not in range(1, 1 << 16):
             raise _unreadable(path, f"processes is {processes!r}")
-        return cls(checkpoint, settled_options(options), data["digest"], processes)
+        search = note.get("learning_rate_search")
+        search = search if isinstance(search, dict) else None
+        return cls(checkpoint, settled_options(options), data["digest"], processes, search)
 
     @property
     def method(self) -> str:
@@ -84,7 +89,7 @@ class Paused:
 
     def settle(self, options: TrainOptions) -> TrainOptions:
         """The options, with what they leave open settled as in its run."""
-        open_ones = [name for name in SETTLED if getattr(options, name) is None]
+        open_ones = [name for name in SETTLED if getattr(options, name) in (None, AUTO_RATE)]
         return options.model_copy(update={name: self.options.get(name) for name in open_ones})
 
     def check_same_run(self, options: TrainOptions, digest: str) -> None:
@@ -121,10 +126,13 @@ def check_output(options: TrainOptions) -> Paused | None:
     return None
 
 
-def note_run(checkpoint: Path, options: TrainOptions, digest: str, prompts: str) -> None:
+def note_run(
+    checkpoint: Path, options: TrainOptions, digest: str, prompts: str, search: Mapping[str, Any] | None = None
+) -> None:
     """Writes down which run a checkpoint is of; `prompts` is the format of its prompts."""
     data = {"digest": digest, "format": prompts}
     note = {"options": options.model_dump(mode="json"), "data": data, "processes": process_count()}
+    note |= {} if search is None else {"learning_rate_search": search}
     (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

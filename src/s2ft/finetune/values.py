@@ -5,9 +5,11 @@ The command line hands over the text that was typed, a YAML file numbers and lis
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+AUTO_RATE = "auto"  # the learning rate that short runs find
 
 
 class Options(BaseModel):
@@ -67,6 +69,16 @@ def _number(value: str) -> float:
         raise ValueError("must be a fraction such as 0.05, or one per projection: o_proj=0.05,down_proj=0.02") from None
 
 
+def _rate(value: Any) -> Any:
+    """Refuses text that is neither a number nor "auto"."""
+    if isinstance(value, str) and value != AUTO_RATE:
+        try:
+            float(value)
+        except ValueError:
+            raise ValueError(f"must be a number such as 2e-3, or {AUTO_RATE}") from None
+    return value
+
+
 def _layers(value: Any) -> Any:
     """Reads "3" as 3 and "1,2" as [1, 2]; ranges such as "8-15" and "last:50%" stay text."""
     if not isinstance(value, str):
@@ -93,6 +105,7 @@ def _without_nul(value: Any) -> Any:
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Rate = Annotated[PositiveFloat | Literal["auto"] | None, BeforeValidator(_rate)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, AfterValidator(_named)]
 Names = Annotated[list[str], BeforeValidator(_one_or_many), AfterValidator(_named)]

@@ -126,7 +126,9 @@ def _trainer(
     options: TrainOptions,
     autocast: bool,
 ) -> Trainer:
-    args = sft_config(options, longest(options, model), autocast, save_strategy="no", disable_tqdm=True)
+    args = sft_config(
+        options, max_length=longest(options, model), autocast=autocast, save_strategy="no", disable_tqdm=True
+    )
     args.warmup_steps = warmup_steps(options, options.max_steps or 0)
     set_seed(options.train_seed)  # an adapter may start from random values
     trainer = Trainer(
