@@ -191,20 +191,49 @@ def test_a_tower_is_left_as_it_is_unless_it_is_named(family: str) -> None:
     assert {path.rpartition(".")[2] for path in selection.slices} == {"o_proj", "down_proj"}
     assert not any(path.startswith(tower) for path in selection.slices)
     assert selection.left_out.startswith(f"left out: {tower} (1 ")
-    assert "name its layers in target_modules" in selection.left_out
+    assert "to train it, give targets, or name its layers in target_modules" in selection.left_out
     reached = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(tower))
     assert abs(share(selection, model, "language_model.layers.0.mlp.down_proj")[0] * 2 - 0.025 * reached) <= 2 * 32
+    chosen = quietly(model, ratios=0.5, targets="vision")
+    assert chosen.slices
+    assert all(path.startswith(tower) for path in chosen.slices)
+    assert {s.side for s in chosen.slices.values()} == {"in"}
+    everything = set(quietly(model, ratios=0.5, targets="all").slices)
+    assert everything == set(chosen.slices) | set(quietly(model, ratios=0.5, targets="language").slices)
+    assert set(quietly(model, ratios=0.5, targets="language").slices) == set(quietly(model, ratios=0.5).slices)
+    both = {"targets": "vision", "target_modules": ["down_proj", "fc2", "linear_fc2"]}
+    assert all(path.startswith(tower) for path in quietly(model, ratios=0.5, **both).slices)
     named = quietly(model, ratios=0.5, target_modules=rf".*{tower.rpartition('.')[2]}.*(fc2|down_proj)")
     assert all(path.startswith(tower) for path in named.slices)
     assert named.left_out == ""
 
 
+def test_a_part_that_the_model_does_not_have_is_refused_by_name() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vit = hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=16, patch_size=8))
+    with pytest.raises(S2FTError, match="targets='vision': LlamaForCausalLM has no vision tower; it has no towers"):
+        select(build("llama"), S2FTConfig(ratios=0.5, targets="vision"))
+    with pytest.raises(S2FTError, match=r"targets='audio': .* has no audio tower; it has language, vision"):
+        select(VISION_MODELS["llava"](), S2FTConfig(ratios=0.5, targets="audio"))
+    with pytest.raises(
+        S2FTError, match="targets='language': ViTForImageClassification has no language model; it reads"
+    ):
+        select(vit, S2FTConfig(ratios=0.5, targets="language"))
+    with pytest.raises(S2FTError, match="targets='visual' is unknown; choose from language, vision, audio, all"):
+        S2FTConfig(targets="visual")
+    assert select(vit, S2FTConfig(ratios=0.5, targets="vision", seed=0)).slices.keys() == (
+        select(vit, S2FTConfig(ratios=0.5, seed=0)).slices.keys()
+    )
+
+
 def test_a_speech_model_keeps_its_encoder_and_its_projector() -> None:
     """Parts whose name says nothing of vision or audio; and a language model that is made of parts itself."""
     speech = hf.GraniteSpeechConfig()
-    assert _tower_configs(speech) == {type(speech.encoder_config), type(speech.projector_config)}
-    assert _tower_configs(hf.BltConfig()) == set()
-    assert _tower_configs(hf.LlamaConfig()) == set()
+    assert _tower_configs(speech) == dict.fromkeys(
+        (type(speech.encoder_config), type(speech.projector_config)), "projector"
+    )
+    assert _tower_configs(hf.BltConfig()) == {}
+    assert _tower_configs(hf.LlamaConfig()) == {}
 
 
 class _Packed(nn.Module):

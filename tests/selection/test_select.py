@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
@@ -356,6 +357,21 @@ def test_a_config_file_of_a_newer_version_is_read_with_a_warning(tmp_path: Path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1, "another": 2}))
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['another', 'of_the_future'\]"):
         assert S2FTConfig.from_pretrained(str(tmp_path)).ratios == 0.5
+
+
+def test_a_layer_that_its_owner_never_runs_is_refused_by_name() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
+    unrun = "head.attention.out_proj"
+    with pytest.raises(
+        S2FTError, match=rf"target_modules matches {unrun}, whose nn\.MultiheadAttention reads its weight"
+    ):
+        select(model, S2FTConfig(ratios=0.5, target_modules=["out_proj"]))
+    named = select(model, S2FTConfig(ratios=0.5, target_modules=["out_proj"], exclude_modules=[unrun], seed=0))
+    assert list(named.slices) == ["encoder.layers.0.self_attn.out_proj"]
+    everything = select(model, S2FTConfig(ratios=0.5, target_modules="all-linear", seed=0)).slices
+    assert unrun not in everything
+    assert "head.mlp.fc2" in everything
 
 
 def test_a_model_without_known_blocks_is_refused_with_what_was_looked_for() -> None:

@@ -15,6 +15,13 @@ from s2ft.layer.dequantise import dequantised, grid
 from s2ft.layer.linears import features, is_plain, linear_layer, weight_matrix
 from s2ft.selection.select import select
 
+HEADED = {
+    "SEQ_CLS": ("AutoModelForSequenceClassification", ("classifier", "score")),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", ("classifier", "score")),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", ("qa_outputs",)),
+}
+"""Tasks with a head → the class that loads a model with one, and how PEFT knows it: by the end of its name."""
+
 
 def check_fits(model: nn.Module, config: S2FTConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises `S2FTError` unless an adapter's slices are of layers of this model, and of the base they were made for.
@@ -32,10 +39,26 @@ def resolved(model: nn.Module, config: S2FTConfig) -> S2FTConfig:
     Raises:
         S2FTError: if the config cannot be met on this model, or was made for another base.
     """
+    if not config.is_resolved:
+        raise_together(filter(None, [_head_problem(model, config)]))
     config = select(model, config).config
     _check_modules(model, config)
     check_base(config.base_digest or {}, digests := _digests(model, config), config.base_model_name_or_path)
     return config if config.base_digest is not None else replace(config, base_digest=_known(digests))
+
+
+def _head_problem(model: nn.Module, config: S2FTConfig) -> str | None:
+    """Why the task's head, which PEFT trains and saves whole by its name, is not there; None where it is, or none is wanted."""
+    if config.task_type not in HEADED:
+        return None
+    loader, names = HEADED[config.task_type]
+    known = {*names, *(config.modules_to_save or ())}
+    if any(path.endswith(name) for path, _ in model.named_modules() for name in known):
+        return None
+    return (
+        f"task_type={str(config.task_type)!r} trains a head, and {type(model).__name__} has none that is called "
+        f"{' or '.join(names)}: load the model with {loader}, or name its head in modules_to_save"
+    )
 
 
 def digest_anew(model: nn.Module, config: S2FTConfig) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from s2ft.common.errors import S2FTError, first_line
-from s2ft.format.terms import ALLOCATIONS, OWN, PROJECTIONS, STRATEGIES, SUBSETS
+from s2ft.format.terms import ALLOCATIONS, OWN, PROJECTIONS, STRATEGIES, SUBSETS, TOWERS
 
 _LAYERS_PATTERN = re.compile(r"(?P<end>first|last):(?P<count>\d+(?:\.\d+)?)(?P<percent>%?)|(?P<lo>\d+)-(?P<hi>\d+)")
 
@@ -33,6 +33,9 @@ def choice_problems(config: Any) -> Iterator[str]:
         yield f"layers={config.layers!r} is not an index, a list of them, 'A-B', 'first:N', 'last:N' or 'last:P%'"
     if not _is_list_of_text(config.avoid):
         yield f"avoid={config.avoid!r} is not a list of adapters: names on the model, folders, or Hub names"
+    targets = getattr(config, "targets", None)  # which options for text alone do not have
+    if targets is not None and targets not in TOWERS:
+        yield f"targets={targets!r} is unknown; choose from {', '.join(TOWERS)}"
     yield from pattern_problems("target_modules", config.target_modules)
 
 

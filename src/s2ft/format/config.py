@@ -32,7 +32,7 @@ from s2ft.format.config_file import (
     version_problem,
 )
 from s2ft.format.registration import peft_type, register_config
-from s2ft.format.terms import ALLOCATIONS, STRATEGIES, SUBSETS
+from s2ft.format.terms import ALLOCATIONS, STRATEGIES, SUBSETS, TOWERS
 from s2ft.format.unknown import explain_unknown
 from s2ft.format.validation import check_adapter
 
@@ -62,6 +62,8 @@ class S2FTConfig(PeftConfig):
             model.
         layers: The blocks to train: an index, a list of them, a range `"8-15"`, `"last:50%"` or `"first:4"`.
         avoid: Adapters whose channels are not to be chosen: names on the same model, folders, or Hub names.
+        targets: Of a model of several parts, the one that is trained: `language` (unless `target_modules` names others),
+            `vision`, `audio`, or `all`.
         target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels;
             any other linear layer by its input channels. None targets the projections that `ratios` names, else o and
             down, and the last layer of mixers that are no attention (`out_proj`).
@@ -101,6 +103,7 @@ class S2FTConfig(PeftConfig):
     allocation: str = field(default="uniform", metadata={"help": " | ".join(ALLOCATIONS)})
     layers: int | str | list[int] | None = field(default=None, metadata={"help": "Blocks to train"})
     avoid: list[str] | None = field(default=None, metadata={"help": "Adapters whose channels are not to be chosen"})
+    targets: str | None = field(default=None, metadata={"help": " | ".join(TOWERS)})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to train a slice of"}
     )

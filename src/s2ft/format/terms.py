@@ -17,6 +17,7 @@ STRATEGIES = {
 OWN = "own"
 """The strategy of a config whose channels were chosen by the user's function: `s2ft.select(..., scores=)`."""
 
+TOWERS = ("language", "vision", "audio", "all")
 SUBSETS = ("largest", "smallest")
 ALLOCATIONS = ("uniform", "global")
 DEFAULT_BUDGET = 0.01

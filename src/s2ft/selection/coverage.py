@@ -28,7 +28,7 @@ _CONVOLUTIONS = (
 )
 
 EXPERTS = "experts are stacked in one parameter, and s2ft slices linear layers"
-TOWER = "it stands beside the language model; to train it, name its layers in target_modules"
+TOWER = "it stands beside the language model; to train it, give targets, or name its layers in target_modules"
 UNKNOWN = "its layers are known neither as attention nor as MLP"
 
 
@@ -87,6 +87,15 @@ def coverage(model: nn.Module, targets: Sequence[Target], by_name: bool) -> Cove
     groups = [LeftOut(*kind[:2], len(owners), sum(counts), kind[2]) for kind, (owners, counts) in found.items()]
     worth = [group for group in groups if group.parameters >= _WORTH_A_WORD * total]
     return Coverage(total, tuple(sorted(worth, key=lambda group: -group.parameters)))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether it has experts that are stacked in one parameter."""
+    return any(
+        _is_stacked(module, parameter) and layer_stack(path) is not None
+        for path, module in model.named_modules()
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

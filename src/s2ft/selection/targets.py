@@ -2,8 +2,8 @@
 
     ratios | target_modules | default (o, down)   →   (structure, projection) pairs, in the model's order
 
-Unless `target_modules` names them, these are the language model's: a tower beside it (vision, audio) is left as it is. A
-named module outside every known structure is a target by itself, sliced by its input channels.
+Unless `targets` or `target_modules` names them, these are the language model's: a tower beside it (vision, audio) is left as
+it is. A named module outside every known structure is a target by itself, sliced by its input channels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from s2ft.common.errors import S2FTError, raise_together
@@ -21,7 +22,7 @@ from s2ft.layer.linears import layer_stack, linear_layer
 from s2ft.selection.coverage import coverage
 from s2ft.selection.families import ROUTER, looked_for
 from s2ft.selection.structure import Reading, read_structures, single_linear
-from s2ft.selection.towers import towers
+from s2ft.selection.towers import in_part, towers
 from s2ft.selection.units import Structure, Target
 
 DEFAULT_TARGETS = ("o_proj", "out_proj", "down_proj")
@@ -32,14 +33,17 @@ def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
     """The projections to train, in the model's order."""
     reading = read_structures(model)
     structures = reading.structures
+    within = in_part(model, config.targets or "all")
     if config.target_modules is None:
         candidates = _default_candidates(reading, config, model)
         names = {projection.module.rpartition(".")[2] for _, projection in candidates}
         config = replace(config, target_modules=names)
     else:
+        is_all = config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
         config = _maybe_include_all_linear_layers(replace(config), model)
-        candidates = [(s, p) for s in structures + _uncoupled(model, config, structures) for p in s.projections]
-    matched = [(s, p) for s, p in candidates if check_target_module_exists(config, p.module)]
+        named = _uncoupled(model, config, structures, skip_unrun=is_all)
+        candidates = [(s, p) for s in structures + named for p in s.projections]
+    matched = [(s, p) for s, p in candidates if within(p.module) and check_target_module_exists(config, p.module)]
     if isinstance(config.ratios, dict):
         matched = [(s, p) for s, p in matched if p.name in config.ratios]
         idle = [name for name in config.ratios if name not in {p.name for _, p in matched}]
@@ -60,7 +64,7 @@ def by_projection(targets: Sequence[Target]) -> dict[str, list[Target]]:
 def _default_candidates(reading: Reading, config: S2FTConfig, model: nn.Module) -> list[Target]:
     """The projections that `ratios` names, all of which must be there; else those of the default that are."""
     wanted = tuple(config.ratios) if isinstance(config.ratios, dict) else DEFAULT_TARGETS
-    structures = _by_default(model, reading.structures)
+    structures = _by_default(model, reading.structures, config.targets)
     present = {p.name for s in structures for p in s.projections}
     missing = [name for name in wanted if name not in present]
     if missing and (isinstance(config.ratios, dict) or len(missing) == len(wanted)):
@@ -72,11 +76,12 @@ def _default_candidates(reading: Reading, config: S2FTConfig, model: nn.Module) 
     return [(s, p) for s in structures for p in s.projections if p.name in wanted]
 
 
-def _by_default(model: nn.Module, structures: Sequence[Structure]) -> list[Structure]:
-    """Those in the language model's blocks: not in its towers, projectors, routers and heads; all, where that leaves none."""
-    places = [f"{place}." for place in towers(model)]
-    outside = [s for s in structures if not f"{s.path}.".startswith(tuple(places)) and not ROUTER.search(s.path)]
-    return [s for s in outside if s.layer is not None] or outside or list(structures)
+def _by_default(model: nn.Module, structures: Sequence[Structure], targets: str | None) -> list[Structure]:
+    """Those in the blocks of the part that is trained, not in projectors, routers and heads; all, where that leaves none."""
+    beside = tuple(f"{place}." for place in towers(model))
+    within = in_part(model, targets) if targets else lambda path: not f"{path}.".startswith(beside)
+    inside = [s for s in structures if within(s.path) and not ROUTER.search(s.path)]
+    return [s for s in inside if s.layer is not None] or inside or list(structures)
 
 
 def _why_missing(model: nn.Module, structures: Sequence[Structure]) -> str:
@@ -88,8 +93,12 @@ def _why_missing(model: nn.Module, structures: Sequence[Structure]) -> str:
     return " ".join([*not_read, *known])
 
 
-def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]) -> list[Structure]:
-    """The other modules that `target_modules` names, each by itself."""
+def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure], skip_unrun: bool) -> list[Structure]:
+    """The other modules that `target_modules` names, each by itself.
+
+    Args:
+        skip_unrun: Leave out layers whose owner reads their weights without running them, rather than refuse them.
+    """
     coupled = {projection.module for structure in structures for projection in structure.projections}
     found = []
     for path, module in model.named_modules():
@@ -98,6 +107,14 @@ def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure]
             continue
         if linear_layer(module) is None:
             raise S2FTError(f"target_modules matches {path}, a {type(module).__name__}; s2ft slices linear layers")
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(owner, nn.MultiheadAttention):
+            if skip_unrun:
+                continue
+            raise S2FTError(
+                f"target_modules matches {path}, whose nn.MultiheadAttention reads its weight without running it: an "
+                "adapter there would never be trained. Name it in exclude_modules"
+            )
         found.append(single_linear(path, module))
     return found
 
@@ -120,7 +137,8 @@ def _in_layers(targets: list[Target], config: S2FTConfig, model: nn.Module) -> l
 
 def _nothing_found(config: S2FTConfig, model: nn.Module) -> str:
     wanted = {
-        name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers", "layers_to_transform")
+        name: getattr(config, name)
+        for name in ("targets", "target_modules", "exclude_modules", "layers", "layers_to_transform")
     }
     given = ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value is not None)
     names = sorted(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 _FRAMES = 64  # of sound, where the config does not say
 _SAMPLES = 4000  # of a wave
+_SENSES = ("vision_config", "audio_config", "encoder", "encoder_config")  # configs of what sees or hears
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Any]:
@@ -27,6 +28,8 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Any]:
         found = {name: value for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
     else:
         found = {model.main_input_name: _random(model, *_shape(model))}
+        if "decoder_input_ids" in names:
+            found["decoder_input_ids"] = torch.tensor([[1, 2, 3]])
     if "use_cache" in names:
         found["use_cache"] = False  # a cache would be filled again by a second call
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in found.items()}
@@ -41,15 +44,28 @@ def parts(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
 def _shape(model: PreTrainedModel) -> tuple[int, ...]:
     """Of the model's main input, for a batch of one."""
-    config = model.config
     if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", None) or getattr(config, "vision_config", config).image_size
+        size = _size(model, "image_size")
         height, width = (size, size) if isinstance(size, int) else size
-        return 1, getattr(config, "num_channels", 3), height, width
+        return 1, _size(model, "num_channels") or 3, height, width
     if model.main_input_name == "input_features":
-        positions: int | None = getattr(config, "max_source_positions", None)
-        return 1, config.num_mel_bins, 2 * positions if positions else _FRAMES
+        if bins := _size(model, "num_mel_bins"):
+            positions = _size(model, "max_source_positions")
+            return 1, bins, 2 * positions if positions else _FRAMES
+        per_channel = _size(model, "input_feat_per_channel")
+        width = (
+            per_channel * _size(model, "input_channels")
+            if per_channel
+            else _size(model, "feature_projection_input_dim")
+        )
+        return 1, _FRAMES, width
     return 1, _SAMPLES
+
+
+def _size(model: PreTrainedModel, name: str) -> Any:
+    """A size by the model's config, or by that of its part which sees or hears; None if neither has it."""
+    configs = (model.config, *(getattr(model.config, part, None) for part in _SENSES))
+    return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 
 def _patches(model: PreTrainedModel) -> dict[str, Any]:
