@@ -171,7 +171,7 @@ class Noted(Watch):
         self.tiers: Counter[str] = Counter()
         self.rows: list[int] = []
 
-    def turn(self, rows: int, waiting: int) -> None:
+    def step(self, rows: int) -> None:
         self.rows.append(rows)
 
     def adapter(self, tier: str) -> None:
@@ -195,6 +195,7 @@ class TestRoom:
         assert desk.pool.used()[0] <= desk.pool.device_bytes
         assert watch.tiers["disk"] >= len(set(order))
         assert sum(watch.tiers.values()) == len(jobs)
+        assert sum(watch.rows) == 2 * len(jobs)  # the first of three tokens comes with the prompt
 
     def test_an_adapter_that_is_larger_than_all_the_room_fails(self, saved: tuple[torch.nn.Module, Path]) -> None:
         desk = Desk(*saved, device_bytes=1)

@@ -24,4 +24,5 @@ def make(skill: str, folder: Path = FOLDER, examples: int = 3000) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{skill}.jsonl"
     write_jsonl(data, SKILLS[skill].examples(examples, seed=0))
-    train(training(data, folder / skill).model_copy(update=_LONGER))
+    other_channels = {"seed": NEW_SKILLS.index(skill)}  # two skills on the same channels would fuse badly
+    train(training(data, folder / skill).model_copy(update={**_LONGER, **other_channels}))

@@ -22,5 +22,6 @@ logs       a line for each request
 metrics    counts for Prometheus
 service    from a request to its events
 app        routes, and what stands before them
+channels   which channels an adapter trains, for the page
 server     starts, runs and stops
 """

@@ -9,7 +9,12 @@ from typing import Any
 
 from s2ft.serve.errors import ApiError, respond
 
-OPEN = ("/", "/health")  # a page without contents, and a word; all else is for those who have a key
+PAGE = {  # address → file in serve/page, and its type
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+OPEN = {*PAGE, "/health"}  # a page without contents, and a word; all else is for those who have a key
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

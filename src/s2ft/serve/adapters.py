@@ -118,7 +118,7 @@ class Adapters:
         """
         with self._fusing:
             key = self._fusion_key(recipe)
-            folders = [self._place(name) for name in recipe]
+            folders = [self.place(name) for name in recipe]
             self._count += 1
             output = Path(self._scratch.name) / str(self._count)
             fuse(folders, list(recipe.values()), output=output)
@@ -156,7 +156,7 @@ class Adapters:
         self._scratch.cleanup()
 
     def _version(self, name: str) -> tuple[str, Path]:
-        folder = self._place(name)
+        folder = self.place(name)
         key = f"{name}/{_stamp(folder)}"
         before, self._versions[name] = self._versions[name], key
         if before not in (None, key):
@@ -165,9 +165,16 @@ class Adapters:
         return key, folder
 
     def _fusion_key(self, recipe: Mapping[str, float]) -> str:
-        return "/".join(f"{weight!r}*{name}/{_stamp(self._place(name))}" for name, weight in recipe.items())
+        return "/".join(f"{weight!r}*{name}/{_stamp(self.place(name))}" for name, weight in recipe.items())
 
-    def _place(self, name: str) -> Path:
+    def place(self, name: str) -> Path:
+        """The folder of an adapter that can be asked for.
+
+        Raises:
+            UnknownModelError: if there is none, or it is not there any more.
+        """
+        if name not in self._versions:
+            raise UnknownModelError
         folder = None if self._root is None else _folder(self._root, name)
         if folder is None:
             raise UnknownModelError

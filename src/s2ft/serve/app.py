@@ -9,6 +9,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,9 +18,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from s2ft.common.reading import shown
-from s2ft.serve.access import App, Keys
-from s2ft.serve.errors import ApiError
+from s2ft.serve.access import PAGE, App, Keys
+from s2ft.serve.errors import ApiError, no_model
 from s2ft.serve.job import End
 from s2ft.serve.limits import Limits
 from s2ft.serve.logs import NOTES, Logged
@@ -26,6 +27,7 @@ from s2ft.serve.requests import ChatRequest, CompletionRequest, parsed
 from s2ft.serve.responses import Answer, ChatShape, CompletionShape, Shape, told
 from s2ft.serve.service import Asked, Asking, Service
 
+POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -71,6 +73,7 @@ def _routes(service: Service) -> FastAPI:
         return await _answer(service, parsed(ChatRequest, await request.body()), request)
 
     _model_routes(app, service)
+    _page_routes(app, service)
     return app
 
 
@@ -89,7 +92,7 @@ def _model_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name not in (adapters.base, *adapters.names):
-            raise _no_adapter(name)
+            raise no_model(name)
         return JSONResponse(card(name))
 
     if service.options.allow_loading:
@@ -97,18 +100,29 @@ def _model_routes(app: FastAPI, service: Service) -> None:
         @app.put("/v1/adapters/{name}")
         async def add(name: str) -> Response:
             if not adapters.add(name):
-                raise _no_adapter(name)
+                raise no_model(name)
             return JSONResponse(card(name))
 
         @app.delete("/v1/adapters/{name}")
         async def remove(name: str) -> Response:
             if not adapters.remove(name):
-                raise _no_adapter(name)
+                raise no_model(name)
             return JSONResponse({"id": name, "object": "model", "deleted": True})
 
 
-def _no_adapter(name: str) -> ApiError:
-    return ApiError(404, f"there is no model {shown(name)}", "model", "model_not_found")
+def _page_routes(app: FastAPI, service: Service) -> None:
+    """The page at /, its parts, and what only the page asks for."""
+    for address, (file, kind) in PAGE.items():
+        body = (Path(__file__).parent / "page" / file).read_bytes()
+        app.get(address)(partial(_part_of_page, body, kind))
+
+    @app.get("/v1/adapters/{name}/channels")
+    async def channels(name: str) -> Response:
+        return JSONResponse({"object": "list", "data": await service.channels(name)})
+
+
+async def _part_of_page(body: bytes, kind: str) -> Response:
+    return Response(body, media_type=kind, headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"})
 
 
 async def _answer(service: Service, asked: Asked, request: Request) -> Response:

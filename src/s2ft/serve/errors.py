@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from s2ft.common.reading import shown
 from s2ft.serve.job import FailureKind
 
 RETRY = {"Retry-After": "1"}
@@ -62,6 +63,12 @@ class ApiError(Exception):
 def full() -> ApiError:
     """Too much is waiting already."""
     return ApiError(429, "too many requests are waiting; try again", code="rate_limit_exceeded", headers=RETRY)
+
+
+def no_model(name: str) -> ApiError:
+    """There is no model by that name."""
+    message = f"there is no model {shown(name)}; GET /v1/models lists those there are"
+    return ApiError(404, message, "model", "model_not_found")
 
 
 def failed(kind: FailureKind) -> ApiError:

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from s2ft.serve.scheduler import Watch
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-_ROWS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics(Watch):
@@ -26,7 +26,6 @@ class Metrics(Watch):
         self._adapters = Counter(
             "s2ft_adapter", "Where adapters were when they were needed: device, host, disk", ["tier"], registry=registry
         )
-        self.written = 0  # tokens of answers, since the start
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """A request was answered."""
@@ -37,14 +36,15 @@ class Metrics(Watch):
         """Tokens that a request took."""
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("answer").inc(answer)
-        self.written += answer
+
+    def step(self, rows: int) -> None:
+        """So many rows got a token at once."""
+        self._rows.observe(rows)
 
     def turn(self, rows: int, waiting: int) -> None:
-        """The engine has made a step."""
+        """The engine's state now."""
         self._running.set(rows)
         self._waiting.set(waiting)
-        if rows:
-            self._rows.observe(rows)
 
     def adapter(self, tier: str) -> None:
         """An adapter was needed."""

@@ -39,8 +39,11 @@ class StoppingError(Exception):
 class Watch:
     """What the scheduler tells of itself; the server counts it."""
 
+    def step(self, rows: int) -> None:
+        """So many rows get a token at once."""
+
     def turn(self, rows: int, waiting: int) -> None:
-        """After each turn."""
+        """After each turn: the rows that go on, and the jobs that wait."""
 
     def adapter(self, tier: str) -> None:
         """A job's adapter was on this tier when the job joined: `device`, `host` or `disk`."""
@@ -224,6 +227,7 @@ class Scheduler:
     def _step(self) -> None:
         self._keep([row for row in self._rows if not row.is_complete])
         if self._rows:
+            self._watch.step(len(self._rows))
             self._advance(self._rows, self._batch.step([row.token for row in self._rows]))
             self._keep([row for row in self._rows if not row.is_complete])
 

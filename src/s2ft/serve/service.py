@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.common.errors import S2FTError
-from s2ft.common.reading import shown
 from s2ft.data.template import EndlessTemplateError, chat_ids
 from s2ft.data.tokens import text_ids
 from s2ft.serve.adapters import Adapters, Chosen, UnknownModelError
 from s2ft.serve.batch import Batch
-from s2ft.serve.errors import ApiError, failed, full
+from s2ft.serve.channels import channels
+from s2ft.serve.errors import ApiError, failed, full, no_model
 from s2ft.serve.job import End, Event, Failure, Job, Sampling
 from s2ft.serve.metrics import Metrics
 from s2ft.serve.model import Base
@@ -26,6 +27,7 @@ from s2ft.serve.scheduler import FullError, Scheduler, StoppingError
 from s2ft.tuner.pool import AdapterPool
 
 GIGABYTE = 10**9
+_log = logging.getLogger("s2ft.serve")
 Asked = CompletionRequest | ChatRequest
 
 
@@ -94,6 +96,23 @@ class Service:
         except StoppingError:
             raise failed("stopping") from None
         return asking
+
+    async def channels(self, name: str) -> list[dict[str, Any]]:
+        """What an adapter trains (`serve/channels.py`).
+
+        Raises:
+            ApiError: if there is no such adapter, or it cannot be read.
+        """
+        try:
+            folder = self.adapters.place(name)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._readers, channels, folder, self.base.tuner.model
+            )
+        except UnknownModelError:
+            raise no_model(name) from None
+        except S2FTError as error:
+            _log.error("the channels of the adapter %r cannot be read: %s", name, error)
+            raise failed("adapter") from None
 
     async def _chosen(self, recipe: dict[str, float]) -> Chosen:
         while (chosen := self.adapters.choose(recipe)) is None:
@@ -222,10 +241,7 @@ def _hand_out(events: list[tuple[Job, Event]]) -> None:
 
 
 def _unknown(asked: Asked) -> ApiError:
-    names = asked.model if asked.fuse is None else "+".join(asked.fuse)
-    return ApiError(
-        404, f"there is no model {shown(names)}; GET /v1/models lists those there are", "model", "model_not_found"
-    )
+    return no_model(asked.model if asked.fuse is None else "+".join(asked.fuse))
 
 
 def _too_long(message: str, param: str) -> ApiError:
