@@ -104,14 +104,37 @@ def test_the_papers_rates_are_one_word_away_and_a_given_rate_stays(method):
 )
 def test_a_run_that_did_not_teach_a_real_model_is_called_too_short_and_one_that_did_is_not(rate, steps, short):
     """SmolLM2-135M, 39 channels: after 12 steps at 2e-4 no trace of the style, after 11 at 5e-3 it has it."""
-    told = too_short(options(learning_rate=rate), steps, 39)
+    told = too_short(settle_batch(options(learning_rate=rate), 200).options, steps, 39)
     assert (told is not None) == short
     assert told is None or told.startswith(f"{steps} steps at a rate of {rate:g} will hardly move the model: give more")
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "channels", "advice"),
+    [
+        (
+            {"recipe": "paper"},
+            12,
+            39,
+            "more epochs than 3, fewer examples a step than 64 (batch_size, gradient_accumulation), or a higher "
+            "learning_rate: the rule's is 0.014",
+        ),
+        ({"epochs": 0.1}, 1, 2, "more epochs than 0.1, or a higher learning_rate: the rule's is 0.02"),
+        ({"max_steps": 12}, 12, 39, "more steps than max_steps=12, or a higher learning_rate: the rule's is 0.014"),
+        ({"optim": "sgd", "max_steps": 5}, 5, 39, "more steps than max_steps=5, or a higher learning_rate"),
+        ({"method": "lora", "max_steps": 5}, 5, None, "more steps than max_steps=5, or a higher learning_rate"),
+    ],
+)
+def test_a_run_that_is_too_short_is_told_what_to_change_from_what(given, steps, channels, advice):
+    told = too_short(settle_batch(options(learning_rate=2e-4, **given), 20).options, steps, channels)
+    unit = "step" if steps == 1 else "steps"
+    assert told == f"{steps} {unit} at a rate of 0.0002 will hardly move the model: give {advice}"
+
+
 def test_of_other_methods_the_steps_are_counted():
-    assert too_short(options(method="lora", learning_rate=1e-4), 12, None) is not None
-    assert too_short(options(method="lora", learning_rate=1e-4), 150, None) is None
+    lora = settle_batch(options(method="lora", learning_rate=1e-4), 200).options
+    assert too_short(lora, 12, None) is not None
+    assert too_short(lora, 150, None) is None
 
 
 def test_defaults_teach_a_small_data_set_and_the_papers_recipe_does_not(run, tmp_path, caplog):

@@ -39,18 +39,25 @@ def settle_batch(options: TrainOptions, rows: int) -> Settled:
     Args:
         rows: Of the training data: examples, or what packing makes of them.
     """
-    wanted = _examples_per_step(options, rows)
+    wanted = _wanted_step(options, rows)
     size, accumulation = options.batch_size, options.gradient_accumulation
     if size is None:
         size = AT_ONCE if accumulation is not None else max(1, min(AT_ONCE, wanted // process_count()))
     if accumulation is None:
         accumulation = max(1, wanted // (size * process_count()))
     settled = options.model_copy(update={"batch_size": size, "gradient_accumulation": accumulation})
-    return Settled(settled, _batch_reason(options, rows, size * accumulation * process_count()))
+    return Settled(settled, _batch_reason(options, rows, examples_a_step(settled)))
 
 
-def _examples_per_step(options: TrainOptions, rows: int) -> int:
-    """A power of two."""
+def examples_a_step(options: TrainOptions) -> int:
+    """Of an optimizer step, in all processes; with the batch settled."""
+    assert options.batch_size is not None
+    assert options.gradient_accumulation is not None
+    return options.batch_size * options.gradient_accumulation * process_count()
+
+
+def _wanted_step(options: TrainOptions, rows: int) -> int:
+    """Examples that a step should see: a power of two."""
     if options.recipe == PAPER:
         return PAPER_STEP
     seen = max(1.0, options.epochs * rows / ENOUGH_STEPS)
@@ -107,5 +114,23 @@ def too_short(options: TrainOptions, steps: int, channels: float | None) -> str 
     few = steps < (FEW_STEPS if channels is None else FEWEST_STEPS)
     if channels is not None and _is_adam(options):
         few |= options.learning_rate * math.sqrt(channels * steps) < LEAST_MOVE
-    advice = "give more epochs, fewer examples a step (batch_size, gradient_accumulation) or a higher learning_rate"
-    return f"{steps} steps at a rate of {options.learning_rate:g} will hardly move the model: {advice}" if few else None
+    if not few:
+        return None
+    run = f"{steps} {'step' if steps == 1 else 'steps'} at a rate of {options.learning_rate:g}"
+    return f"{run} will hardly move the model: give {_longer(options)}, or {_higher(options, steps, channels)}"
+
+
+def _longer(options: TrainOptions) -> str:
+    """How to make more steps."""
+    if options.max_steps is not None:
+        return f"more steps than max_steps={options.max_steps}"
+    step = examples_a_step(options)
+    fewer = f", fewer examples a step than {step} (batch_size, gradient_accumulation)" if step > 1 else ""
+    return f"more epochs than {options.epochs:g}{fewer}"
+
+
+def _higher(options: TrainOptions, steps: int, channels: float | None) -> str:
+    """What to do about the rate."""
+    assert isinstance(options.learning_rate, float)
+    rule = rate_of(channels, steps) if channels is not None and _is_adam(options) else 0
+    return "a higher learning_rate" + (f": the rule's is {rule:g}" if rule > options.learning_rate else "")

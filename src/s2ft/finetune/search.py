@@ -20,8 +20,9 @@ from s2ft.common.errors import S2FTError
 from s2ft.finetune.arguments import warmup_steps
 from s2ft.finetune.layout import brief_layout
 from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.recipe import examples_a_step
 from s2ft.finetune.trainer import LossBar, Trainer
-from s2ft.runtime.processes import as_leader, process_count
+from s2ft.runtime.processes import as_leader
 
 TRIES = 5
 SHARE = 1 / 4  # of the run's time, for all tries
@@ -88,9 +89,7 @@ def plan_tries(options: TrainOptions, examples: int, steps: int) -> Short:
     Raises:
         S2FTError: if the run is too short or has too few examples, with how many it needs.
     """
-    assert options.batch_size is not None
-    assert options.gradient_accumulation is not None
-    step = options.batch_size * options.gradient_accumulation * process_count()
+    step = examples_a_step(options)
     room = steps * step * SHARE / TRIES  # examples trained on in the time of a try
     wanted = max(FEWEST_HELD_OUT, min(MOST_HELD_OUT, int(room / 4)))
     held_out = min(wanted, examples // 4, int((room - FEWEST_STEPS * step) / MEASURING))
