@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from typer.testing import CliRunner
 
 import s2ft
@@ -187,6 +188,27 @@ def test_what_an_engine_cannot_carry_is_refused_by_name(target: str, tmp_path: P
     with pytest.raises(S2FTError, match="lm_head"):
         s2ft.export(adapter, target, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_what_peft_takes_for_experts_is_refused_for_peft_alone(tmp_path: Path) -> None:
+    """DeepSeek's shared experts and dense blocks have the names that experts had in older checkpoints."""
+    sizes = {"hidden_size": 24, "intermediate_size": 44, "moe_intermediate_size": 20, "num_hidden_layers": 2}
+    latent = {"kv_lora_rank": 14, "q_lora_rank": 12, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 10}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    base = tmp_path / "base"
+    DeepseekV2ForCausalLM(DeepseekV2Config(vocab_size=61, **sizes, **latent, **heads)).save_pretrained(base)
+    both = save_adapter(tmp_path / "both", base, {"o_proj": 0.5, "down_proj": 0.5})
+    with pytest.raises(
+        S2FTError, match=r"PEFT takes model\.layers\.0\.mlp\..*down_proj of a LoRA on deepseek_v2 for one of"
+    ):
+        s2ft.export(both, "lora", tmp_path / "lora", base=str(base))
+    assert not (tmp_path / "lora").exists()
+    s2ft.export(both, "vllm", tmp_path / "vllm", base=str(base))
+    heads_alone = save_adapter(tmp_path / "heads", base, {"q_proj": 0.5, "v_proj": 0.5, "o_proj": 0.5})
+    s2ft.export(heads_alone, "lora", tmp_path / "lora", base=str(base))
+    x = tokens(2, 7)
+    expected_logits = load(base, heads_alone)(x).logits
+    torch.testing.assert_close(load(base, tmp_path / "lora")(x).logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_no_lora_can_carry_is_refused_by_name(tmp_path: Path) -> None:

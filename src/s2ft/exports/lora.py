@@ -9,18 +9,20 @@ Engines that want more than PEFT's format begin from here: exports/vllm.py, expo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
+from s2ft.common.errors import raise_together
 from s2ft.common.outputs import Progress
 from s2ft.format.names import PREFIX, is_token_rows
 from s2ft.format.slices import Slice
@@ -80,9 +82,31 @@ def most_channels(adapter: AdapterFile) -> int:
 
 
 def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
-    """Writes a PEFT LoRA into the folder `output`."""
+    """Writes a PEFT LoRA into the folder `output`, if PEFT would read all of it."""
+    raise_together(_misread(adapter, base))
+    write_in_full(adapter, base, output, progress)
+
+
+def write_in_full(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
+    """Writes a LoRA in PEFT's format, whatever PEFT makes of it."""
     low = low_ranks(adapter, base, progress)
     save_lora(adapter, base, low, sorted(low), output)
+
+
+def _misread(adapter: AdapterFile, base: Checkpoint) -> Iterator[str]:
+    """Modules that PEFT takes for experts by their names: it rewrites LoRAs of older checkpoints, where those had them."""
+    modules = sorted(adapter.slices)
+    config = LoraConfig(target_modules=list(modules))
+    try:
+        convert_peft_config_for_transformers(config, base.model, None)
+        misread = sorted(set(modules) - set(config.target_modules or ()))
+    except ValueError:  # it finds one of two projections that it would fuse
+        misread = modules
+    if misread:
+        yield (
+            f"PEFT takes {misread[0]} of a LoRA on {base.model.config.model_type} for one of its experts, and would load "
+            "nothing there; use `s2ft merge`, or --to patch"
+        )
 
 
 def low_ranks(adapter: AdapterFile, base: Checkpoint, progress: Progress) -> dict[str, LowRank]:

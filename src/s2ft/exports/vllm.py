@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from s2ft.adapters.file import AdapterFile
-from s2ft.exports.lora import most_channels, problems_of_engine, write
+from pathlib import Path
 
-__all__ = ["max_lora_rank", "problems", "write"]
+from s2ft.adapters.checkpoint import Checkpoint
+from s2ft.adapters.file import AdapterFile
+from s2ft.common.outputs import Progress
+from s2ft.exports.lora import most_channels, problems_of_engine, write_in_full
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` takes."""
@@ -24,6 +26,11 @@ def problems(adapter: AdapterFile) -> list[str]:
             "(`s2ft merge`), write the weights in place (`--to patch`), or train with smaller ratios"
         )
     return found
+
+
+def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
+    """Writes a LoRA in PEFT's format into the folder `output`."""
+    write_in_full(adapter, base, output, progress)
 
 
 def max_lora_rank(adapter: AdapterFile) -> int | None:
