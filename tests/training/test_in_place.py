@@ -648,7 +648,8 @@ class TestObstacles:
         vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
         text = LlamaConfig(vocab_size=64, **sizes)
         base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=60))
-        config = S2FTConfig(ratios=0.3, target_modules=r".*(fc2|down_proj)", init_weights=False, seed=5)
+        targets = r".*(vision.*out_proj|fc2|down_proj)"
+        config = S2FTConfig(ratios=0.5, target_modules=targets, init_weights=False, seed=5)
         return get_peft_model(base, config).eval()
 
     def test_a_tower_beside_the_text_is_run_by_itself(self) -> None:
@@ -656,7 +657,7 @@ class TestObstacles:
         tower, image = model.get_base_model().model.vision_tower, torch.randn(2, 3, 16, 16)
         expected, before = tower(image).last_hidden_state, values(model)
         with in_place(model) as layout:
-            assert hows(layout, "fc2") == hows(layout, "down_proj") == {("contiguous", "")}
+            assert {place.how for place in layout.placements} == {"contiguous"}
             torch.testing.assert_close(tower(image).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
         assert_same(values(model), before)
 
@@ -664,7 +665,9 @@ class TestObstacles:
         model = self.llava()
         monkeypatch.setattr(CLIPVisionModel, "forward", fail)
         with in_place(model) as layout:
-            assert hows(layout, "fc2") == {("gathered", "no dummy input gets there, so its order cannot be checked")}
+            unreached = ("gathered", "no dummy input gets there, so its order cannot be checked")
+            assert unreached in hows(layout, "out_proj")
+            assert hows(layout, "fc2") == {("contiguous", "")}  # an MLP runs by itself
             assert hows(layout, "down_proj") == {("contiguous", "")}
 
     def test_an_image_is_what_a_vision_model_is_probed_with(self) -> None:

@@ -16,23 +16,35 @@ from transformers import PreTrainedModel
 
 _FRAMES = 64  # of sound, where the config does not say
 _SAMPLES = 4000  # of a wave
-_SENSES = ("vision_config", "audio_config", "encoder", "encoder_config")  # configs of what sees or hears
+_SIDE = 64  # of an image, where the config does not say
+_SENSES = ("pixel_values", "input_features", "input_values")
+_PARTS = ("vision_config", "audio_config", "encoder", "encoder_config")  # configs of what sees or hears
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments for `model(**arguments)`; random ones are the same each time, and no random numbers are used up."""
     names = inspect.signature(model.forward).parameters
+    main = main_input(model)
     if "grid_thw" in names:
         found = _patches(model)
-    elif model.main_input_name in ("input_ids", "decoder_input_ids") and "input_ids" in names:
+    elif main == "input_ids":
         found = {name: value for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
     else:
-        found = {model.main_input_name: _random(model, *_shape(model))}
-        if "decoder_input_ids" in names:
-            found["decoder_input_ids"] = torch.tensor([[1, 2, 3]])
+        found = {main: _random(model, *_shape(model, main))}
+    if "decoder_input_ids" in names and (model.config.is_encoder_decoder or main != "input_ids"):
+        found.setdefault("decoder_input_ids", torch.tensor([[1, 2, 3]]).repeat(len(next(iter(found.values()))), 1))
     if "use_cache" in names:
         found["use_cache"] = False  # a cache would be filled again by a second call
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in found.items()}
+
+
+def main_input(model: PreTrainedModel) -> str:
+    """The argument that says what the model reads: text, if it can, unless it says otherwise."""
+    names = inspect.signature(model.forward).parameters
+    said: str = model.main_input_name
+    if said in _SENSES and said in names:
+        return said
+    return next((name for name in ("input_ids", *_SENSES) if name in names), said)
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
@@ -42,13 +54,13 @@ def parts(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
             yield path, module
 
 
-def _shape(model: PreTrainedModel) -> tuple[int, ...]:
+def _shape(model: PreTrainedModel, main: str) -> tuple[int, ...]:
     """Of the model's main input, for a batch of one."""
-    if model.main_input_name == "pixel_values":
-        size = _size(model, "image_size")
+    if main == "pixel_values":
+        size = _size(model, "image_size") or _SIDE
         height, width = (size, size) if isinstance(size, int) else size
         return 1, _size(model, "num_channels") or 3, height, width
-    if model.main_input_name == "input_features":
+    if main == "input_features":
         if bins := _size(model, "num_mel_bins"):
             positions = _size(model, "max_source_positions")
             return 1, bins, 2 * positions if positions else _FRAMES
@@ -64,7 +76,7 @@ def _shape(model: PreTrainedModel) -> tuple[int, ...]:
 
 def _size(model: PreTrainedModel, name: str) -> Any:
     """A size by the model's config, or by that of its part which sees or hears; None if neither has it."""
-    configs = (model.config, *(getattr(model.config, part, None) for part in _SENSES))
+    configs = (model.config, *(getattr(model.config, part, None) for part in _PARTS))
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 

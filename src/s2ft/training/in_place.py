@@ -23,6 +23,7 @@ from s2ft.common.errors import S2FTError
 from s2ft.format.slices import Indices
 from s2ft.layer.adapted import adapted_layers, require_own, turns_of
 from s2ft.layer.linear import S2FTLinear, sliced_layers
+from s2ft.layer.linears import features, linear_layer
 from s2ft.selection.units import Structure
 from s2ft.training.lean import Patches, lean
 from s2ft.training.plan import Move, Placement, Plan
@@ -150,7 +151,8 @@ def _permute(layout: Layout, model: nn.Module, plan: Plan) -> dict[str, Indices]
 def _permute_where_same(layout: Layout, model: nn.Module, plan: Plan, moved: list[Structure]) -> dict[str, Indices]:
     """Permutes these structures, and takes back those that show in what the model computes."""
     try:
-        probe = Probe(model, {structure.path for structure in moved})
+        alone = {s.path: _channels(model, s) for s in moved if s.kind == "mlp"}
+        probe = Probe(model, {structure.path for structure in moved}, alone)
     except Exception as error:
         plan.forbid(moved, f"the model cannot be run on its dummy input to check the order ({error})")
         return {}
@@ -170,6 +172,13 @@ def _permute_where_same(layout: Layout, model: nn.Module, plan: Plan, moved: lis
         plan.forbid(reached, "the model computes something else when heads or channels change places")
         return {}
     return orders
+
+
+def _channels(model: nn.Module, structure: Structure) -> int:
+    """Of what the structure reads."""
+    layer = linear_layer(model.get_submodule(structure.projections[0].module))
+    assert layer is not None
+    return features(layer)[0]
 
 
 def _present(model: nn.Module) -> Layout | None:

@@ -10,8 +10,8 @@ that is still zero would hide all that; it is tried with random values instead (
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,17 +29,23 @@ _WHOLE = 4  # times as much is allowed for the model as a whole
 class Probe:
     """The inputs and outputs of the modules at `paths` in a run of the base model.
 
+    Args:
+        paths: The modules that are looked at.
+        alone: Of those that can be run by themselves, on one tensor: path → its channels.
+
     Raises:
         Exception: whatever the model raises, if neither it nor any of its parts can be run on a dummy input.
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, paths: Iterable[str], alone: Mapping[str, int] | None = None) -> None:
         self.model = model
         self.calls: dict[str, Any] = dict.fromkeys(paths)  # path → arguments and output of its first call
         self.runs: list[tuple[PreTrainedModel, Tensor]] = []  # the models that were run, and what they gave
         hooks = [model.get_submodule(p).register_forward_hook(self._keeper(p), with_kwargs=True) for p in self.calls]
         try:
             self._run_parts()
+            for path in self.unreached & set(alone or {}):
+                self._run_alone(path, (alone or {})[path])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -70,6 +76,14 @@ class Probe:
                 failure = failure or error
         if failure is not None and not self.runs:
             raise failure
+
+    def _run_alone(self, path: str, channels: int) -> None:
+        """Such as a projector between a tower and the language model."""
+        module = self.model.get_submodule(path)
+        like = next(module.parameters())
+        x = torch.randn(1, 5, channels, generator=torch.Generator().manual_seed(0), device="cpu")
+        with _base_alone(self.model), suppress(Exception):  # it wants more than one tensor: it stays unreached
+            module(x.to(like.device, like.dtype))
 
     def _keeper(self, path: str) -> Any:
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
