@@ -197,6 +197,14 @@ class TestRoom:
         assert sum(watch.tiers.values()) == len(jobs)
         assert sum(watch.rows) == 2 * len(jobs)  # the first of three tokens comes with the prompt
 
+    def test_rows_of_one_adapter_need_its_room_once(self, saved: tuple[torch.nn.Module, Path]) -> None:
+        size = (saved[1] / "user0" / "adapter_model.safetensors").stat().st_size
+        desk = Desk(*saved, device_bytes=size)
+        for _ in range(2):
+            desk.ask(prompt(), "user0", count=9)
+            desk.turn()
+        assert len(desk.scheduler._rows) == 2
+
     def test_an_adapter_that_is_larger_than_all_the_room_fails(self, saved: tuple[torch.nn.Module, Path]) -> None:
         desk = Desk(*saved, device_bytes=1)
         job = desk.ask(prompt(), "user0")

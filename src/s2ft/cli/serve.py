@@ -32,13 +32,16 @@ def serve(model: str | None, **values: Any) -> None:
         model, typed = str(smollm2_file()), {"name": SMOLLM2, **typed}
     options = ServeOptions.parse({"model": model or str(base_path()), **typed})
     check_hub(options.model)
+    if options.engine == "vllm":
+        from s2ft.serve.vllm import run as become_vllm
+
+        become_vllm(options)
+        return
     from s2ft.cli.progress import quiet
     from s2ft.serve.server import serve as run
 
     with quiet():
-        if embedded and options.adapters is None:
-            options = _with_two_adapters(options)
-        run(options, _tell)
+        run(_with_two_adapters(options) if embedded and options.adapters is None else options, _tell)
 
 
 _BASE = Annotated[

@@ -24,4 +24,5 @@ service    from a request to its events
 app        routes, and what stands before them
 channels   which channels an adapter trains, for the page
 server     starts, runs and stops
+vllm       the same through vLLM
 """

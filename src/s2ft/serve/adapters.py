@@ -65,7 +65,7 @@ class Adapters:
             for name in found
             if name == base
         )
-        self._versions: dict[str, str | None] = dict.fromkeys(found)  # name → the key that was given out last
+        self._versions: dict[str, Chosen | None] = dict.fromkeys(found)  # name → what was given out last
         self._fusions: OrderedDict[str, Chosen] = OrderedDict()
         self._fusing = threading.Lock()
         self._scratch = tempfile.TemporaryDirectory(prefix="s2ft-fusions-")
@@ -103,7 +103,7 @@ class Adapters:
             return Chosen(self.base)
         if [*recipe.values()] == [1.0]:
             (name,) = recipe
-            return Chosen(name, *self._version(name))
+            return self._version(name)
         found = self._fusions.get(self._fusion_key(recipe))
         if found is not None:
             self._fusions.move_to_end(found.key)
@@ -146,26 +146,26 @@ class Adapters:
         """Answers no more by an adapter; whether there was one."""
         if name not in self._versions:
             return False
-        key = self._versions.pop(name)
-        if key is not None:
-            self._retire(key, lambda: None)
+        if (last := self._versions.pop(name)) is not None:
+            self._retire(last.key, lambda: None)
         return True
 
     def close(self) -> None:
         """Removes what was fused."""
         self._scratch.cleanup()
 
-    def _version(self, name: str) -> tuple[str, Path]:
+    def _version(self, name: str) -> Chosen:
+        last = self._versions[name]
+        if last is not None and last.folder is not None and last.key == _key(name, last.folder):
+            return last
         folder = self.place(name)
-        key = f"{name}/{_stamp(folder)}"
-        before, self._versions[name] = self._versions[name], key
-        if before not in (None, key):
-            assert before is not None
-            self._retire(before, lambda: None)
-        return key, folder
+        chosen = self._versions[name] = Chosen(name, _key(name, folder), folder)
+        if last is not None and last.key != chosen.key:
+            self._retire(last.key, lambda: None)
+        return chosen
 
     def _fusion_key(self, recipe: Mapping[str, float]) -> str:
-        return "/".join(f"{weight!r}*{name}/{_stamp(self.place(name))}" for name, weight in recipe.items())
+        return "/".join(f"{weight!r}*{_key(name, self.place(name))}" for name, weight in recipe.items())
 
     def place(self, name: str) -> Path:
         """The folder of an adapter that can be asked for.
@@ -202,8 +202,8 @@ def _folder(root: Path, name: str) -> Path | None:
     return None if hidden else adapter_folder(root, name)
 
 
-def _stamp(folder: Path) -> str:
-    """A text that changes when the adapter is replaced.
+def _key(name: str, folder: Path) -> str:
+    """The adapter in the pool: another key once it is replaced.
 
     Raises:
         UnknownModelError: if it is gone.
@@ -212,4 +212,4 @@ def _stamp(folder: Path) -> str:
         found = [(folder / file).stat() for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
     except OSError:
         raise UnknownModelError from None
-    return "-".join(f"{one.st_ino:x}.{one.st_mtime_ns:x}.{one.st_size:x}" for one in found)
+    return "/".join([name, *(f"{one.st_ino:x}.{one.st_mtime_ns:x}.{one.st_size:x}" for one in found)])

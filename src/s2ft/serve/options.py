@@ -13,6 +13,7 @@ from s2ft.runtime.lookup import check_folder
 from s2ft.runtime.options import Count, Options, one_of
 from s2ft.serve.keys import KEYS, read_keys
 
+ENGINES = ("s2ft", "vllm")
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -54,6 +55,11 @@ class ServeOptions(Options):
         False, description="Let clients add adapters of the folder, and take them away, at run time"
     )
 
+    engine: Annotated[str, one_of(*ENGINES)] = Field(
+        "s2ft", description="s2ft, or vllm where installed: its own server, with our plug-in"
+    )
+    vllm_options: str | None = Field(None, description="More options for vLLM, such as '--tensor-parallel-size 2'")
+
     @property
     def is_local(self) -> bool:
         """Whether only programs on this machine can reach it."""
@@ -78,4 +84,6 @@ class ServeOptions(Options):
             problems.append(
                 f"host={self.host!r} can be reached from other machines, so it needs keys: keys=FILE, or ${KEYS}"
             )
+        if self.vllm_options is not None and self.engine == "s2ft":
+            problems.append(f"vllm_options={self.vllm_options!r} needs engine='vllm'")
         return problems

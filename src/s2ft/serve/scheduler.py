@@ -189,7 +189,7 @@ class Scheduler:
 
     def _bring(self, job: Job, found: list[Job]) -> bool | None:
         """Whether the job's adapter is beside the model now; None if it has to wait for others to leave."""
-        others = {*self._batch.names, *(one.adapter for one in found)} - {BASE}
+        others = {*self._batch.names, *(one.adapter for one in found)} - {BASE, job.adapter}
         try:
             if job.folder is not None:
                 if job.adapter not in self._pool:

@@ -8,13 +8,12 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from s2ft.common.errors import S2FTError
 from s2ft.data.template import EndlessTemplateError, chat_ids
 from s2ft.data.tokens import text_ids
-from s2ft.serve.adapters import Adapters, Chosen, UnknownModelError
+from s2ft.serve.adapters import Adapters, Chosen, UnknownModelError, label
 from s2ft.serve.batch import Batch
 from s2ft.serve.channels import channels
 from s2ft.serve.errors import ApiError, failed, full, no_model
@@ -123,9 +122,8 @@ class Service:
         try:
             key, folder = await asyncio.get_running_loop().run_in_executor(self._fusers, self.adapters.fused, recipe)
         except S2FTError as error:
-            raise ApiError(
-                400, _without_paths(f"the adapters cannot be fused: {error}", self._paths()), "fuse"
-            ) from None
+            _log.error("the adapters %s cannot be fused: %s", label(recipe), error)  # it may name paths
+            raise ApiError(400, "these adapters cannot be fused so; the server's log says why", "fuse") from None
         self.adapters.keep(recipe, key, folder)
 
     async def _read(self, asked: Asked) -> list[list[int]]:
@@ -193,9 +191,6 @@ class Service:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_hand_out, events)
 
-    def _paths(self) -> list[Path]:
-        return [path for path in (self.options.adapters,) if path is not None]
-
 
 class Asking:
     """The answers to one request, as they are written.
@@ -246,10 +241,3 @@ def _unknown(asked: Asked) -> ApiError:
 
 def _too_long(message: str, param: str) -> ApiError:
     return ApiError(400, message, param, "context_length_exceeded")
-
-
-def _without_paths(message: str, roots: Sequence[Path]) -> str:
-    """A message about adapters that calls them by their names."""
-    for root in roots:
-        message = message.replace(f"{root}/", "").replace(f"{root.resolve()}/", "")
-    return message
