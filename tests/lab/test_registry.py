@@ -31,11 +31,15 @@ def test_a_study_takes_its_options_and_counts_its_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [*(f"bench {name}" for name in BENCHMARKS), *(f"study {name} --data d" for name in STUDIES)]
+    "words", [*(f"bench {name}" for name in BENCHMARKS), *(f"study {name} --data d --model m" for name in STUDIES)]
 )
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(words: str, tmp_path: Path) -> None:
     command, name, *own = words.split()
-    own = own if own[1:] and "data" in STUDIES[name].options else []
+    own = [word for option, value in zip(own[::2], own[1::2], strict=True) for word in _taken(name, option, value)]
     result = CliRunner().invoke(app, [command, name, *own, "--json", str(tmp_path)])
     assert isinstance(result.exception, S2FTError)
     assert str(result.exception) == f"json={str(tmp_path)!r} is a folder; name a file"
+
+
+def _taken(study: str, option: str, value: str) -> list[str]:
+    return [option, value] if option.removeprefix("--") in STUDIES[study].options else []

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,19 @@ from s2ft.runtime.environment import environment
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
-Performer = Callable[[list[Settings]], Iterable[tuple[int, Result, float]]]
-"""From settings to (place among them, result, seconds), in any order."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that has been made: what it returned, and where and how fast."""
+
+    result: Result
+    seconds: float
+    environment: dict[str, Any]
+
+
+Performer = Callable[[list[Settings]], Iterable[tuple[int, Done]]]
+"""From settings to (place among them, what was done), in any order."""
 
 FILE = "runs.jsonl"
 VERSIONS = ("s2ft", "torch", "transformers", "peft", "trl")
@@ -66,7 +78,7 @@ class Runs:
 
     def result(self, settings: Settings, run: Callable[[], Result]) -> Result:
         """What `run` returns; from the folder, if it was run with these settings before."""
-        return self.results([settings], lambda asked: [(0, *timed(run))] if asked else [])[0]
+        return self.results([settings], lambda asked: [(0, timed(run))] if asked else [])[0]
 
     def results(self, asked: Sequence[Settings], perform: Performer) -> list[Result]:
         """What the runs of these settings return, in order; those that are not kept yet are performed, and kept one by one."""
@@ -77,15 +89,16 @@ class Runs:
                 if key not in new:
                     self._count(key)
         wanted = list(new)
-        for place, result, seconds in perform(list(new.values())):
-            self._keep(wanted[place], new[wanted[place]], result, seconds)
+        for place, done in perform(list(new.values())):
+            self._keep(wanted[place], new[wanted[place]], done)
         return [self._kept[key]["result"] for key in keys]
 
-    def _keep(self, key: str, settings: Settings, result: Result, seconds: float) -> None:
+    def _keep(self, key: str, settings: Settings, done: Done) -> None:
+        entry = {"digest": key, "settings": settings, "result": done.result, "seconds": done.seconds}
+        if self._identity is not None:
+            entry |= {"identity": self._identity, "environment": done.environment}
         with self._lock:  # several threads of a study may wait for runs
-            self._kept[key] = {"digest": key, "settings": settings, "result": result, "seconds": seconds}
-            if self._identity is not None:
-                self._kept[key] |= {"identity": self._identity, "environment": environment()}
+            self._kept[key] = entry
             self._write()
             self._count(key)
 
@@ -107,11 +120,11 @@ class Runs:
             (aside / FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def timed(run: Callable[[], Result]) -> tuple[Result, float]:
-    """What `run` returns, and how long it took, in seconds."""
+def timed(run: Callable[[], Result]) -> Done:
+    """Runs, and says how long it took."""
     start = time.perf_counter()
     result = run()
-    return result, round(time.perf_counter() - start, 3)
+    return Done(result, round(time.perf_counter() - start, 3), environment())
 
 
 def digest(settings: Settings, identity: Settings | None = None) -> str:

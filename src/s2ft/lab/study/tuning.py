@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from s2ft.finetune.trainer import DivergedError
-from s2ft.lab.study.runs import Performer, Result, Runs, Settings, timed
+from s2ft.lab.study.runs import Done, Performer, Result, Runs, Settings, timed
 
 FACTOR = 2
 DIVERGED = "diverged"  # in the result of a run that did
@@ -37,9 +37,9 @@ def best_rate(
         score: What is best of a run at its highest.
     """
 
-    def perform(asked: list[Settings]) -> Iterator[tuple[int, Result, float]]:
+    def perform(asked: list[Settings]) -> Iterator[tuple[int, Done]]:
         for place, own in enumerate(asked):
-            yield (place, *timed(partial(_attempt, run, own["rate"])))
+            yield place, timed(partial(_attempt, run, own["rate"]))
 
     return best_of_grid(runs, rates, settings, perform, score)
 

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from types import TracebackType
 
-from s2ft.lab.study.runs import Result, Settings, timed
+from s2ft.lab.study.runs import Done, Result, Settings, timed
 
 Perform = Callable[[Settings], Result]
 
@@ -34,15 +34,15 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def __call__(self, asked: list[Settings]) -> Iterator[tuple[int, Result, float]]:
-        """From settings to (place among them, result, seconds), in any order.
+    def __call__(self, asked: list[Settings]) -> Iterator[tuple[int, Done]]:
+        """From settings to (place among them, what was done), in any order.
 
         Raises:
             Exception: what the first run that failed raised, after all others.
         """
         if self._pool is None:
             for place, settings in enumerate(asked):
-                yield (place, *_perform(self._make, self._given, settings))
+                yield place, _perform(self._make, self._given, settings)
             return
         places = {
             self._pool.submit(_perform, self._make, self._given, settings): place
@@ -53,12 +53,12 @@ class Workers:
             if (error := done.exception()) is not None:
                 failed.append(error)
             else:
-                yield (places[done], *done.result())
+                yield places[done], done.result()
         if failed:
             raise failed[0]
 
 
-def _perform(make: Callable[..., Perform], given: tuple[Hashable, ...], settings: Settings) -> tuple[Result, float]:
+def _perform(make: Callable[..., Perform], given: tuple[Hashable, ...], settings: Settings) -> Done:
     return timed(partial(_made(make, given), settings))
 
 
