@@ -109,6 +109,20 @@ BENCHMARKS = {
         "Time the fusion of two adapters at LLaMA3-8B's shape, on files, beside writing as many bytes.",
         has_picture=False,
     ),
+    "families": Entry(
+        "Train a tiny random model of every class of transformers, and compare with full autograd.",
+        {
+            "kind": Option(
+                str | None,
+                None,
+                "One of causal, seq2seq, encoder, vision, vision-language, speech [default: all]",
+                "causal",
+            ),
+            "page": Option(str | None, None, "Write the table as a page of Markdown", "families.md"),
+            "seed": Option(int, 0, "Seed of weights, inputs and channels"),
+        },
+        has_picture=False,
+    ),
     "evaluation": Entry(
         "Time the answers to 200 GSM8K questions by `s2ft eval`'s engine, beside transformers' `generate`, with the embedded "
         "base.",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 _FRAMES = 64  # of sound, where the config does not say
 _SAMPLES = 4000  # of a wave
 _SIDE = 64  # of an image, where the config does not say
-_SENSES = ("pixel_values", "input_features", "input_values")
+_SENSES = ("pixel_values", "input_values", "input_features")
 _PARTS = ("vision_config", "audio_config", "encoder", "encoder_config")  # configs of what sees or hears
 
 

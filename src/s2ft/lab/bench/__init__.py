@@ -10,5 +10,6 @@ selection      how long choosing channels takes
 switch         how long a switch takes, beside LoRA and one copy
 fusion         how long fusing two adapters takes, on files
 parallel       what many adapters in one batch cost, beside LoRA
+families       which of transformers' models are trained, and how exactly
 evaluation     how fast answers are generated, beside plain `generate`
 """
