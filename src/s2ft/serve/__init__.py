@@ -21,6 +21,7 @@ limits     how large and how slow a request may be
 logs       a line for each request
 metrics    counts for Prometheus
 service    from a request to its events
+answering  answers as responses, whole or streamed
 app        routes, and what stands before them
 channels   which channels an adapter trains, for the page
 server     starts, runs and stops

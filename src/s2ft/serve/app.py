@@ -5,27 +5,24 @@ request → log and count → is the host ours? → has it a key? → is it smal
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import AsyncIterator, Iterable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from s2ft.serve.access import PAGE, App, Keys
+from s2ft.serve.answering import answer
 from s2ft.serve.errors import ApiError, no_model
-from s2ft.serve.job import End
 from s2ft.serve.limits import Limits
-from s2ft.serve.logs import NOTES, Logged
+from s2ft.serve.logs import Logged
 from s2ft.serve.requests import ChatRequest, CompletionRequest, parsed
-from s2ft.serve.responses import Answer, ChatShape, CompletionShape, Shape, told
-from s2ft.serve.service import Asked, Asking, Service
+from s2ft.serve.service import Service
 
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -66,11 +63,11 @@ def _routes(service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, parsed(CompletionRequest, await request.body()), request)
+        return await answer(service, parsed(CompletionRequest, await request.body()), request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, parsed(ChatRequest, await request.body()), request)
+        return await answer(service, parsed(ChatRequest, await request.body()), request)
 
     _model_routes(app, service)
     _page_routes(app, service)
@@ -123,113 +120,6 @@ def _page_routes(app: FastAPI, service: Service) -> None:
 
 async def _part_of_page(body: bytes, kind: str) -> Response:
     return Response(body, media_type=kind, headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"})
-
-
-async def _answer(service: Service, asked: Asked, request: Request) -> Response:
-    asking = await service.ask(asked)
-    kind = ChatShape if isinstance(asked, ChatRequest) else CompletionShape
-    shape = kind(asking.chosen.label, service.base.tokenizer, asking.prompt_tokens, asked.top_logprobs is not None)
-    notes = request.scope[NOTES]
-    notes |= {"model": asking.chosen.label, "prompt_tokens": asking.prompt_tokens, "answer_tokens": 0}
-    parts = _counted(_parts(service, asked, asking), asking, service, notes)
-    if not asked.stream:
-        return await _unless_gone(request, _whole(parts, asking, shape), asking)
-    first = await anext(parts)  # what fails at once fails with a status
-    lines = _lines(_chained(first, parts), asking, shape, asked.include_usage)
-    return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-
-Part = tuple[int, str, tuple[Any, ...], str | None]  # which answer, text, tokens, why it ends
-
-
-async def _parts(service: Service, asked: Asked, asking: Asking) -> AsyncIterator[Part]:
-    """The answers' parts; with `echo`, each begins with its prompt."""
-    echo = isinstance(asked, CompletionRequest) and asked.echo
-    if echo and not asking.jobs[0].tell_prompt:
-        for job in asking.jobs:
-            yield job.index, service.base.tokenizer.decode(job.prompt), (), None
-    async with aclosing(asking.events()) as events:  # type: ignore[type-var]
-        async for index, event in events:
-            if isinstance(event, End):
-                yield index, "", (), event.reason
-            else:
-                yield (index, *told(event, service.base.tokenizer), None)
-
-
-async def _counted(
-    parts: AsyncIterator[Part], asking: Asking, service: Service, notes: dict[str, Any]
-) -> AsyncIterator[Part]:
-    """The parts; when they end, or nobody wants more, the tokens are counted."""
-    try:
-        async with aclosing(parts):  # type: ignore[type-var]
-            async for part in parts:
-                yield part
-    finally:
-        asking.cancel()
-        notes["answer_tokens"] = asking.generated
-        service.metrics.tokens(asking.prompt_tokens, asking.generated)
-
-
-async def _whole(parts: AsyncIterator[Part], asking: Asking, shape: Shape) -> Response:
-    answers = [Answer() for _ in asking.jobs]
-    async for index, text, tokens, reason in parts:
-        answer = answers[index]
-        answer.text, answer.reason = answer.text + text, reason or answer.reason
-        answer.tokens += tokens
-    return JSONResponse(shape.response(answers, asking.generated))
-
-
-async def _unless_gone(request: Request, work: Any, asking: Asking) -> Response:
-    """What `work` returns; it is given up when the client leaves."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            return Response(status_code=499)  # nobody reads it
-        response: Response = working.result()
-        return response
-    finally:
-        asking.cancel()
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _chained(first: Part, rest: AsyncIterator[Part]) -> AsyncIterator[Part]:
-    yield first
-    async with aclosing(rest):  # type: ignore[type-var]
-        async for part in rest:
-            yield part
-
-
-async def _lines(parts: AsyncIterator[Part], asking: Asking, shape: Shape, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events; the last one is [DONE]."""
-    try:
-        async with aclosing(parts):  # type: ignore[type-var]
-            for job in asking.jobs:
-                for chunk in shape.opening(job.index):
-                    yield _line(chunk)
-            async for index, text, tokens, reason in parts:
-                if (
-                    text or reason or (tokens and shape.with_logprobs)
-                ):  # else it says nothing, as an end token by itself
-                    yield _line(shape.chunk(index, text, tokens, reason))
-        if usage:
-            yield _line(shape.usage_chunk(asking.generated))
-    except ApiError as error:
-        yield _line(error.body)
-    finally:
-        asking.cancel()
-    yield "data: [DONE]\n\n"
-
-
-def _line(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
 async def _api_error(_: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -205,7 +205,7 @@ class Asking:
         self.chosen, self.jobs, self.generated = chosen, jobs, 0
         self.prompt_tokens = sum(map(len, prompts))
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """(Which answer, what happened), until all have their end.
 
         Raises:
