@@ -1,8 +1,10 @@
 """The studies on a real model, tiny: a random model, data made here, a few steps."""
 
 import json
+import logging
 from dataclasses import asdict, replace
 from statistics import fmean
+from threading import Event
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from s2ft.data.tokens import IGNORED
 from s2ft.demo.skills import belongs
 from s2ft.evaluate.tasks import DECODING, Decoding
 from s2ft.lab.study import real, trial
+from s2ft.lab.study.chains import side_by_side
 from s2ft.lab.study.commonsense import ASKED, TRAINED
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.defaults import RULE, DefaultsSettings, study_defaults
@@ -145,15 +148,39 @@ def test_a_study_of_another_version_is_not_mixed_in(model, data, tmp_path, monke
         study_real(tmp_path / "runs", few, model=model, data=data)
 
 
-def test_runs_in_other_processes_come_back_each_in_its_place_and_one_that_fails_takes_no_other_along(tmp_path):
+def test_runs_in_other_processes_come_back_each_in_its_place_and_a_failure_ends_the_study(tmp_path):
     kept = Runs(tmp_path, 4, identity={"version": 1})
     with Workers(_squares, (10,), 2) as workers:
-        with pytest.raises(ZeroDivisionError):
-            kept.results([{"seed": 0}, {"seed": 1}, {"seed": 2}], workers)
-        assert len((tmp_path / FILE).read_text().splitlines()) == 2
         asked = [{"seed": seed} for seed in (3, 1, 2)]
         assert kept.results(asked, workers) == [{"score": 19}, {"score": 11}, {"score": 14}]
+        with pytest.raises(ZeroDivisionError):
+            kept.results([{"seed": 0}, *({"seed": seed} for seed in range(4, 400))], workers)
+    assert len((tmp_path / FILE).read_text().splitlines()) < 400
     assert Runs(tmp_path, 3, identity={"version": 1}).results(asked, _nothing)[0] == {"score": 19}
+
+
+def test_the_first_chain_that_fails_is_told_at_once(caplog):
+    started = Event()
+
+    def fails():
+        raise S2FTError("no memory")
+
+    def waits():
+        assert started.wait(60)
+        return 1
+
+    def told(*_):
+        started.set()
+
+    log = logging.getLogger("s2ft")
+    log.addFilter(told)
+    try:
+        with pytest.raises(S2FTError, match="no memory"):
+            side_by_side([waits, fails], workers=2)
+    finally:
+        log.removeFilter(told)
+    assert started.is_set()
+    assert side_by_side([lambda: 1, lambda: 2], workers=1) == [1, 2]
 
 
 def test_missing_problems_are_named(data, tmp_path):

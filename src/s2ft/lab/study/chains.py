@@ -8,8 +8,9 @@ A base that comes as a GGUF file is converted once, not in every process.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ from s2ft.lab.study.trial import Trials
 from s2ft.lab.study.workers import Workers
 from s2ft.runtime.conversion import convert
 from s2ft.runtime.gguf import gguf_file
+
+log = logging.getLogger("s2ft")
 
 T = TypeVar("T")
 VERSION = 1  # of what a run measures; runs of another version are not taken
@@ -47,7 +50,13 @@ def side_by_side(chains: Sequence[Callable[[], T]], workers: int) -> list[T]:
     """What the chains return, in order; one after the other where there is a single worker.
 
     Raises:
-        Exception: what the first chain that failed raised, when all have ended.
+        Exception: what the first chain that failed raised, when those that have begun have ended.
     """
     with ThreadPoolExecutor(max_workers=len(chains) if workers > 1 else 1) as threads:
-        return list(threads.map(lambda chain: chain(), chains))
+        running = [threads.submit(chain) for chain in chains]
+        done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        for failed in (one for one in done if one.exception() is not None):
+            log.error("a run failed, so the study stops: %s", failed.exception())
+            threads.shutdown(wait=False, cancel_futures=True)
+            failed.result()
+        return [one.result() for one in running]

@@ -38,7 +38,7 @@ class Workers:
         """From settings to (place among them, what was done), in any order.
 
         Raises:
-            Exception: what the first run that failed raised, after all others.
+            Exception: what the first run that failed raised, at once: those that have not begun are not begun.
         """
         if self._pool is None:
             for place, settings in enumerate(asked):
@@ -48,14 +48,12 @@ class Workers:
             self._pool.submit(_perform, self._make, self._given, settings): place
             for place, settings in enumerate(asked)
         }
-        failed: list[BaseException] = []
-        for done in as_completed(places):
-            if (error := done.exception()) is not None:
-                failed.append(error)
-            else:
+        try:
+            for done in as_completed(places):
                 yield places[done], done.result()
-        if failed:
-            raise failed[0]
+        finally:
+            for waiting in places:
+                waiting.cancel()
 
 
 def _perform(make: Callable[..., Perform], given: tuple[Hashable, ...], settings: Settings) -> Done:
