@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from s2ft.adapters.file import read_adapter
@@ -37,6 +38,15 @@ class TestExamples:
         first, last = map(float, re.findall(r"[+-]?\d+\.\d+", capsys.readouterr().out.splitlines()[-1])[:2])
         assert last < first if name == "sft" else last > first
         assert any(bool(delta.any()) for delta in read_adapter(tmp_path / name).deltas.values())
+
+    def test_a_classifier_comes_back_with_its_head(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        example = load("classify")
+        example.DATA = example.DATA[::3]
+        example.main(str(tmp_path / "classify"))
+        assert float(re.findall(r"right: (\d\.\d+)", capsys.readouterr().out)[-1]) > 0.9
+        assert any(
+            name.endswith("score.weight") for name in load_file(tmp_path / "classify" / "adapter_model.safetensors")
+        )
 
     def test_rows_of_a_batch_differ_by_their_adapter(self, capsys: pytest.CaptureFixture[str]) -> None:
         load("several_adapters").main()
