@@ -291,3 +291,22 @@ def test_what_the_data_never_reaches_is_named_and_not_scored_alike(strategy: str
         select(model, config, batches)
     without = replace(config, target_modules=r".*\.(attn|mlp)\.c_proj")
     assert len(select(model, without, batches).slices) == 4
+
+
+def test_the_usual_strategy() -> None:
+    """By weight; at random with a seed or on weights without values; what is chosen is in the config."""
+    model = build("llama", torch.float32)
+    chosen = {
+        name: select(model, S2FTConfig(ratios=0.3, **given)).config
+        for name, given in {
+            "open": {},
+            "weight": {"strategy": "weight"},
+            "seeded": {"seed": 3},
+            "random": {"seed": 3, "strategy": "random"},
+        }.items()
+    }
+    assert chosen["open"].slices == chosen["weight"].slices != chosen["seeded"].slices == chosen["random"].slices
+    assert [config.strategy for config in chosen.values()] == ["weight", "weight", "random", "random"]
+    empty = select(build("llama", torch.float32).to("meta"), S2FTConfig(ratios=0.3)).config
+    assert empty.strategy == "random"
+    assert empty.seed is not None

@@ -59,7 +59,8 @@ def choose_more(
 
 def _select(options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> Selection:
     config = options.s2ft_config(seed=seed_from(examples.digest) if examples else 0)
-    batches = _calibration(options, examples) if examples and SCORES[config.strategy].needs_data else None
+    needs_data = config.strategy is not None and SCORES[config.strategy].needs_data
+    batches = _calibration(options, examples) if examples and needs_data else None
     return select(model, config, batches)
 
 

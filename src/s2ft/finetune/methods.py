@@ -46,7 +46,11 @@ class S2FTOptions(Options):
     budget: float | None = Field(
         None, description="Instead of ratios: fraction of the model's parameters; 0.01 if neither"
     )
-    strategy: str = Field("random", description=f"How they are chosen: {', '.join(STRATEGIES)}")
+    strategy: str | None = Field(
+        None,
+        description=f"How they are chosen: {', '.join(STRATEGIES)}; unless given, random with a seed or the paper's recipe,"
+        " else weight",
+    )
     subset: str = Field("largest", description=f"Which scores are trained: {', '.join(SUBSETS)}")
     seed: int | None = Field(None, description="Seed of the random strategy; from the data's digest unless given")
     allocation: str = Field("uniform", description=f"How the layers share: {', '.join(ALLOCATIONS)}")

@@ -42,7 +42,7 @@ from s2ft.finetune.layout import INDEXED, Chosen, choose_layout
 from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
-from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate
+from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
 from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
 from s2ft.finetune.search import plan_tries, search
@@ -172,7 +172,7 @@ def _adapter(options: TrainOptions, paused: Paused | None, model: PreTrainedMode
     """The config of the method's adapter, or of the checkpoint's; None if the model's own weights are trained."""
     method = METHODS[options.method]
     if paused is None or method.leaves_model:
-        config = as_leader(method.peft_config(options, model, data.examples))
+        config = as_leader(method.peft_config(settle_strategy(options), model, data.examples))
     else:
         config = PeftConfig.from_pretrained(str(paused.checkpoint))
         config.inference_mode = False
@@ -205,6 +205,7 @@ def _reselection(
     options: TrainOptions, model: PreTrainedModel, data: Data, config: S2FTConfig
 ) -> tuple[S2FTConfig, Reselect]:
     """The config with the channels of all stages, and what exchanges them."""
+    options = settle_strategy(options)
     first = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
     factors = [1 + SHARE * turn for turn in range(1, options.reselect + 1)]
     selections = [first, *(choose_more(options, model, data.examples, factor) for factor in factors)]

@@ -100,9 +100,9 @@ def _strategy_problems(config: Any) -> Iterator[str]:
     if config.strategy == OWN and getattr(config, "slices", None) is None:
         yield f"strategy={OWN!r} is filled in by s2ft.select(model, config, batches, scores=...); use the config it returns"
     strategies = (OWN,) if config.strategy == OWN else tuple(STRATEGIES)
-    for name, allowed in (("strategy", strategies), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
+    for name, allowed in (("strategy", (None, *strategies)), ("subset", SUBSETS), ("allocation", ALLOCATIONS)):
         if getattr(config, name) not in allowed:
-            yield f"{name}={getattr(config, name)!r} is unknown; choose from {', '.join(allowed)}"
+            yield f"{name}={getattr(config, name)!r} is unknown; choose from {', '.join(filter(None, allowed))}"
 
 
 def _is_layers(value: Any) -> bool:

@@ -55,7 +55,9 @@ class S2FTConfig(PeftConfig):
             `down_proj`, where the paper's allocation study (fig. 4) puts it, and on the `out_proj` of mixers (Mamba).
         strategy: `random`, or a score to rank by: `weight`, `activation`, `product`, `gradient`, `lift` or `saliency` (see
             `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
-            score of your own, too, and then fills in `own`.
+            score of your own, too, and then fills in `own`. None is filled in: `weight`, which learned most per step wherever
+            it was measured (docs/training.md); `random` with a `seed`, or where a weight cannot be read (quantised,
+            sharded). Two adapters by weight have the same channels: to fuse them, give the second `avoid` or a `seed`.
         subset: Whether the `largest` or the `smallest` scores are trained.
         seed: Seed of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
         allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole
@@ -97,7 +99,7 @@ class S2FTConfig(PeftConfig):
 
     ratios: float | dict[str, float] | None = field(default=None, metadata={"help": "Fraction of heads or channels"})
     budget: float | None = field(default=None, metadata={"help": "Fraction of the model's parameters"})
-    strategy: str = field(default="random", metadata={"help": " | ".join(STRATEGIES)})
+    strategy: str | None = field(default=None, metadata={"help": " | ".join(STRATEGIES)})
     subset: str = field(default="largest", metadata={"help": " | ".join(SUBSETS)})
     seed: int | None = field(default=None, metadata={"help": "Seed of the random strategy"})
     allocation: str = field(default="uniform", metadata={"help": " | ".join(ALLOCATIONS)})
@@ -237,7 +239,7 @@ class S2FTConfig(PeftConfig):
         if self._filled_in and (self.slices, self.base_digest) != (resolved.slices, resolved.base_digest):
             return resolved
         self.seed = resolved.seed
-        for name in ("slices", "base_digest", "target_modules"):
+        for name in ("slices", "base_digest", "target_modules", "strategy"):
             if getattr(self, name) is None:
                 self._filled_in.append(name)
                 setattr(self, name, getattr(resolved, name))

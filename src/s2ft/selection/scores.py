@@ -66,6 +66,11 @@ SCORES: dict[str, Score] = {  # by the names of `STRATEGIES`
 }
 
 
+def usual_strategy(structures: list[Structure], model: nn.Module, seed: int | None) -> str:
+    """Where none is given: `random` with a seed or where a weight cannot be read, else `weight`."""
+    return "random" if seed is not None or _unreadable(structures, model) is not None else "weight"
+
+
 def score_units(
     strategy: str, structures: list[Structure], model: nn.Module, batches: Iterable[Batch] | None = None, seed: int = 0
 ) -> Scores:
@@ -142,8 +147,7 @@ def _array(values: Any) -> NDArray[np.float32] | None:
 
 
 def _check_weights(structures: list[Structure], model: nn.Module) -> None:
-    projections = (projection for structure in structures for projection in structure.projections)
-    reason = next(filter(None, (why_unreadable(projection, model) for projection in projections)), None)
+    reason = _unreadable(structures, model)
     if reason is None:
         return
     reading = [name for name, score in SCORES.items() if "weights" in score.needs]
@@ -151,6 +155,12 @@ def _check_weights(structures: list[Structure], model: nn.Module) -> None:
     raise S2FTError(
         f"{reason}; the strategies {', '.join(reading)} read plain weights. Choose strategy={' or '.join(others)}"
     )
+
+
+def _unreadable(structures: list[Structure], model: nn.Module) -> str | None:
+    """Why the weights of a projection cannot be read; None if all can."""
+    projections = (projection for structure in structures for projection in structure.projections)
+    return next(filter(None, (why_unreadable(projection, model) for projection in projections)), None)
 
 
 @contextmanager

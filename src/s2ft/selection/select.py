@@ -28,7 +28,7 @@ from s2ft.format.terms import OWN
 from s2ft.layer.adapted import refuse_inside, suspended, turns_of
 from s2ft.selection.budget import count_units, trained_in_words
 from s2ft.selection.coverage import coverage
-from s2ft.selection.scores import Scorer, run_scorer, score_units
+from s2ft.selection.scores import Scorer, run_scorer, score_units, usual_strategy
 from s2ft.selection.targets import by_projection, find_targets
 from s2ft.selection.units import Projection, Structure, Target
 from s2ft.selection.weight_scores import Batch, Scores
@@ -93,7 +93,7 @@ def _check_own(config: S2FTConfig, scores: Scorer) -> None:
         raise S2FTError(f"scores={scores!r} is not callable; give a function of structures, model and batches")
     if config.is_resolved:
         raise S2FTError("scores= is given with a config whose channels are chosen already; give one with slices=None")
-    if config.strategy != "random":  # the default
+    if config.strategy is not None:
         raise S2FTError(f"strategy={config.strategy!r} and scores= are both given; give one")
 
 
@@ -120,12 +120,13 @@ def _score(
     batches: Iterable[Batch] | None,
     own: Scorer | None,
 ) -> tuple[Scores, dict[str, Any]]:
-    """The scores, and what the config says of them: the seed that was drawn, or that they are the user's own."""
+    """The scores, and what the config says of them: the strategy, the seed that was drawn, or that they are the user's own."""
     if own is not None:
         name = f"scores={getattr(own, '__name__', repr(own))}"
         return run_scorer(own, structures, model, batches, name), {"strategy": OWN}
-    seed = _draw_seed() if config.seed is None and config.strategy == "random" else config.seed
-    return score_units(config.strategy, structures, model, batches, seed or 0), {"seed": seed}
+    strategy = config.strategy or usual_strategy(structures, model, config.seed)
+    seed = _draw_seed() if config.seed is None and strategy == "random" else config.seed
+    return score_units(strategy, structures, model, batches, seed or 0), {"seed": seed, "strategy": strategy}
 
 
 def _choose(
