@@ -257,14 +257,23 @@ def test_a_loss_that_is_no_number_stops_the_run(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_same_data_chooses_the_same_channels_and_other_data_others(run, data, tmp_path):
+def test_the_same_data_draws_the_same_channels_and_other_data_others(run, data, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(Path(data).read_text().replace("sum", "result"))
-    slices = [run(name, max_steps=1, **options).model.peft_config["default"].slices for name, options in (
+    drawn = {"strategy": "random", "max_steps": 1}
+    slices = [run(name, **drawn, **options).model.peft_config["default"].slices for name, options in (
         ("a", {}), ("b", {}), ("c", {"data": str(other)}), ("d", {"seed": 5}))]  # fmt: skip
     assert slices[0] == slices[1]
     assert slices[0] != slices[2]
     assert slices[0] != slices[3]
+
+
+def test_the_largest_weights_are_trained_unless_the_paper_is_followed(run):
+    cards = {name: run(name, max_steps=1, **options).card["selection"] for name, options in (
+        ("open", {}), ("weight", {"strategy": "weight"}), ("paper", {"recipe": "paper"}), ("seed", {"seed": 5}))}  # fmt: skip
+    assert cards["open"] == cards["weight"] == {"strategy": "weight", "subset": "largest", "modules": 4}
+    assert {cards["paper"]["strategy"], cards["seed"]["strategy"]} == {"random"}
+    assert cards["seed"]["seed"] == 5
 
 
 @pytest.mark.parametrize("strategy", ["activation", "product", "gradient"])
@@ -473,7 +482,8 @@ def test_options_are_read_from_text():
     options = parse_options({**paths, "ratios": "o_proj=0.5, down_proj=0.1", "layers": "1,2", "avoid": "a,b"})
     assert options.ratios == {"o_proj": 0.5, "down_proj": 0.1}
     assert (options.layers, options.avoid, options.data) == ([1, 2], ["a", "b"], ["d"])
-    assert options.s2ft_config(seed=3).seed == 3
+    assert options.s2ft_config(seed=3).seed is None
+    assert parse_options({**paths, "strategy": "random"}).s2ft_config(seed=3).seed == 3
     assert parse_options({**paths, "layers": "last:50%", "seed": "9"}).s2ft_config(seed=3).seed == 9
 
 

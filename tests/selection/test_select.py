@@ -131,13 +131,13 @@ def test_same_seed_same_channels_other_seed_other_channels() -> None:
 
 def test_without_a_seed_each_selection_is_fresh_and_its_seed_is_kept() -> None:
     model = build("qwen3")
-    one, other = (select(model, S2FTConfig(ratios=0.25)).config for _ in range(2))
+    one, other = (select(model, S2FTConfig(ratios=0.25, strategy="random")).config for _ in range(2))
     assert one.slices != other.slices
     assert select(model, S2FTConfig(ratios=0.25, seed=one.seed)).config.slices == one.slices
     torch.manual_seed(3)
-    first = select(model, S2FTConfig(ratios=0.25)).config.slices
+    first = select(model, S2FTConfig(ratios=0.25, strategy="random")).config.slices
     torch.manual_seed(3)
-    assert select(model, S2FTConfig(ratios=0.25)).config.slices == first
+    assert select(model, S2FTConfig(ratios=0.25, strategy="random")).config.slices == first
 
 
 def test_the_random_choice_is_fixed_across_machines() -> None:

@@ -30,6 +30,7 @@ from s2ft.layer.linears import as_matrix, weight_matrix
 from s2ft.selection.select import select
 from s2ft.selection.structure import read_structures
 from s2ft.training.in_place import in_place
+from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 RATIO = 0.5
 MOST = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative error of a gradient that counts as none
