@@ -170,6 +170,7 @@ def test_what_the_loss_is_measured_on_does_not_train_before_the_run(run, monkeyp
     assert len(whole) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

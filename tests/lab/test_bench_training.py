@@ -223,6 +223,7 @@ def starved(base, parameters):
     yield
 
 
+@pytest.mark.slow
 def test_the_7b_preset_runs_on_tiny_shapes_and_records_lacks_of_memory():
     models = {"llama2": TINY, "llama3": TINY_GROUPED}
     preset = replace(PRESETS["7b"], models=models, cells=CELLS, budgets=(SHARE,), device="cpu")

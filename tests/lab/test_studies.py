@@ -85,6 +85,7 @@ def test_near_and_far_are_the_means_of_their_skills(tmp_path):
         assert scores[kind] == pytest.approx(sum(scores[name] for name in names) / len(names))
 
 
+@pytest.mark.slow
 def test_fusion_compares_alone_with_fused(tmp_path):
     report = fusion.study_fusion(tmp_path, FUSION)
     variants = {"lora", "s2ft, same channels", "s2ft, disjoint channels"}
