@@ -1,6 +1,6 @@
-"""The quickstart on a real model: teach SmolLM2 a manner of answering, with the defaults, and see what it keeps.
+"""The quickstart on a real model: teach SmolLM2 a manner of answering, and see what it keeps.
 
-    base scores  →  `s2ft train` with its defaults  →  tuned scores, side by side
+    base scores  →  `s2ft train` with its defaults, channels drawn by a seed  →  tuned scores, side by side
 
 What the model keeps is asked by likelihood: the perplexity of Python's own documentation, which every installation has, and,
 where LLM-Adapters' data is at hand, BoolQ and ARC-e.
