@@ -86,12 +86,12 @@ def decoder(**options: Any) -> tuple[type, dict[str, Any]]:
     return S2FTConfig, {"task_type": "CAUSAL_LM", "target_modules": None, **options}
 
 
-DECODERS = [decoder(ratios=0.5), decoder(**ROWS, strategy="weight")]
+DECODERS = [decoder(ratios=0.5, strategy="random"), decoder(**ROWS, strategy="weight")]
 Q_AND_V = ["q", "v", "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "in_proj"]
 
 
 def with_q_and_v(task: str) -> list[tuple[type, dict[str, Any]]]:
-    return [(S2FTConfig, {"task_type": task, "target_modules": Q_AND_V, "ratios": 0.5})]
+    return [(S2FTConfig, {"task_type": task, "target_modules": Q_AND_V, "ratios": 0.5, "strategy": "random"})]
 
 
 REPLACED: dict[str, dict[str, list[Any]]] = {  # module → name of a list of cases → ours
