@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from live import logits, same
+from live import logits, losses_in_place, same
 from on_gpu import (
     DEVICE,
     IS_CUDA,
@@ -164,16 +164,10 @@ def test_bf16_deltas_train_in_place_in_rounded_steps() -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    before, ids, losses = base_values(model), random_tokens(4, 9), []
+    before, ids = base_values(model), random_tokens(4, 9)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, fused=IS_CUDA)
     round_steps(optimizer)
-    with in_place(model):
-        for _ in range(30):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+    losses = losses_in_place(model, optimizer, ids)
     assert {p.dtype for p in trained(model).values()} == {torch.bfloat16}
     assert losses[-1] < losses[0] - 0.2
     assert same(base_values(model), before)

@@ -30,6 +30,7 @@ _COMMON = {
     "max_position_embeddings": 64,
 }
 _SIZES = {"hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 4}
+TWO_BLOCKS = {"vocab_size": VOCABULARY, **_SIZES, "num_hidden_layers": 2}
 
 
 def _llama() -> PreTrainedModel:  # explicit head_dim, grouped-query attention, biases everywhere

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from s2ft import in_place
 from s2ft.layer.linear import S2FTLinear
 
 
@@ -60,3 +62,16 @@ def checkpoint(model: Any, **options: Any) -> None:
         else "gradient_checkpointing"
     )
     getattr(model, f"{name}_enable")(**({f"{name}_kwargs": options} if options else {}))
+
+
+def losses_in_place(model: nn.Module, optimizer: Optimizer, ids: Tensor, steps: int = 30) -> list[float]:
+    """Of each step on the same batch, in place."""
+    losses = []
+    with in_place(model):
+        for _ in range(steps):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses

@@ -10,29 +10,24 @@ import transformers as hf
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from families import VOCABULARY, tokens
+from families import TWO_BLOCKS, VOCABULARY, tokens
 from s2ft import S2FTConfig, S2FTError, in_place
 from s2ft.layer.linear import sliced_layers
 from s2ft.layer.linears import weight_matrix
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 CONFIGS: dict[str, Any] = {
-    "Bert": lambda: hf.BertConfig(**SIZES),
-    "Roberta": lambda: hf.RobertaConfig(**SIZES, pad_token_id=0),
-    "ModernBert": lambda: hf.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=4),
+    "Bert": lambda: hf.BertConfig(**TWO_BLOCKS),
+    "Roberta": lambda: hf.RobertaConfig(**TWO_BLOCKS, pad_token_id=0),
+    "ModernBert": lambda: hf.ModernBertConfig(**TWO_BLOCKS, pad_token_id=0, local_attention=4),
     "DistilBert": lambda: hf.DistilBertConfig(vocab_size=VOCABULARY, dim=24, hidden_dim=44, n_layers=2, n_heads=4),
-    "Electra": lambda: hf.ElectraConfig(**SIZES, embedding_size=16),
-    "MPNet": lambda: hf.MPNetConfig(**SIZES),
-    "Deberta": lambda: hf.DebertaConfig(**SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"]),
-    "DebertaV2": lambda: hf.DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"]),
-    "Albert": lambda: hf.AlbertConfig(**SIZES, embedding_size=16),
-    "Qwen3": lambda: hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0),  # embedding models
+    "Electra": lambda: hf.ElectraConfig(**TWO_BLOCKS, embedding_size=16),
+    "MPNet": lambda: hf.MPNetConfig(**TWO_BLOCKS),
+    "Deberta": lambda: hf.DebertaConfig(**TWO_BLOCKS, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "DebertaV2": lambda: hf.DebertaV2Config(**TWO_BLOCKS, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "Albert": lambda: hf.AlbertConfig(**TWO_BLOCKS, embedding_size=16),
+    "Qwen3": lambda: hf.Qwen3Config(
+        **TWO_BLOCKS, num_key_value_heads=2, head_dim=8, pad_token_id=0
+    ),  # embedding models
 }
 TASKS = {
     "SEQ_CLS": "ForSequenceClassification",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from statistics import fmean
 from threading import Event
@@ -16,17 +17,18 @@ from s2ft.cli.app import app
 from s2ft.data.tokens import IGNORED
 from s2ft.demo.skills import belongs
 from s2ft.evaluate.tasks import DECODING, Decoding
-from s2ft.lab.study import real, trial
+from s2ft.lab.study import experiment, real
 from s2ft.lab.study.chains import side_by_side
 from s2ft.lab.study.commonsense import ASKED, TRAINED
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.defaults import RULE, DefaultsSettings, study_defaults
+from s2ft.lab.study.experiment import Experiments
 from s2ft.lab.study.material import TESTS, draw, load_task
 from s2ft.lab.study.real import RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
-from s2ft.lab.study.runs import FILE, Runs
+from s2ft.lab.study.runs import FILE, Done, Runs
 from s2ft.lab.study.training import Workload, tokens_of
-from s2ft.lab.study.trial import Trials
+from s2ft.lab.study.tuning import DIVERGED
 from s2ft.lab.study.workers import Workers
 from tiny_base import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 
@@ -51,10 +53,10 @@ SETTINGS = RealSettings(
 def _short(monkeypatch):
     monkeypatch.setattr("s2ft.lab.study.tuning.STEPS", 0)
     monkeypatch.setitem(DECODING, "arithmetic", Decoding(1, 4))
-    monkeypatch.setattr(trial, "QUESTIONS", {"arithmetic": 1, "commonsense": 2})
-    for name in ("FUSED_QUESTIONS", "CHOICES", "HELD_OUT"):
-        monkeypatch.setattr(trial, name, 2)
-    monkeypatch.setattr(trial, "documentation", lambda: "plain text " * 20)
+    monkeypatch.setattr(experiment, "QUESTIONS", {"arithmetic": 1, "commonsense": 2})
+    for name in ("FUSED_QUESTIONS", "CHOICES", "MOST_HELD_OUT"):
+        monkeypatch.setattr(experiment, name, 2)
+    monkeypatch.setattr(experiment, "documentation", lambda: "plain text " * 20)
 
 
 @pytest.fixture
@@ -106,10 +108,10 @@ def test_rates_are_tuned_on_examples_that_no_report_sees(data):
 
 
 def test_the_held_out_loss_is_that_of_the_tuned_model(model, data):
-    trials = Trials(model, data)
+    run = Experiments(model, data)
     settings = {"contender": asdict(S2FT), "task": "style", "recipe": asdict(WORKLOAD), "seed": 0, "measured": "test"}
-    result = trials({**settings, "rate": None})
-    vanilla = trials({**settings, "contender": asdict(real.VANILLA), "rate": 0.0})
+    result = run({**settings, "rate": None})
+    vanilla = run({**settings, "contender": asdict(real.VANILLA), "rate": 0.0})
     examples = [row for split in ("test", "validation") for row in draw(load_task("style", None), split, 2, 0)]
     base, losses = tiny_model().double(), []
     for row in tokens_of(examples, byte_tokenizer(CHAT_TEMPLATE)):
@@ -159,7 +161,7 @@ def test_runs_in_other_processes_come_back_each_in_its_place_and_a_failure_ends_
     assert Runs(tmp_path, 3, identity={"version": 1}).results(asked, _nothing)[0] == {"score": 19}
 
 
-def test_the_first_chain_that_fails_is_told_at_once(caplog):
+def test_the_first_chain_that_fails_is_told_at_once():
     started = Event()
 
     def fails():
@@ -181,6 +183,15 @@ def test_the_first_chain_that_fails_is_told_at_once(caplog):
         log.removeFilter(told)
     assert started.is_set()
     assert side_by_side([lambda: 1, lambda: 2], workers=1) == [1, 2]
+
+
+def test_a_training_that_diverges_has_no_rows(model, data, tmp_path, monkeypatch):
+    def diverging(asked):
+        yield from ((place, Done({DIVERGED: "NaN"}, 0.0, {})) for place in range(len(asked)))
+
+    monkeypatch.setattr(real, "experiments", lambda *_: nullcontext(diverging))
+    fused = replace(SETTINGS, parts=("selection", "fusion"))
+    assert study_real(tmp_path / "runs", fused, model=model, data=data).rows == []
 
 
 def test_missing_problems_are_named(data, tmp_path):

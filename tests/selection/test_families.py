@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from families import VOCABULARY, tokens
+from families import TWO_BLOCKS, VOCABULARY, tokens
 from permuting import head_order, permute_projection
 from s2ft import S2FTConfig, S2FTError, in_place, select
 from s2ft.layer.linears import linear_layer
@@ -21,16 +21,9 @@ from s2ft.selection.units import Structure
 from s2ft.selection.weight_scores import unit_weights
 from s2ft.training.obstacles import find_obstacles
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 GPT = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 44, "n_positions": 64}
 NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-EXPERTS = {**SIZES, "num_key_value_heads": 2, "moe_intermediate_size": 20, "num_experts_per_tok": 2}
+EXPERTS = {**TWO_BLOCKS, "num_key_value_heads": 2, "moe_intermediate_size": 20, "num_experts_per_tok": 2}
 T5 = {
     "vocab_size": VOCABULARY,
     "d_model": 24,
@@ -44,28 +37,32 @@ FALCON = {"alibi": False, "new_decoder_architecture": False, "attention_dropout"
 MLA = {"kv_lora_rank": 14, "q_lora_rank": None, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 10}
 
 COMPLETE: dict[str, Callable[[], PreTrainedModel]] = {
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**TWO_BLOCKS)),
     "distilbert": lambda: hf.DistilBertForMaskedLM(
         hf.DistilBertConfig(vocab_size=VOCABULARY, dim=24, hidden_dim=44, n_layers=2, n_heads=4)
     ),
-    "modernbert": lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=4)),
-    "modernbert-decoder": lambda: hf.ModernBertDecoderForCausalLM(hf.ModernBertDecoderConfig(**SIZES, pad_token_id=0)),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(**TWO_BLOCKS, pad_token_id=0, local_attention=4)
+    ),
+    "modernbert-decoder": lambda: hf.ModernBertDecoderForCausalLM(
+        hf.ModernBertDecoderConfig(**TWO_BLOCKS, pad_token_id=0)
+    ),
     "gpt2-cross": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT, **NO_DROPOUT, add_cross_attention=True)),
     "gpt-bigcode": lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**GPT, **NO_DROPOUT, multi_query=True)),
     "gpt-bigcode-mha": lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**GPT, **NO_DROPOUT, multi_query=False)),
     "codegen": lambda: hf.CodeGenForCausalLM(hf.CodeGenConfig(**{**GPT, "n_head": 8, "n_embd": 32}, rotary_dim=2)),
-    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
-    "persimmon": lambda: hf.PersimmonForCausalLM(hf.PersimmonConfig(**{**SIZES, "hidden_size": 32})),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES, **FALCON, multi_query=False)),
-    "falcon-multi-query": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES, **FALCON, multi_query=True)),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**TWO_BLOCKS)),
+    "persimmon": lambda: hf.PersimmonForCausalLM(hf.PersimmonConfig(**{**TWO_BLOCKS, "hidden_size": 32})),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**TWO_BLOCKS, **FALCON, multi_query=False)),
+    "falcon-multi-query": lambda: hf.FalconForCausalLM(hf.FalconConfig(**TWO_BLOCKS, **FALCON, multi_query=True)),
     "falcon-grouped": lambda: hf.FalconForCausalLM(
-        hf.FalconConfig(**SIZES, **{**FALCON, "new_decoder_architecture": True}, num_kv_heads=2)
+        hf.FalconConfig(**TWO_BLOCKS, **{**FALCON, "new_decoder_architecture": True}, num_kv_heads=2)
     ),
     "diffllama": lambda: hf.DiffLlamaForCausalLM(
-        hf.DiffLlamaConfig(**{**SIZES, "num_attention_heads": 8}, num_key_value_heads=4, head_dim=6)
+        hf.DiffLlamaConfig(**{**TWO_BLOCKS, "num_attention_heads": 8}, num_key_value_heads=4, head_dim=6)
     ),
     "minicpm3": lambda: hf.MiniCPM3ForCausalLM(
-        hf.MiniCPM3Config(**SIZES, num_key_value_heads=4, **{**MLA, "q_lora_rank": 12})
+        hf.MiniCPM3Config(**TWO_BLOCKS, num_key_value_heads=4, **{**MLA, "q_lora_rank": 12})
     ),
     "deepseek-v2": lambda: hf.DeepseekV2ForCausalLM(
         hf.DeepseekV2Config(
@@ -89,10 +86,12 @@ COMPLETE: dict[str, Callable[[], PreTrainedModel]] = {
             layer_types=["linear_attention", "full_attention"],
         )
     ),
-    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**TWO_BLOCKS, num_key_value_heads=2, num_local_experts=4)
+    ),
     "granite-moe-hybrid": lambda: hf.GraniteMoeHybridForCausalLM(
         hf.GraniteMoeHybridConfig(
-            **SIZES,
+            **TWO_BLOCKS,
             num_key_value_heads=2,
             num_local_experts=0,
             shared_intermediate_size=12,
@@ -281,7 +280,7 @@ MIXERS: dict[
     ),
     "recurrent-gemma": (
         lambda: hf.RecurrentGemmaForCausalLM(
-            hf.RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, lru_width=40, num_key_value_heads=1)
+            hf.RecurrentGemmaConfig(**{**TWO_BLOCKS, "num_hidden_layers": 3}, lru_width=40, num_key_value_heads=1)
         ),
         {"model.layers.0.temporal_block.linear_out", "model.layers.1.temporal_block.linear_out"},
         40,
@@ -309,7 +308,10 @@ def test_a_mixer_trains_the_input_side_of_its_last_layer_by_default(family: str)
 def test_what_knows_berts_heads_beside_its_layers_keeps_their_order() -> None:
     """Nystromformer has a convolution with one kernel for each head; BERT has nothing, though its norm has their size."""
     for make, kept in (
-        (lambda: hf.NystromformerForMaskedLM(hf.NystromformerConfig(**SIZES, conv_kernel_size=3)), "self.conv.weight"),
+        (
+            lambda: hf.NystromformerForMaskedLM(hf.NystromformerConfig(**TWO_BLOCKS, conv_kernel_size=3)),
+            "self.conv.weight",
+        ),
         (COMPLETE["bert"], None),
     ):
         model = make()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 
-from live_server import Live, embedded, live
+from live_server import Live, live
 from s2ft import fuse
 from s2ft.demo import base_path
 from s2ft.runtime.models import load_model, load_tokenizer
@@ -19,13 +19,6 @@ from served import greedy
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ("reverse: planet\n", "add: 12+34\n", "sort: queue\n", "x", "reverse: an\n")
 TOKENS = 8
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    embedded(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from live_server import KEY, Live, embedded, live
+from live_server import KEY, Live, live
 from s2ft import read_adapter
 
 selenium = pytest.importorskip("selenium")
@@ -22,13 +22,6 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 QUESTION = "reverse: planet"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    embedded(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

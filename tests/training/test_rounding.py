@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from families import build, tokens
-from s2ft import S2FTConfig, S2FTError, in_place
+from live import losses_in_place
+from s2ft import S2FTConfig, S2FTError
 from s2ft.training.rounding import round_steps, round_stochastically
 
 
@@ -101,14 +102,7 @@ def test_trains_bf16_deltas_in_place() -> None:
     optimizer = AdamW(parameters, lr=5e-3)
     round_steps(optimizer)
     ids = tokens(4, 9)
-    losses = []
-    with in_place(model):
-        for _ in range(30):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+    losses = losses_in_place(model, optimizer, ids)
     assert losses[-1] < losses[0] - 0.2
     with torch.no_grad():
         assert abs(model(input_ids=ids, labels=ids).loss.item() - losses[-1]) < 0.2

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
-from s2ft.common.outputs import Progress
-from s2ft.exports.lora import most_channels, problems_of_engine, write_in_full
+from s2ft.exports.lora import most_channels, problems_of_engine
+from s2ft.exports.lora import write_in_full as write  # whatever PEFT makes of it
+
+__all__ = ["max_lora_rank", "problems", "write"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` takes."""
@@ -26,11 +25,6 @@ def problems(adapter: AdapterFile) -> list[str]:
             "(`s2ft merge`), write the weights in place (`--to patch`), or train with smaller ratios"
         )
     return found
-
-
-def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progress) -> None:
-    """Writes a LoRA in PEFT's format into the folder `output`."""
-    write_in_full(adapter, base, output, progress)
 
 
 def max_lora_rank(adapter: AdapterFile) -> int | None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import nn
 
 from s2ft.finetune.trial import Trial, trained_bytes
@@ -86,7 +85,7 @@ def estimate(
         held=trial.held,
         trained=BESIDE_WEIGHTS * trained_bytes(model),
         activations=round(trial.kept * most / trial.tokens),
-        free=_free(next(model.parameters()).device),
+        free=free_bytes(next(model.parameters()).device.type),
     )
 
 
@@ -100,12 +99,6 @@ def padded_tokens(lengths: Sequence[int], batch_size: int) -> tuple[float, int]:
     drawn = random.Random(0).sample(lengths, len(lengths))
     batches = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
     return fmean(len(batch) * max(batch) for batch in batches), batch_size * max(lengths)
-
-
-def _free(device: torch.device) -> int:
-    """With what torch has set aside on a GPU and does not use."""
-    aside = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    return free_bytes(device.type) + aside
 
 
 def _size(count: int) -> str:

@@ -55,9 +55,10 @@ class S2FTConfig(PeftConfig):
             `down_proj`, where the paper's allocation study (fig. 4) puts it, and on the `out_proj` of mixers (Mamba).
         strategy: `random`, or a score to rank by: `weight`, `activation`, `product`, `gradient`, `lift` or `saliency` (see
             `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
-            score of your own, too, and then fills in `own`. None is filled in: `weight`, which learned most per step wherever
-            it was measured (docs/training.md); `random` with a `seed`, or where a weight cannot be read (quantised,
-            sharded). Two adapters by weight have the same channels: to fuse them, give the second `avoid` or a `seed`.
+            score of your own, too, and then fills in `own`. None is filled in: `weight`, which was at least as good as random
+            channels wherever the two were compared (docs/training.md); `random` with a `seed`, or where a weight cannot be
+            read (quantised, sharded). Two adapters by weight have the same channels: to fuse them, give the second `avoid` or
+            a `seed`.
         subset: Whether the `largest` or the `smallest` scores are trained.
         seed: Seed of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
         allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole

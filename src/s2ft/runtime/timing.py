@@ -66,4 +66,7 @@ def bytes_per_ms(device: str, size: int) -> float:
 
 def free_bytes(device: str) -> int:
     """Free memory on the device, in bytes."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else int(psutil.virtual_memory().available)
+    if device != "cuda":
+        return int(psutil.virtual_memory().available)
+    set_aside = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, which gives it out again
+    return torch.cuda.mem_get_info()[0] + set_aside

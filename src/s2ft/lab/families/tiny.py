@@ -142,7 +142,8 @@ def tiny(model_type: str, class_name: str, dtype: torch.dtype = torch.float64) -
         Exception: whatever transformers raises where the config or the model cannot be built so small, or wants a package.
     """
     model_class = getattr(transformers, class_name)
-    config = _tiny_config(CONFIG_MAPPING[model_type], OWN.get(model_type, {}))
+    config_class = CONFIG_MAPPING[model_type]
+    config = config_class(**_fields(config_class, OWN.get(model_type, {})))
     wanted = getattr(model_class, "config_class", None)
     if wanted is not None and not isinstance(config, wanted):
         text = config.get_text_config(decoder=True)
@@ -206,10 +207,6 @@ def _alike(value: Any, default: Any) -> Any:
     """A value for each stage, where the default has one for each."""
     is_staged = isinstance(default, list | tuple) and isinstance(value, int)
     return [value] * len(default) if is_staged else value
-
-
-def _tiny_config(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfig:
-    return config_class(**_fields(config_class, own))
 
 
 def _fields(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ contenders      the methods that are compared, and their learning rates
 tuning          finds the best learning rate on a grid
 training        one fine-tuning in memory
 material        what a real model is trained on and asked
-trial           one run on a real model
+experiment      one run on a real model
 chains          runs side by side, each contender's after its rate is tuned
 workers         processes that perform runs
 runs            keeps finished runs, so that a study can continue

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from s2ft.evaluate.subjects import fingerprint
+from s2ft.lab.study.experiment import Experiments
 from s2ft.lab.study.runs import Settings
-from s2ft.lab.study.trial import Trials
 from s2ft.lab.study.workers import Workers
 from s2ft.runtime.conversion import convert
 from s2ft.runtime.gguf import gguf_file
@@ -35,14 +35,14 @@ def identity(model: str) -> Settings:
 
 
 @contextmanager
-def trials(model: str, data: str | None, workers: int) -> Iterator[Workers]:
-    """Workers that perform trials on the model."""
+def experiments(model: str, data: str | None, workers: int) -> Iterator[Workers]:
+    """Workers that perform runs on the model."""
     with TemporaryDirectory() as folder:
         base = model
         if gguf_file(model) is not None:
             base = str(Path(folder, "base"))
             convert(model, Path(base))
-        with Workers(Trials, (base, data), workers) as performers:
+        with Workers(Experiments, (base, data), workers) as performers:
             yield performers
 
 

@@ -12,7 +12,7 @@ A budget is a share of the model's parameters. SHiRA (arXiv 2406.13175) is PEFT'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -50,9 +50,6 @@ class Contender:
     budget: float = 0.0
     strategy: str = "random"
     subset: str = "largest"
-    options: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # more of an `S2FTConfig`, in place of the budget if it has ratios
 
     def config(
         self, model: PreTrainedModel, tokens: Dataset, workload: Workload, seed: int, avoid: Sequence[str] = ()
@@ -76,13 +73,12 @@ class Contender:
         self, model: PreTrainedModel, tokens: Dataset, workload: Workload, seed: int, avoid: Sequence[str]
     ) -> S2FTConfig:
         config = S2FTConfig(
-            budget=None if "ratios" in self.options else self.budget,
+            budget=self.budget,
             strategy=self.strategy,
             subset=self.subset,
             seed=seed if self.strategy == "random" else None,
             avoid=list(avoid) or None,
             task_type="CAUSAL_LM",
-            **self.options,
         )
         return select(model, config, [calibration(tokens, workload.batch_size, tokenizer_of(model))]).config
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.lab.registry import TellShare
-from s2ft.lab.study.chains import identity, trials
+from s2ft.lab.study.chains import experiments, identity
 from s2ft.lab.study.report import HELD_OUT, StudyReport
 from s2ft.lab.study.runs import Runs, Settings
 from s2ft.lab.study.summary import Row
@@ -114,21 +114,11 @@ def study_defaults(
     data: str,
     workers: int = 1,
 ) -> StudyReport:
-    """Runs the study, or what of it is not in `folder` yet.
-
-    Args:
-        tell: Is told the share of the runs that are done.
-        model: A chat model's folder, GGUF file or name on the Hub.
-        data: LLM-Adapters' folder.
-        workers: Runs at a time, each in a process of its own.
-
-    Raises:
-        S2FTError: if model or data cannot be read, or `folder` holds runs of another version of the study.
-    """
+    """Runs the study, or what of it is not in `folder` yet; arguments and errors are those of `study_real`."""
     settings = settings or DefaultsSettings()
     asked = list(settings.asked())
     runs = Runs(folder, settings.runs, tell, identity(model))
-    with trials(model, data, workers) as performer:
+    with experiments(model, data, workers) as performer:
         results = runs.results([_settings(settings, one) for one in asked], performer)
     rows: list[Row] = []
     for (case, who, rate, seed), result in zip(asked, results, strict=True):

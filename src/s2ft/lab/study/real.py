@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Lock
 
 from s2ft.lab.registry import TellShare
-from s2ft.lab.study.chains import identity, side_by_side, trials
+from s2ft.lab.study.chains import experiments, identity, side_by_side
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.material import TESTS
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
@@ -26,7 +26,7 @@ from s2ft.lab.study.runs import Performer, Result, Runs, Settings
 from s2ft.lab.study.selection import STRATEGIES, contender
 from s2ft.lab.study.summary import Row
 from s2ft.lab.study.training import Workload
-from s2ft.lab.study.tuning import best_of_grid
+from s2ft.lab.study.tuning import DIVERGED, best_of_grid
 
 BUDGET = 0.0109  # as many parameters as LoRA of rank 6 on all linear layers has on SmolLM2
 VANILLA = Contender("vanilla", "vanilla")
@@ -111,7 +111,7 @@ def study_real(
     """
     settings = settings or RealSettings()
     runs = Runs(folder, settings.runs, tell, identity(model))
-    with trials(model, data, workers) as performer:
+    with experiments(model, data, workers) as performer:
         study = _Study(runs, performer, settings)
         chains = [*study.chains(), *study.fusions()]  # fusions wait for the others' rates
         rows = [row for part in side_by_side(chains, workers) for row in part]
@@ -165,7 +165,7 @@ class _Study:
             for seed, result in enumerate(self.runs.results(asked, self.performer)):
                 rows += [
                     _row("fusion", variant, f"{suite}, {fusion}", seed, score)
-                    for fusion, suites in result.items()
+                    for fusion, suites in (result.items() if DIVERGED not in result else ())
                     for suite, score in suites.items()
                 ]
         return rows

@@ -149,10 +149,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
-            missing = {"digest", "settings", "result", "seconds"} - set(entry)
-            if missing:
-                raise KeyError(missing)
-            kept[entry["digest"]] = entry
+            kept[entry["digest"]] = {**entry, **{name: entry[name] for name in ("settings", "result", "seconds")}}
         except (ValueError, TypeError, KeyError):
             raise S2FTError(f"{path}:{number}: is no run of a study; remove the line, or name another folder") from None
     return kept

@@ -47,15 +47,15 @@ from s2ft.runtime.models import load_model
 from s2ft.runtime.precision import choose_precision
 from s2ft.training.rate import learning_rate
 
-HELD_OUT = 200  # examples, at most
+MOST_HELD_OUT = 200  # examples
 QUESTIONS = {"arithmetic": 100, "commonsense": 200}  # of each task, answered in writing
 FUSED_QUESTIONS = 50  # the same for fused adapters
 CHOICES = 200  # of each commonsense task, chosen by likelihood
 BATCH = {"cpu": 16, "cuda": 128}  # prompts at once
 
 
-class Trials:
-    """A real model and its data, loaded once; `Trials(model, data)(settings)` is a run.
+class Experiments:
+    """A real model and its data, loaded once; `Experiments(model, data)(settings)` is a run.
 
     Args:
         model: A folder, GGUF file or name on the Hub.
@@ -114,9 +114,9 @@ class Trials:
 
     def _measure(self, model: Any, task: str, measured: str) -> Result:
         split: Split = "validation" if measured == "validation" else "test"
-        held_out = draw(self._examples(task), split, HELD_OUT, seed=0)
+        held_out = draw(self._examples(task), split, MOST_HELD_OUT, seed=0)
         if task == "style":  # too few to be divided
-            held_out = [*held_out, *draw(self._examples(task), "validation", HELD_OUT, seed=0)]
+            held_out = [*held_out, *draw(self._examples(task), "validation", MOST_HELD_OUT, seed=0)]
         found: Result = {"held_out": self._loss(model, held_out)}
         if measured == "all":
             found |= {"written": self._written(model, task, QUESTIONS[task]), **self._kept(model)}
