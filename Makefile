@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-kernels test-gpu test-engines test-wheel docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-trackers test-kernels test-gpu test-engines test-wheel docs lint clean
 
 setup: .venv/ready
 
@@ -63,6 +63,17 @@ build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 	$(PYTHON) -m venv build/quantised
 	build/quantised/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-quantised.txt \
 		--editable '.[train]' pytest bitsandbytes optimum-quanto torchao
+	touch $@
+
+# `--report-to` with the trackers themselves, in an environment of their own above this one
+test-trackers: build/trackers/ready
+	build/trackers/bin/python -m pytest tests/finetune/test_trackers.py
+
+build/trackers/ready: .venv/ready
+	$(BIN)/python -m venv build/trackers
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+		> $$(build/trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	build/trackers/bin/python -m pip install --quiet --constraint constraints.txt tensorboard trackio wandb 'mlflow-skinny>=3' sqlalchemy alembic
 	touch $@
 
 # The GPU kernels, run by Triton's interpreter on the CPU, and compiled for a GPU that need not be there

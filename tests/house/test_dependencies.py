@@ -59,7 +59,7 @@ OPTIONAL = {  # libraries that a folder does without; the code asks whether they
     "exports": {"gguf": "gguf", "vllm": None},  # vLLM loads our plug-in, not the other way round
     "layer": {"triton": "gpu"},
     "training": {"liger-kernel": "liger"},
-    "finetune": {"galore-torch": "baselines"},
+    "finetune": {"galore-torch": "baselines", "wandb": None},
     "evaluate": {"vllm": None},
     "lab": {"liger-kernel": "liger"},
 }

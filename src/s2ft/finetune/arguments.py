@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from trl import SFTConfig
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, TrainOptions
+from s2ft.finetune.trackers import NONE
 from s2ft.runtime.models import positions
 
 
@@ -55,7 +57,8 @@ def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
         "save_steps": options.save_every,
         "per_device_eval_batch_size": 1,  # a batch of the held-out loader counts as one
         "eval_packing": False,
-        "report_to": "none",
+        "report_to": options.report_to or NONE,
+        "run_name": Path(options.output).name,  # in trackers
         "disable_tqdm": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         **(_holdout_settings(options) if options.holdout is not None else {}),

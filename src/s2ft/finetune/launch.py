@@ -11,6 +11,7 @@ from s2ft.common.outputs import check_place
 from s2ft.finetune.inputs import input_problems
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.trackers import check_trackers
 from s2ft.format.terms import PURE
 from s2ft.runtime.processes import process_count
 
@@ -25,7 +26,10 @@ SHARDING = {  # accelerate's name → what it does
 def check_run(options: TrainOptions) -> None:
     """Raises `S2FTError` with all that is wrong as far as can be said without loading anything."""
     problems = gathered(
-        METHODS[options.method].check, partial(check_processes, options), partial(check_place, options.output)
+        METHODS[options.method].check,
+        partial(check_processes, options),
+        partial(check_place, options.output),
+        partial(check_trackers, options.report_to or []),
     )
     problems += input_problems(options.model_dump())
     if problems and (options.resume or Path(options.output).exists()):

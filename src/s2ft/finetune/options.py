@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.finetune.methods import METHODS, MethodOptions, S2FTOptions, foreign_options
+from s2ft.finetune.trackers import NONE, TRACKERS, known_trackers
 from s2ft.finetune.values import AUTO_RATE, CommaNames, Name, Names, Positive, PositiveFloat, Rate, Seed
 from s2ft.format.choice import choice_problems
 from s2ft.format.terms import PURE
@@ -124,6 +125,9 @@ class TrainOptions(MethodOptions):
     )
     train_seed: Seed = Field(0, description="Seed of the order of the examples")
     log_every: Positive = Field(5, description="Steps between two points of the loss curve")
+    report_to: Annotated[CommaNames, AfterValidator(known_trackers)] | None = Field(
+        None, description=f"Trackers that get the run's figures too: {', '.join(TRACKERS)}; {NONE} unless given"
+    )
     save_every: Positive = Field(
         500, description="Steps between two checkpoints, validate_every where that measures; the newest two are kept"
     )

@@ -46,6 +46,7 @@ from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, set
 from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
 from s2ft.finetune.search import plan_tries, search
+from s2ft.finetune.trackers import NONE
 from s2ft.finetune.trainer import Flow, LossBar, Trainer
 from s2ft.finetune.trial import Trial
 from s2ft.finetune.values import AUTO_RATE
@@ -57,6 +58,8 @@ from s2ft.runtime.precision import choose_precision
 from s2ft.runtime.processes import as_leader
 
 log = logging.getLogger("s2ft")
+
+UNSEEN = {"save_strategy": "no", "report_to": NONE}  # arguments of short runs, which leave nothing
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def _settle_rate(
     short = plan_tries(settled, len(data.tokens.dataset), planned_steps(settled, rows))
     left, apart = hold_out(data.tokens, short.held_out, options.train_seed)
     parts = replace(data, tokens=left, held_out=apart)
-    found = search(settled, short, lambda brief: make(brief, parts, copy.deepcopy(config), [], save_strategy="no"))
+    found = search(settled, short, lambda brief: make(brief, parts, copy.deepcopy(config), [], **UNSEEN))
     return settled.model_copy(update={"learning_rate": found.rate}), found.reason, found.card
 
 

@@ -39,6 +39,7 @@ FREE = {  # options that do not change the weights
     "output",
     "resume",
     "log_every",
+    "report_to",
     "save_every",
     "evaluate",
     "eval_data",

@@ -27,6 +27,7 @@ from s2ft.finetune.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.finetune.prepare import Setup, prepare
 from s2ft.finetune.recipe import mean_channels, too_short
 from s2ft.finetune.results import run_card, save_result
+from s2ft.finetune.trackers import tracking
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.failures import clear_failures
 from s2ft.runtime.processes import leads
@@ -129,7 +130,8 @@ def _train(setup: Setup) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     checkpoint = None if setup.checkpoint is None else str(setup.checkpoint)
-    with METHODS[setup.options.method].resuming(), layout(setup.trainer.model, setup.options.layout):
+    method, watched = METHODS[setup.options.method], tracking(setup.options.report_to or [])
+    with watched, method.resuming(), layout(setup.trainer.model, setup.options.layout):
         metrics: dict[str, float] = setup.trainer.train(resume_from_checkpoint=checkpoint).metrics
     return metrics
 

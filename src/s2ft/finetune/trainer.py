@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with what a run here needs besides: a polite end, checkpoints that are whole, and nothing sent anywhere."""
+"""TRL's SFTTrainer with what a run here needs besides: a polite end, whole checkpoints, and nothing sent anywhere unasked."""
 
 from __future__ import annotations
 
