@@ -21,6 +21,7 @@ Read `options`, then `train`.
     arguments   options → TRL's `SFTConfig`
     holdout     the held-out loss, in batches
     trackers    TensorBoard, W&B and others: which there are, and whether they are installed
+    live        a run while it trains, in the terminal
     trainer     TRL's `SFTTrainer` with an orderly stop
     checkpoints  which of a run's checkpoints are complete, and which are kept
     prepare     from options to a run that is ready to start

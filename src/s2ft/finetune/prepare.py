@@ -39,6 +39,7 @@ from s2ft.finetune.card import Card
 from s2ft.finetune.channels import Examples, choose_more
 from s2ft.finetune.checkpoints import Checkpoints
 from s2ft.finetune.layout import INDEXED, Chosen, choose_layout
+from s2ft.finetune.live import LiveView
 from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
@@ -47,7 +48,7 @@ from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
 from s2ft.finetune.search import plan_tries, search
 from s2ft.finetune.trackers import NONE
-from s2ft.finetune.trainer import Flow, LossBar, Trainer
+from s2ft.finetune.trainer import Flow, Trainer
 from s2ft.finetune.trial import Trial
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config import S2FTConfig
@@ -240,7 +241,7 @@ def _trainer(
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
-    trainer.add_callback(LossBar())
+    trainer.add_callback(LiveView())
     return trainer
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.arguments import warmup_steps
 from s2ft.finetune.layout import brief_layout
+from s2ft.finetune.live import LiveView
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import examples_a_step
-from s2ft.finetune.trainer import LossBar, Trainer
+from s2ft.finetune.trainer import Trainer
 from s2ft.runtime.processes import as_leader
 
 TRIES = 5
@@ -158,7 +159,7 @@ def climb(loss_at: Callable[[float], float], start: float) -> dict[float, float]
 
 def _try(trainer: Trainer, layout: str) -> float:
     """The held-out loss after a short run; infinite if it is no number. The adapter is taken off again."""
-    trainer.remove_callback(LossBar)
+    trainer.remove_callback(LiveView)
     with brief_layout(trainer.model, layout):
         trainer.train()
         loss = as_leader(trainer.evaluate()["eval_loss"])

@@ -1,6 +1,6 @@
 """Where a run's figures go besides its card: the trackers that people use, through transformers' own callbacks.
 
-    --report-to tensorboard     OUTPUT/runs, for `tensorboard --logdir OUTPUT`
+    --report-to tensorboard     the folder `runs` of the output
     --report-to wandb,mlflow    to where their own environment variables say, such as WANDB_PROJECT or MLFLOW_TRACKING_URI
 
 Nothing leaves the machine unless a tracker is named that sends it.

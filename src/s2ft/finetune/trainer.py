@@ -16,12 +16,13 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.checkpoints import is_checkpoint, mark, remove_unfinished
 from s2ft.finetune.holdout import WEIGHT, held_out_loader, summed_losses
+from s2ft.finetune.live import LiveView
 from s2ft.finetune.rates import ONE, rate_factors, split_groups
 from s2ft.runtime.processes import anywhere
 from s2ft.training.rounding import round_steps
@@ -52,7 +53,7 @@ class Trainer(SFTTrainer):
             self.add_callback(_PureBf16())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; ends the lines of the progress bars, and leaves no half-written checkpoint if it fails."""
+        """As in transformers; ends the view in the terminal, and leaves no half-written checkpoint if it fails."""
         try:
             return super().train(*args, **kwargs)
         except BaseException:
@@ -61,7 +62,7 @@ class Trainer(SFTTrainer):
             raise
         finally:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, LossBar):
+                if isinstance(callback, LiveView):
                     callback.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,23 +150,6 @@ class _PureBf16(TrainerCallback):
     ) -> None:
         assert model is not None
         _to_bf16(model)
-
-
-class LossBar(ProgressCallback):
-    """The progress bar, with the loss beside it rather than in lines of its own."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any
-    ) -> None:
-        """Shows the loss beside the bar."""
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{(logs or {})['loss']:.3f}")
-
-    def close(self) -> None:
-        """Ends the lines of the bars, so that what is printed next has its own."""
-        for bar in (self.training_bar, self.prediction_bar):
-            if bar is not None:
-                bar.close()
 
 
 class Flow(TrainerCallback):
