@@ -5,7 +5,7 @@ import json
 import pytest
 
 from s2ft.common.files import staged
-from s2ft.finetune.card import final_loss, read_card, to_markdown, write_card
+from s2ft.finetune.card import final_mean, read_card, to_markdown, write_card
 from s2ft.finetune.model_card import model_card
 from s2ft.runtime.environment import environment
 
@@ -60,9 +60,9 @@ def test_the_environment_names_versions_and_machine_but_no_path():
     assert "/" not in json.dumps(found)
 
 
-def test_the_final_loss_is_the_mean_of_the_last_tenth():
-    assert final_loss([(step, float(step)) for step in range(20)]) == 18.5
-    assert final_loss([]) is None
+def test_the_final_mean_is_the_mean_of_the_last_tenth():
+    assert final_mean([(step, float(step)) for step in range(20)]) == 18.5
+    assert final_mean([]) is None
 
 
 def test_files_are_staged_whole_or_not_at_all(tmp_path):

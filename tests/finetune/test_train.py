@@ -21,7 +21,7 @@ from s2ft import S2FTError
 from s2ft.adapters.file import read_adapter
 from s2ft.data import packing
 from s2ft.data.examples import load_examples
-from s2ft.finetune.arguments import sft_config
+from s2ft.finetune.arguments import trainer_config
 from s2ft.finetune.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.finetune.recipe import settle_batch
 from s2ft.finetune.resume import Paused
@@ -335,7 +335,9 @@ def packed_rows(options, tokenizer):
 
     tokens = tokenize(load_examples(options["data"]), tokenizer, 64)
     return pack_dataset(
-        tokens.dataset, 64, sft_config(settle_batch(parse_options(options), 1).options, max_length=64).packing_strategy
+        tokens.dataset,
+        64,
+        trainer_config(settle_batch(parse_options(options), 1).options, max_length=64).packing_strategy,
     )
 
 

@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch._C import _autograd
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl import DPOTrainer
 
 from private_names import private_names
 from source import MODULES, SOURCE
@@ -190,6 +191,20 @@ def an_adapters_name_goes_out_of_a_key() -> None:
 
 
 STATE = ("model", "config", "adapter_name", "state_dict")
+# ---- TRL -------------------------------------------------------------------------------------------------------------
+
+
+def a_trainer_prepares_its_data_by_a_method() -> None:
+    for trainer in (DPOTrainer,):
+        takes(trainer, "_prepare_dataset", "self", "dataset", "processing_class", "args", "dataset_name")
+
+
+def what_a_trainer_will_log_stands_in(name: str, *trainers: type) -> None:
+    for trainer in trainers:
+        methods = [method for method in vars(trainer).values() if hasattr(method, "__code__")]
+        assert any(name in method.__code__.co_names for method in methods)
+
+
 USED: dict[str, Check] = {
     "_apply": apply_is_how_modules_are_cast,
     "_load_from_state_dict": load_from_state_dict_is_called_with_all_keys_and_a_prefix,
@@ -202,6 +217,9 @@ USED: dict[str, Check] = {
     "_is_avx512_bf16_supported": the_cpu_says_whether_it_has_bf16,
     "_gradient_checkpointing_func": a_blocks_checkpoint_function_says_whether_it_is_reentrant,
     "_hf_hook": an_offloading_hook_stands_on_the_module,
+    "_prepare_dataset": a_trainer_prepares_its_data_by_a_method,
+    "_metrics": partial(what_a_trainer_will_log_stands_in, "_metrics", DPOTrainer),
+    "_total_train_tokens": partial(what_a_trainer_will_log_stands_in, "_total_train_tokens", DPOTrainer),
     "_group_size": quantos_weights_know_their_group_size,
     **dict.fromkeys(
         ("_name_", "_value_", "_sort_order_", "_member_names_", "_member_map_", "_value2member_map_"),

@@ -7,6 +7,8 @@ chat      conversations: what a record may hold, which turns the loss falls on
 template  renders the model's chat template; what it leaves out, where it ends a turn
 prompts   prompts: Alpaca's, and through the chat template
 tokens    token ids, with labels on the response only
+preferences  pairs of answers, judged answers, and prompts alone
+preference_tokens  their token ids
 packing   tests whether packed examples see each other
 folder    where files are in a folder like LLM-Adapters'
 """

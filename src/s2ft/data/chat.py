@@ -24,7 +24,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
 CALLS = "tool_calls"
 _PLAIN = ("role", "content")
 OPTIONS = ("tools", "documents")  # of a record, for the template
-_KWARGS = "chat_template_kwargs"
+KWARGS = "chat_template_kwargs"
 _UNKNOWN = ("functions", "function_call", "images", "image", "videos", "audio", "audios", *SWITCHES)  # of a record
 _UNKNOWN_IN_MESSAGE = ("function_call", "images", "image", "audio")
 _OWN = ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "return_dict", "messages")
@@ -39,7 +39,7 @@ def is_chat_record(value: dict[str, Any]) -> bool:
 def chat_problems(value: dict[str, Any]) -> Iterator[str]:
     """Reasons why a record with `messages`, or with messages as `prompt` and `completion`, cannot be used; none if it can."""
     fields = ("messages",) if "messages" in value else ("prompt", "completion")
-    problems = [problem for field in fields for problem in _messages_problems(field, value[field])]
+    problems = [problem for field in fields for problem in messages_problems(field, value[field])]
     yield from problems
     yield from _record_problems(value)
     if not problems:
@@ -49,15 +49,27 @@ def chat_problems(value: dict[str, Any]) -> Iterator[str]:
 
 def chat_examples(value: dict[str, Any]) -> Iterator[Example]:
     """One example for each turn of the assistant that the loss falls on."""
-    prompt, rest = ([], value["messages"]) if "messages" in value else (value["prompt"], value["completion"])
-    if value.get("system"):
-        prompt, rest = ([], [*_system(value), *rest]) if not prompt else ([*_system(value), *prompt], rest)
+    prompt, rest, options = _parts(value)
     messages, first = [*prompt, *rest], max(1, len(prompt))
-    options = {name: _parsed(value[name]) for name in OPTIONS if value.get(name)} | (value.get(_KWARGS) or {})
     for turn in range(first, len(messages)):
         if messages[turn]["role"] == LEARNED and _is_learned(messages[turn]):
             told = [_told(message) for message in messages[: turn + 1]]
-            yield {"prompt": told[:-1], "completion": told[-1:], **({"options": options} if options else {})}
+            yield {"prompt": told[:-1], "completion": told[-1:], **options}
+
+
+def whole_example(value: dict[str, Any]) -> Example:
+    """One example of a record with `prompt` and `completion`, however many messages answer."""
+    prompt, completion, options = _parts(value)
+    return {"prompt": [*map(_told, prompt)], "completion": [*map(_told, completion)], **options}
+
+
+def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message], dict[str, Any]]:
+    """Prompt, what follows, and the `options` of an example, if it has any."""
+    prompt, rest = ([], value["messages"]) if "messages" in value else (value["prompt"], value["completion"])
+    if value.get("system"):
+        prompt, rest = ([], [*_system(value), *rest]) if not prompt else ([*_system(value), *prompt], rest)
+    options = {name: _parsed(value[name]) for name in OPTIONS if value.get(name)} | (value.get(KWARGS) or {})
+    return prompt, rest, {"options": options} if options else {}
 
 
 def is_broken(text: str) -> bool:
@@ -92,7 +104,8 @@ def _no_text(name: str, value: Any) -> str | None:
     )
 
 
-def _messages_problems(field: str, messages: Any) -> Iterator[str]:
+def messages_problems(field: str, messages: Any) -> Iterator[str]:
+    """Reasons why a field holds no messages that a chat template takes; none if it does."""
     if not isinstance(messages, list) or not messages:
         yield f"{field} is {shown(messages)}; it must be a list of messages with role and content"
         return
@@ -171,10 +184,10 @@ def _record_problems(value: dict[str, Any]) -> Iterator[str]:
             yield f"{field} is {shown(value[field])}; it must be a list of objects"
         elif problem := _no_text(field, parsed):
             yield problem
-    kwargs = value.get(_KWARGS)
+    kwargs = value.get(KWARGS)
     if kwargs is not None and not (isinstance(kwargs, dict) and not kwargs.keys() & {*_OWN, *OPTIONS}):
-        yield f"{_KWARGS} is {shown(kwargs)}; it must be an object with variables of the chat template"
-    elif problem := _no_text(_KWARGS, kwargs):
+        yield f"{KWARGS} is {shown(kwargs)}; it must be an object with variables of the chat template"
+    elif problem := _no_text(KWARGS, kwargs):
         yield problem
 
 

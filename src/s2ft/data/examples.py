@@ -11,13 +11,16 @@ rare, and some render a turn differently once another follows it.
 Examples of chat keep their place in the source, as a model's template may refuse them later. A table's column has one type, and
 tool calls differ in theirs, so what a message holds besides role and content is stored as JSON (`more`), like the template's
 `options`.
+
+Objectives beside supervised fine-tuning read records of another `Kind`: `preferences.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -37,7 +40,16 @@ LAYOUT_FIELDS = (
 _OF_CHAT = ("system", "history", "tools", "documents", "images")  # fields that a text prompt cannot include
 
 
-def load_examples(source: str | Sequence[str], limit: int | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Kind:
+    """What the records of an objective hold, and the examples that they become."""
+
+    problems: Callable[[Any], Iterator[str]]  # reasons why a record cannot be used; none if it can
+    convert: Callable[[dict[str, Any]], Iterable[Example]]
+    together: int = 1  # examples that one record becomes, and that stay together; conversations become what they hold
+
+
+def load_examples(source: str | Sequence[str], limit: int | None = None, kind: Kind | None = None) -> Dataset:
     """The examples of one or several sources, in order, as columns `prompt` and `completion`.
 
     Args:
@@ -45,18 +57,21 @@ def load_examples(source: str | Sequence[str], limit: int | None = None) -> Data
             the Hub (its split `train`). Several sources are joined. In a folder that has files named `train*`, only those
             are read.
         limit: Use only the first N examples.
+        kind: What the records hold; answers to learn, unless given.
 
     Raises:
         S2FTError: with file and line, if a source is missing, empty or malformed, or records cannot be used.
     """
     sources = [source] if isinstance(source, str) else list(source)
+    kind = kind or ANSWERS
+    limit = None if limit is None else limit * kind.together
     raise_together([] if sources else ["data is empty; name a file, a folder or a data set on the Hub"])
     examples: list[Example] = []
     unreadable: list[str] = []
     problems: list[tuple[str, str]] = []
     for name in sources:
         try:
-            found = _examples(read_records(name), problems)
+            found = _examples(read_records(name), kind, problems)
             examples += found if limit is None else islice(found, max(0, limit - len(examples)))
         except S2FTError as error:
             unreadable += error.problems
@@ -93,7 +108,8 @@ def data_digest(dataset: Dataset) -> str:
     """
     digest = hashlib.sha256()
     for example in dataset:
-        digest.update(json.dumps(_told(example), sort_keys=True, ensure_ascii=False).encode())
+        judged = [example[name] for name in ("label", "fields") if name in example]
+        digest.update(json.dumps([*_told(example), *judged], sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -131,12 +147,13 @@ def _whole(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _examples(records: Iterable[Record], problems: list[tuple[str, str]]) -> Iterator[Example]:
+def _examples(records: Iterable[Record], kind: Kind, problems: list[tuple[str, str]]) -> Iterator[Example]:
     for record in records:
-        found = list(_record_problems(record.value))
+        found = list(kind.problems(record.value))
         problems += [(record.place, problem) for problem in found]
-        if not found:
-            yield from _convert(record)
+        for example in [] if found else kind.convert(record.value):
+            is_text = isinstance(example["prompt"], str)
+            yield example if is_text else {**example, "place": record.place}
 
 
 def _layout(value: dict[str, Any]) -> set[str] | None:
@@ -144,7 +161,7 @@ def _layout(value: dict[str, Any]) -> set[str] | None:
     return next((fields for fields in LAYOUT_FIELDS if fields <= value.keys()), None)
 
 
-def _record_problems(value: Any) -> Iterator[str]:
+def answer_problems(value: Any) -> Iterator[str]:
     """Reasons why a record cannot become an example; none if it can."""
     if not isinstance(value, dict):
         yield f"expected an object with {LAYOUTS}; found {shown(value)}"
@@ -173,15 +190,15 @@ def _text_problems(value: dict[str, Any], layout: set[str]) -> Iterator[str]:
     )
 
 
-def _convert(record: Record) -> Iterator[Example]:
-    value, layout = record.value, _layout(record.value)
-    assert layout is not None  # else it has a problem
-    if "instruction" in layout:
-        yield alpaca_example(value)
-    elif is_chat_record(value):
-        yield from ({**example, "place": record.place} for example in chat_examples(value))
-    else:
-        yield {"prompt": value["prompt"], "completion": value["completion"]}
+def _convert(value: dict[str, Any]) -> Iterable[Example]:
+    if "instruction" in (_layout(value) or ()):
+        return [alpaca_example(value)]
+    if is_chat_record(value):
+        return chat_examples(value)
+    return [{"prompt": value["prompt"], "completion": value["completion"]}]
+
+
+ANSWERS = Kind(answer_problems, _convert)
 
 
 def _check_one_kind(examples: list[Example], sources: list[str]) -> None:

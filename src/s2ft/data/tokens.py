@@ -30,13 +30,14 @@ IGNORED = -100  # the label of tokens that the loss leaves out
 class Tokens:
     """Tokenised examples, and how many were left out."""
 
-    dataset: Dataset  # columns input_ids, labels
+    dataset: Dataset  # columns input_ids, labels, and what other objectives read
     max_length: int
     empty: int  # had no response
     too_long: int  # had no token of the response within max_length
     shortened: int  # were cut to max_length, with some of the response left
     endless: int = 0  # are whole, but their response has no token that ends an answer
     parted: int = 0  # are chats whose prompt is rendered differently once the answer follows
+    alike: int = 0  # had two answers to compare that are the same
 
 
 def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -45,7 +46,37 @@ def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
     Raises:
         S2FTError: if the tokenizer cannot end a text or lay out a chat, or no example is left.
     """
-    _check_tokenizer(tokenizer, is_chat(examples))
+    return usable(encode(examples, tokenizer, max_length), max_length)
+
+
+def usable(rows: Dataset, max_length: int) -> Tokens:
+    """What is left of rows with their fates, as from `encode`.
+
+    Raises:
+        S2FTError: if nothing is.
+    """
+    fates = rows["fate"][:]
+    count = Counter(fates)
+    kept = rows.select([row for row, fate in enumerate(fates) if fate in ("whole", "shortened", "endless")])
+    parted = sum(kept["parted"][:])
+    kept = kept.select_columns([name for name in kept.column_names if name not in ("fate", "problems", "parted")])
+    if not len(kept):
+        same = f", {count['alike']} have the same answer twice" if count["alike"] else ""
+        raise S2FTError(
+            f"none of the {len(rows)} examples is left: {count['empty']} have no response{same}, and in "
+            f"{count['too long']} it begins after max_length={max_length} tokens; raise max_length"
+        )
+    told = {name: count[name.replace("_", " ")] for name in ("empty", "too_long", "shortened", "endless", "alike")}
+    return Tokens(kept, max_length, parted=parted, **told)
+
+
+def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """The token ids of all examples, cut to `max_length`, as columns `input_ids` and `labels`; and the `fate` of each.
+
+    Raises:
+        S2FTError: as `tokenize`, but for examples that are left out.
+    """
+    check_tokenizer(tokenizer, is_chat(examples))
     ends = end_tokens(tokenizer)
     rows = examples.map(
         lambda example: _cut(example, tokenizer, max_length, ends),
@@ -54,17 +85,7 @@ def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
         desc="Tokenizing",
     )
     _check_laid_out(examples, rows["problems"][:])
-    fates = rows["fate"][:]
-    count = Counter(fates)
-    kept = rows.select([row for row, fate in enumerate(fates) if fate in ("whole", "shortened", "endless")])
-    parted = sum(kept["parted"][:])
-    kept = kept.remove_columns(["fate", "problems", "parted"])
-    if not len(kept):
-        raise S2FTError(
-            f"none of the {len(rows)} examples is left: {count['empty']} have no response, and in {count['too long']} "
-            f"it begins after max_length={max_length} tokens; raise max_length"
-        )
-    return Tokens(kept, max_length, count["empty"], count["too long"], count["shortened"], count["endless"], parted)
+    return rows
 
 
 def hold_out(tokens: Tokens, count: int | None, seed: int) -> tuple[Tokens, Dataset | None]:
@@ -189,7 +210,8 @@ def _says_something(message: Message) -> bool:
     return bool(message["content"].strip()) or any(message.get(name) for name in (CALLS, *REASONING))
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    """Raises `S2FTError` if it cannot end a text, or lay out a chat where that is wanted."""
     if tokenizer.eos_token is None:
         raise S2FTError(
             "the model's tokenizer has no end-of-text token (eos_token), so responses could not end; set one"

@@ -3,6 +3,7 @@
 Read `options`, then `train`.
 
     methods     S²FT and what it is compared with: where a method is added
+    objectives  what is learned from which data: where an objective is added
     options     every option, once
     values      how an option's value is read, and what is refused
     inputs      checks that the files and folders of the options exist
@@ -22,7 +23,8 @@ Read `options`, then `train`.
     holdout     the held-out loss, in batches
     trackers    TensorBoard, W&B and others: which there are, and whether they are installed
     live        a run while it trains, in the terminal
-    trainer     TRL's `SFTTrainer` with an orderly stop
+    trainer     TRL's trainers with an orderly stop; supervised fine-tuning
+    trainers    the trainers of the other objectives
     checkpoints  which of a run's checkpoints are complete, and which are kept
     prepare     from options to a run that is ready to start
     train       fine-tuning in one call

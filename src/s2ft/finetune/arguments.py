@@ -1,4 +1,4 @@
-"""`TrainOptions` → TRL's `SFTConfig`; steps and warm-up, which depend on the data."""
+"""`TrainOptions` → the config of TRL's trainer; steps and warm-up, which depend on the data."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from trl import SFTConfig
+from transformers import PreTrainedModel, TrainingArguments
 
 from s2ft.common.errors import S2FTError
+from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, TrainOptions
 from s2ft.finetune.trackers import NONE
 from s2ft.runtime.models import positions
 
 
-def sft_config(options: TrainOptions, /, *, max_length: int, autocast: bool = False, **of_method: Any) -> SFTConfig:
-    """The trainer's settings, with those of the method.
+def trainer_config(
+    options: TrainOptions, /, *, max_length: int, autocast: bool = False, **of_method: Any
+) -> TrainingArguments:
+    """The settings of the objective's trainer, with those of the method.
 
     Batch and rate must be settled (`finetune/recipe.py`); a rate that is not yet is set before the trainer is made.
     S²FT needs no autocast: the base is loaded in the dtype that it runs in and the deltas are fp32.
     """
-    settings = _settings(options, max_length)
+    trainer = OBJECTIVES[options.objective].trainer_class()
+    settings = {**_settings(options), **trainer.settings(options, max_length)}
     on_cpu = {"use_cpu": True} if autocast and not torch.accelerator.is_available() else {}  # transformers asks for it
-    return SFTConfig(**{**settings, "bf16": autocast, **on_cpu, **of_method})
+    return trainer.config_class(**{**settings, "bf16": autocast, **on_cpu, **of_method})
 
 
-def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+def _settings(options: TrainOptions) -> dict[str, Any]:
     assert options.batch_size is not None
     assert options.gradient_accumulation is not None
     rate = {"learning_rate": options.learning_rate} if isinstance(options.learning_rate, float) else {}
@@ -44,19 +47,12 @@ def _settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
         "adam_beta2": ADAM_BETAS[1],
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.clip,
-        "max_length": max_length if options.packing else None,  # unpacked rows are cut already
-        "packing": options.packing,
-        # Best-fit packing keeps examples whole. Its rows carry positions that start over with each example, from which
-        # transformers builds a mask that keeps examples apart, on a CPU too; `check_packing` proves it for the model at hand.
-        "packing_strategy": "bfd",
         "gradient_checkpointing": options.gradient_checkpointing,
         "seed": options.train_seed,
         "logging_steps": options.log_every,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_steps": options.save_every,
-        "per_device_eval_batch_size": 1,  # a batch of the held-out loader counts as one
-        "eval_packing": False,
         "report_to": options.report_to or NONE,
         "run_name": Path(options.output).name,  # in trackers
         "disable_tqdm": False,

@@ -18,11 +18,11 @@ Card = dict[str, Any]
 _TAIL = 0.1  # the part of the loss curve that the final loss is the mean of
 
 
-def final_loss(curve: Sequence[tuple[int, float]]) -> float | None:
+def final_mean(curve: Sequence[tuple[int, float]]) -> float | None:
     """The mean over the last tenth of the points; None without any.
 
     Example:
-        >>> final_loss([(5, 3.0), (10, 2.0), (15, 1.0)])
+        >>> final_mean([(5, 3.0), (10, 2.0), (15, 1.0)])
         1.0
     """
     tail = curve[-max(1, round(_TAIL * len(curve))) :]
@@ -41,7 +41,7 @@ def write_card(folder: str | Path, card: Card) -> None:
         (aside / "run.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "run.md").write_text(to_markdown(card), encoding="utf-8")
         if curve:
-            _draw(curve, aside / "loss.png")
+            _draw(curve, aside / "loss.png", "loss" if "objective" in card else "loss per response token")
 
 
 def to_markdown(card: Mapping[str, Any]) -> str:
@@ -98,13 +98,13 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _draw(curve: Sequence[tuple[int, float]], path: Path) -> None:
+def _draw(curve: Sequence[tuple[int, float]], path: Path, unit: str) -> None:
     from matplotlib.figure import Figure  # a figure of its own: no window, no global state
 
     steps, losses = zip(*curve, strict=True)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, marker="o" if len(curve) < 20 else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss per response token", title="Training loss")
+    axes.set(xlabel="optimizer step", ylabel=unit, title="Training loss")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

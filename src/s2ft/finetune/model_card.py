@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from s2ft.finetune.methods import METHODS
+from s2ft.finetune.objectives import OBJECTIVES
 
 _TEXT = """---
 library_name: {library}
@@ -15,7 +16,7 @@ tags:
 
 # {title}
 
-Trained by `s2ft train --method {method}`; [run.md](run.md) says how.{note}
+Trained by `s2ft train --method {method}{objective}; [run.md](run.md) says how.{note}
 
 ```python
 {code}
@@ -43,7 +44,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")"""
 
 
-def model_card(base: str, trainable: int, total: int, method: str = "s2ft", end: str | None = None) -> str:
+def model_card(
+    base: str, trainable: int, total: int, method: str = "s2ft", objective: str = "sft", end: str | None = None
+) -> str:
     """The text of the README. A base in a local folder is not named to the Hub, which would look for it.
 
     `end` is the token that ends an answer, where that is not the tokenizer's end of text.
@@ -58,7 +61,8 @@ def model_card(base: str, trainable: int, total: int, method: str = "s2ft", end:
     if end is not None and not whole:
         texts["size"] += f"\n\n{_END.format(end=end)}"
     base_line = "" if Path(base).is_dir() else f"base_model: {base}\n"
-    return _TEXT.format(**{"note": "", "method": method, "base_line": base_line, **texts})
+    told = "`" if objective == "sft" else f" --objective {objective}` ({OBJECTIVES[objective].title})"
+    return _TEXT.format(**{"note": "", "method": method, "objective": told, "base_line": base_line, **texts})
 
 
 def _of_a_model(base: str, title: str, share: str) -> dict[str, str]:

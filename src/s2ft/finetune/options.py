@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.finetune.methods import METHODS, MethodOptions, S2FTOptions, foreign_options
+from s2ft.finetune.objectives import OBJECTIVES, ObjectiveOptions, foreign_to_objective, objective_problems
 from s2ft.finetune.trackers import NONE, TRACKERS, known_trackers
 from s2ft.finetune.values import AUTO_RATE, CommaNames, Name, Names, Positive, PositiveFloat, Rate, Seed
 from s2ft.format.choice import choice_problems
@@ -33,6 +34,12 @@ AT_ONCE = 4  # the default of batch_size, at most
 def _known_method(value: str) -> str:
     if value not in METHODS:
         raise ValueError(f"unknown; choose from {', '.join(METHODS)}")
+    return value
+
+
+def _known_objective(value: str) -> str:
+    if value not in OBJECTIVES:
+        raise ValueError(f"unknown; choose from {', '.join(OBJECTIVES)}")
     return value
 
 
@@ -55,7 +62,7 @@ def _known_optimizer(value: str) -> str:
     return value
 
 
-class TrainOptions(MethodOptions):
+class TrainOptions(ObjectiveOptions, MethodOptions):
     """All options of `s2ft train`. Make one with `parse_options`, which reports every problem at once."""
 
     model: Name = Field(description="Base model: a folder or a name on the Hub")
@@ -65,6 +72,10 @@ class TrainOptions(MethodOptions):
     output: Name = Field(description="Folder for the adapter, its run card and checkpoints; must not exist or be empty")
     method: Annotated[str, AfterValidator(_known_method)] = Field(
         "s2ft", description=f"What trains: {', '.join(METHODS)}; all but s2ft are there to compare with"
+    )
+    objective: Annotated[str, AfterValidator(_known_objective)] = Field(
+        "sft",
+        description="What is learned: " + ", ".join(f"{name} ({row.title})" for name, row in OBJECTIVES.items()),
     )
     limit: Positive | None = Field(None, description="Use only the first N examples")
     max_length: Positive | None = Field(
@@ -174,8 +185,15 @@ def _option_problems(values: Mapping[str, Any]) -> list[str]:
         options = TrainOptions.model_validate(dict(values))
     except ValidationError as error:
         wrong = {str(item["loc"][0]) for item in error.errors()}
-        return [*_problems(error, values.get("method") or "s2ft"), *_method_problems(values, wrong)]
-    return [*_method_problems(values, set()), *_evaluation_problems(options), *_reselect_problems(options)]
+        problems = [*_method_problems(values, wrong), *_foreign_to_objective(values, wrong)]
+        return [*_problems(error, values.get("method") or "s2ft"), *problems]
+    return [
+        *_method_problems(values, set()),
+        *_foreign_to_objective(values, set()),
+        *objective_problems(options.model_dump(), METHODS[options.method].leaves_model),
+        *_evaluation_problems(options),
+        *_reselect_problems(options),
+    ]
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -199,7 +217,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 def to_yaml(options: TrainOptions) -> str:
     """The options as a file that `--config` reads; those that were left open (None) are left out."""
-    left_out = {"resume", *foreign_options(options.method)}
+    left_out = {"resume", *foreign_options(options.method), *foreign_to_objective(options.objective)}
     return yaml.safe_dump(options.model_dump(exclude_none=True, exclude=left_out), sort_keys=False, allow_unicode=True)
 
 
@@ -265,6 +283,19 @@ def _reselect_problems(options: TrainOptions) -> list[str]:
 def _foreign(name: str, value: Any, method: str) -> str:
     takers = [other for other, taker in METHODS.items() if name in taker.options]
     return f"{name}={value!r} is no option of method={method}; it belongs to {', '.join(takers)}"
+
+
+def _foreign_to_objective(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
+    """The options that are given and belong to other objectives alone."""
+    objective = values.get("objective") or "sft"
+    if "objective" in wrong:
+        return []
+    return [
+        f"{name}={values[name]!r} is no option of objective={objective}; it belongs to "
+        f"{', '.join(other for other, taker in OBJECTIVES.items() if name in taker.options)}"
+        for name in TrainOptions.model_fields
+        if name in foreign_to_objective(objective) and values.get(name) not in (None, False)
+    ]
 
 
 def _config_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:

@@ -25,16 +25,16 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
-from trl import SFTConfig
 
 from s2ft.data.examples import data_digest, load_examples, prompt_format
 from s2ft.data.packing import check_packing
 from s2ft.data.template import turn_end
-from s2ft.data.tokens import Tokens, hold_out, tokenize
+from s2ft.data.tokens import Tokens, hold_out
 from s2ft.evaluate.comparison import Checked, check_scores
-from s2ft.finetune.arguments import longest, sft_config
+from s2ft.finetune.arguments import longest, trainer_config
 from s2ft.finetune.card import Card
 from s2ft.finetune.channels import Examples, choose_more
 from s2ft.finetune.checkpoints import Checkpoints
@@ -42,13 +42,14 @@ from s2ft.finetune.layout import INDEXED, Chosen, choose_layout
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import METHODS
+from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
 from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
 from s2ft.finetune.search import plan_tries, search
 from s2ft.finetune.trackers import NONE
-from s2ft.finetune.trainer import Flow, Trainer
+from s2ft.finetune.trainer import Flow, RunTrainer
 from s2ft.finetune.trial import Trial
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config import S2FTConfig
@@ -94,7 +95,7 @@ class Setup:
     data: Data
     config: PeftConfig | None  # resolved; None if the model's own weights are trained
     reasons: dict[str, str]  # for precision, batch, learning_rate and, with S²FT, layout
-    trainer: Trainer
+    trainer: RunTrainer
     flow: Flow
     search: Card | None  # how short runs found the learning rate, where they did
     trial: Trial | None  # of one batch; None where that would not tell what the run takes
@@ -107,8 +108,8 @@ def prepare(options: TrainOptions) -> Setup:
     Raises:
         S2FTError: for anything wrong with data, model or checkpoint.
     """
-    method, paused = METHODS[options.method], check_output(options)
-    examples = load_examples(options.data, options.limit)
+    method, objective, paused = METHODS[options.method], OBJECTIVES[options.objective], check_output(options)
+    examples = load_examples(options.data, options.limit, objective.read())
     digest = data_digest(examples)
     if paused is not None:
         paused.check_same_run(options, digest)
@@ -124,7 +125,7 @@ def prepare(options: TrainOptions) -> Setup:
     rows = data.rows(max_length if options.packing else None)
 
     options, reasons["batch"] = settle_batch(options, rows)
-    arguments = partial(sft_config, max_length=max_length, autocast=autocast, **method.arguments(options, model))
+    arguments = partial(trainer_config, max_length=max_length, autocast=autocast, **method.arguments(options, model))
     model.to(arguments(options).device)
     if options.packing:
         check_packing(model)
@@ -163,8 +164,9 @@ def _questions(options: TrainOptions, prompts: str) -> Checked | None:
 def _tokenized(
     options: TrainOptions, examples: Dataset, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Data:
-    tokens, prompts = tokenize(examples, tokenizer, max_length), prompt_format(examples)
-    _warn_of_dropped(tokens, len(examples))
+    objective = OBJECTIVES[options.objective]
+    tokens, prompts = objective.tokenize(examples, tokenizer, max_length), prompt_format(examples)
+    _warn_of_dropped(tokens, len(examples) // objective.read().together)
     if prompts == "chat":
         _tell_end(tokenizer)
         _warn_of_parted(tokens)
@@ -191,7 +193,7 @@ def _settle_rate(
     data: Data,
     config: PeftConfig | None,
     rows: int,
-    make: Callable[..., Trainer],
+    make: Callable[..., RunTrainer],
 ) -> tuple[TrainOptions, str, Card | None]:
     """The options with a learning rate, the reason, and how short runs found it, now or before the pause."""
     settled, reason = settle_rate(options, rows, mean_channels(config))
@@ -219,16 +221,16 @@ def _reselection(
 
 def _trainer(
     model: PreTrainedModel,
-    arguments: Callable[..., SFTConfig],
+    arguments: Callable[..., TrainingArguments],
     options: TrainOptions,
     data: Data,
     config: PeftConfig | None,
     callbacks: Sequence[TrainerCallback],
     **more: Any,  # arguments
-) -> Trainer:
+) -> RunTrainer:
     args = arguments(options, **more)
     set_seed(args.seed)  # an adapter may start from random values
-    trainer = Trainer(
+    trainer = OBJECTIVES[options.objective].trainer_class()(
         model=model,
         args=args,
         train_dataset=data.tokens.dataset,
@@ -245,7 +247,7 @@ def _trainer(
     return trainer
 
 
-def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: Trainer, sliced: bool) -> Chosen:
+def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: RunTrainer, sliced: bool) -> Chosen:
     """The layout that is taken, and what one batch took in it."""
     if not METHODS[options.method].foreseeable:
         return Chosen(INDEXED, "nothing is sliced", None)
@@ -253,7 +255,7 @@ def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: Traine
     with torch.random.fork_rng(devices=[]):  # looking at a batch must not move the order of the run's
         batch = next(iter(trainer.get_train_dataloader()))
     wanted = noted or options.layout if sliced else INDEXED
-    chosen = choose_layout(lambda model, batch: trainer.forward(model, batch).loss, trainer.model, batch, wanted)
+    chosen = choose_layout(trainer.loss_of, trainer.model, batch, wanted)
     chosen = as_leader(chosen)  # each process might choose another
     if noted is not None:
         return Chosen(chosen.layout, f"{noted}, as the checkpoint's run", chosen.trial)
@@ -283,6 +285,8 @@ def _warn_of_dropped(tokens: Tokens, count: int) -> None:
         log.warning("%d of %d examples have no response and are left out", tokens.empty, count)
     if tokens.too_long:
         log.warning("%d of %d examples have their response beyond max_length and are left out", tokens.too_long, count)
+    if tokens.alike:
+        log.warning("%d of %d pairs have the same answer twice and are left out", tokens.alike, count)
     if tokens.endless:
         text = "%d of %d responses hold no token that ends an answer, so the model will not learn to stop there: %s"
         reason = "the model's chat template ends no turn of the assistant by a token of its own"

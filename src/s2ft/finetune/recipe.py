@@ -15,6 +15,7 @@ from peft import PeftConfig
 
 from s2ft.finetune.arguments import total_steps
 from s2ft.finetune.methods import METHODS
+from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import AT_ONCE, PAPER, PAPER_STEP, TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.processes import process_count
@@ -94,11 +95,14 @@ def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Set
     if isinstance(options.learning_rate, float):
         return Settled(options, "as asked")
     if options.recipe == PAPER or channels is None:
-        rate = METHODS[options.method].learning_rate
-        return Settled(options.model_copy(update={"learning_rate": rate}), "the paper's, for commonsense")
-    steps = planned_steps(options, rows)
-    reason = f"for {steps:,} steps and {channels:.0f} channels in a slice" + ("" if _is_adam(options) else NOT_ADAM)
-    return Settled(options.model_copy(update={"learning_rate": rate_of(channels, steps)}), reason)
+        rate, reason = METHODS[options.method].learning_rate, "the paper's, for commonsense"
+    else:
+        steps = planned_steps(options, rows)
+        rate = rate_of(channels, steps)
+        reason = f"for {steps:,} steps and {channels:.0f} channels in a slice" + ("" if _is_adam(options) else NOT_ADAM)
+    share = OBJECTIVES[options.objective].rate
+    reason += "" if share == 1 else f"; times {share:g}, as TRL's own default for {options.objective} to that for sft"
+    return Settled(options.model_copy(update={"learning_rate": share * rate}), reason)
 
 
 def planned_steps(options: TrainOptions, rows: int) -> int:

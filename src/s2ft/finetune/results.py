@@ -13,11 +13,12 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.common.files import staged
 from s2ft.data.template import turn_end
-from s2ft.finetune.card import Card, final_loss, write_card
+from s2ft.finetune.card import Card, final_mean, write_card
 from s2ft.finetune.checkpoints import step_of
 from s2ft.finetune.estimate import Estimate
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.model_card import model_card
+from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions, to_yaml
 from s2ft.finetune.prepare import Setup
 from s2ft.finetune.reselect import Reselect
@@ -56,7 +57,7 @@ def save_result(
         if method.leaves_model:
             tokenizer.save_pretrained(str(aside))
         name = None if end is None else tokenizer.convert_ids_to_tokens(end)
-        text = model_card(options.model, *counts, method=options.method, end=name)
+        text = model_card(options.model, *counts, options.method, options.objective, end=name)
         (aside / "README.md").write_text(text, encoding="utf-8")
         (aside / "run.yaml").write_text(f"# {command(options)}\n{to_yaml(options)}", encoding="utf-8")
         card[section(options)]["bytes"] = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
@@ -104,7 +105,9 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
             "response_beyond_max_length": tokens.too_long,
             "shortened": tokens.shortened,
             "without_end": tokens.endless,
+            **({"alike": tokens.alike} if tokens.alike else {}),
         },
+        **_objective(setup),
         **_selection(setup.config),
         section(options): {
             "trainable_parameters": trainable,
@@ -119,6 +122,13 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
     if setup.data.held_out is not None:
         card["held_out_curve"] = _points(state.log_history, "eval_loss")
     return card
+
+
+def _objective(setup: Setup) -> Card:
+    """What TRL measured besides the loss: the mean over the last tenth of the run."""
+    measures = OBJECTIVES[setup.options.objective].measures
+    history = setup.trainer.state.log_history
+    return {"objective": {name: final_mean(_points(history, name)) for name in measures}} if measures else {}
 
 
 def _at_once(setup: Setup) -> Card:
@@ -147,7 +157,7 @@ def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: floa
         "seconds": round(seconds, 3),
         "tokens": int(tokens),
         "tokens_per_second": round(tokens / seconds, 1),
-        "final_loss": final_loss(_points(state.log_history, "loss")),
+        "final_loss": final_mean(_points(state.log_history, "loss")),
     }
     if setup.data.held_out is not None:
         best = {"best_step": state.best_global_step, "best_loss": state.best_metric}

@@ -22,7 +22,7 @@ from s2ft.finetune.layout import brief_layout
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import examples_a_step
-from s2ft.finetune.trainer import Trainer
+from s2ft.finetune.trainer import RunTrainer
 from s2ft.runtime.processes import as_leader
 
 TRIES = 5
@@ -111,7 +111,7 @@ def _too_few(options: TrainOptions, examples: int, steps: int, step: int) -> S2F
     )
 
 
-def search(options: TrainOptions, short: Short, trainer_of: Callable[[TrainOptions], Trainer]) -> Search:
+def search(options: TrainOptions, short: Short, trainer_of: Callable[[TrainOptions], RunTrainer]) -> Search:
     """Tries rates around the options' own.
 
     Args:
@@ -157,7 +157,7 @@ def climb(loss_at: Callable[[float], float], start: float) -> dict[float, float]
     return losses
 
 
-def _try(trainer: Trainer, layout: str) -> float:
+def _try(trainer: RunTrainer, layout: str) -> float:
     """The held-out loss after a short run; infinite if it is no number. The adapter is taken off again."""
     trainer.remove_callback(LiveView)
     with brief_layout(trainer.model, layout):

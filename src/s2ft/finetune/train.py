@@ -116,7 +116,7 @@ def _estimate(setup: Setup, steps: int) -> Estimate | None:
     options, trainer = setup.options, setup.trainer
     assert options.batch_size is not None
     assert options.gradient_accumulation is not None
-    lengths = list(map(len, trainer.train_dataset["input_ids"]))
+    lengths = trainer.lengths(trainer.train_dataset)
     left = steps - (0 if setup.checkpoint is None else step_of(setup.checkpoint))
     found = estimate(setup.trial, trainer.model, lengths, options.batch_size, options.gradient_accumulation, left)
     log.info("time: %s", found.time)

@@ -1,7 +1,11 @@
-"""TRL's SFTTrainer with what a run here needs besides: a polite end, whole checkpoints, and nothing sent anywhere unasked."""
+"""TRL's trainers with what a run here needs besides: a polite end, whole checkpoints, and nothing sent anywhere unasked.
+
+`RunTrainer` is what all objectives share, `Trainer` supervised fine-tuning; the others are in `trainers.py`.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -13,22 +17,26 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
+from datasets import Dataset
 from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.checkpoints import is_checkpoint, mark, remove_unfinished
 from s2ft.finetune.holdout import WEIGHT, held_out_loader, summed_losses
 from s2ft.finetune.live import LiveView
+from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.rates import ONE, rate_factors, split_groups
 from s2ft.runtime.processes import anywhere
 from s2ft.training.rounding import round_steps
 
 Logs = dict[str, Any] | None
 
+_STATISTICS = ("_metrics", "_total_train_tokens")  # TRL's, of what it will log next
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -36,13 +44,25 @@ class DivergedError(S2FTError):
     """Training loss became NaN or infinite."""
 
 
-class Trainer(SFTTrainer):
-    """SFTTrainer that marks a checkpoint while it is written, and measures without moving the random numbers.
+class RunTrainer(transformers.Trainer):
+    """What every run shares: marks a checkpoint while it is written, and measures without moving the random numbers.
 
     Args:
         pure_bf16: Trains bf16 deltas, in steps that are rounded stochastically.
         slice_rates: How the slices' learning rates differ (`finetune/rates.py`).
     """
+
+    config_class: type[TrainingArguments]  # of the TRL trainer beside this class
+
+    @staticmethod
+    def settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+        """Arguments of `config_class` beside those of every run."""
+        return {"max_length": None, "per_device_eval_batch_size": options.batch_size}  # rows are cut already
+
+    @staticmethod
+    def lengths(dataset: Dataset) -> list[int]:
+        """Tokens that each row takes in a batch."""
+        raise NotImplementedError
 
     def __init__(self, *args: Any, pure_bf16: bool = False, slice_rates: str = ONE, **kwargs: Any) -> None:
         with _no_telemetry():
@@ -88,6 +108,49 @@ class Trainer(SFTTrainer):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
+    def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of a batch, as training computes it; TRL's statistics stay as they are."""
+        kept = {name: copy.deepcopy(getattr(self, name)) for name in _STATISTICS if hasattr(self, name)}
+        try:
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(model, dict(batch))
+        finally:
+            self.__dict__.update(kept)
+        return loss
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, where it is the first to write into a checkpoint."""
+        if output_dir is not None and is_checkpoint(Path(output_dir)):
+            mark(Path(output_dir))
+        super().save_model(output_dir, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left out: the run writes its own card, which says how to load the adapter."""
+
+
+class Trainer(RunTrainer, SFTTrainer):
+    """Supervised fine-tuning, by TRL's SFTTrainer."""
+
+    config_class = SFTConfig
+
+    @staticmethod
+    def settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+        """Packing, and batches of the held-out loader, each of which counts as one example."""
+        return {
+            "max_length": max_length if options.packing else None,  # unpacked rows are cut already
+            "packing": options.packing,
+            # Best-fit packing keeps examples whole. Its rows carry positions that start over with each example, from which
+            # transformers builds a mask that keeps examples apart, on a CPU too; `check_packing` proves it for the model.
+            "packing_strategy": "bfd",
+            "eval_packing": False,
+            "per_device_eval_batch_size": 1,
+        }
+
+    @staticmethod
+    def lengths(dataset: Dataset) -> list[int]:
+        """Tokens of each row, packed or not."""
+        return list(map(len, dataset["input_ids"]))
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Held-out examples in batches of similar length; for transformers, which counts batches, each is one example."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -110,14 +173,10 @@ class Trainer(SFTTrainer):
         with self.accelerator.autocast():  # where it is on
             return model(**batch, use_cache=False, fused_lm_head=True)
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, where it is the first to write into a checkpoint."""
-        if output_dir is not None and is_checkpoint(Path(output_dir)):
-            mark(Path(output_dir))
-        super().save_model(output_dir, *args, **kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Left out: the run writes its own card, which says how to load the adapter."""
+    def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of a batch, without the time that TRL's statistics take."""
+        loss: Tensor = self.forward(model, batch).loss
+        return loss
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from s2ft.data.tokens import IGNORED, token_example
 from s2ft.demo import base_path
 from s2ft.demo.evaluate import exact_match
 from s2ft.demo.skills import Example
-from s2ft.finetune.arguments import longest, sft_config, warmup_steps
+from s2ft.finetune.arguments import longest, trainer_config, warmup_steps
 from s2ft.finetune.options import TrainOptions, parse_options
 from s2ft.finetune.trainer import Flow, Trainer
 from s2ft.runtime.models import load_model, load_tokenizer
@@ -126,7 +126,7 @@ def _trainer(
     options: TrainOptions,
     autocast: bool,
 ) -> Trainer:
-    args = sft_config(
+    args = trainer_config(
         options, max_length=longest(options, model), autocast=autocast, save_strategy="no", disable_tqdm=True
     )
     args.warmup_steps = warmup_steps(options, options.max_steps or 0)
