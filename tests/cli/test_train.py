@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import yaml
 
 from commands import Command, wait_for
 from s2ft.cli.train import _report
-from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.options import TrainOptions, parse_options
+from s2ft.finetune.results import whole_command
 from s2ft.finetune.trainer import Flow
 from tiny_runs import interrupt_at
 
@@ -43,7 +45,8 @@ def test_a_run_from_the_command_line(train, base, data, tmp_path):
     assert "auto-detected" not in printed
     assert "fp32, as asked" in printed
     assert sorted(path.name for path in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "run.json", "run.md", "run.yaml",
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "loss.png", "report.html", "run.json", "run.md", "run.yaml",
     ]  # fmt: skip
     assert str(tmp_path) not in (out / "adapter_config.json").read_text().replace(base, "")
 
@@ -85,6 +88,17 @@ def test_flags_win_over_the_yaml_file(train, base, data, tmp_path):
     assert train("--config", str(again), "--output", str(tmp_path / "again"))[0] == 0
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again")]
     assert adapters[0] == adapters[1]
+
+
+def test_the_command_in_the_card_gives_the_options_again(train, monkeypatch):
+    given = {"model": "org/base", "data": ["a b.json", "c.json"], "output": "out", "layers": [3], "clip": 0.5}
+    given |= {"ratios": {"o_proj": 0.1, "down_proj": 0.05}, "target_modules": ["o_proj", "down_proj"], "packing": True}
+    options, seen = parse_options({**given, "report_to": ["wandb", "mlflow"], "learning_rate": "auto"}), []
+    monkeypatch.setattr("s2ft.cli.train.check_run", lambda options: None)
+    monkeypatch.setattr("s2ft.cli.train.check_hub", lambda name: None)
+    monkeypatch.setattr("s2ft.cli.train._run", lambda options, _: seen.append(options))
+    assert train(*shlex.split(whole_command(options))[2:])[0] == 0
+    assert seen == [options]
 
 
 def test_another_method_leaves_a_model_and_says_so(train, base, data, tmp_path):

@@ -50,6 +50,7 @@ EXTRA_OF = {
     "data": "train",
     "demo": "train",
     "finetune": "train",
+    "report": "train",
     "runtime": "train",
     "serve": "serve",
 }

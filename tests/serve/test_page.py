@@ -1,25 +1,19 @@
 """The page at /, in a real browser: Debian's chromium, headless, through its own driver."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
+from browser import chromium, failures, is_light, seen_as
 from live_server import KEY, Live, live
 from s2ft import read_adapter
-
-selenium = pytest.importorskip("selenium")
-if not shutil.which("chromium") or not shutil.which("chromedriver"):
-    pytest.skip("needs chromium and chromium-driver", allow_module_level=True)
-
-from selenium.webdriver import Chrome, ChromeOptions  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 QUESTION = "reverse: planet"
 
@@ -32,20 +26,8 @@ def server(root: Path) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Chrome]:
-    options = ChromeOptions()
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,1000",
-    ):
-        options.add_argument(word)
-    options.binary_location = str(shutil.which("chromium"))
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = Chrome(options, Service(str(shutil.which("chromedriver"))))
-    yield found
-    found.quit()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -146,15 +128,10 @@ def test_everything_can_be_reached_by_keyboard(page: Chrome) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_it_fits_a_phone_and_is_light_or_dark(page: Chrome, scheme: str, width: int) -> None:
-    feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
-    size = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": width < 500}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    say(page, QUESTION)
-    assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    channels = page.execute_script("return getComputedStyle(document.body).backgroundColor").strip("rgb()").split(",")
-    assert (sum(map(int, channels)) > 3 * 128) == (scheme == "light")
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    with seen_as(page, scheme, width):
+        say(page, QUESTION)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        assert is_light(page) == (scheme == "light")
 
 
 def test_nothing_is_fetched_from_elsewhere_and_nothing_fails(page: Chrome, server: Live) -> None:
@@ -162,7 +139,7 @@ def test_nothing_is_fetched_from_elsewhere_and_nothing_fails(page: Chrome, serve
     fetched = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert fetched
     assert all(name.startswith(f"{server.url}/") for name in fetched if not name.startswith("data:"))
-    assert [line for line in page.get_log("browser") if line["level"] == "SEVERE"] == []
+    assert failures(page) == []
 
 
 def test_it_asks_for_a_key_where_one_is_needed(browser: Chrome, root: Path) -> None:

@@ -40,6 +40,16 @@ class ModuleChange:
     in_place: str | None = None  # how the in-place layout holds it, where the base is known
 
 
+@dataclass(frozen=True, eq=False)
+class ChannelMap:
+    """What one projection changes."""
+
+    title: str
+    channels: int  # up to the last that changes in any layer
+    norms: NDArray[np.float64]  # [layers, bins]; NaN where a layer has no slice
+    in_layers: bool  # False: a single row, for a module that is in no block
+
+
 def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChange]:
     """One row per module, in the order of the model's layers.
 
@@ -97,21 +107,31 @@ def picture(adapter: Adapter, bins: int = 256) -> Figure:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
 
-    panels = _panels(adapter)
+    maps = channel_maps(adapter, bins)
     colours = colormaps["magma"].with_extremes(bad="0.85")
-    figure = Figure(figsize=(10, 0.8 + 2.2 * len(panels)), layout="constrained")
-    for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        width = max(int(adapter.slices[path].indices[-1]) for path in rows if path) + 1
-        size = min(bins, width)
-        values = np.stack([_binned(adapter, path, width, size) if path else np.full(size, np.nan) for path in rows])
-        shape = (0, width, len(rows), 0)
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=shape, cmap=colours)
-        labelled = range(0, len(rows), -(-len(rows) // _LABELS))
-        names = [str(row) for row in labelled] if layer_index(next(filter(None, rows))) is not None else [""]
-        axes.set(title=title, ylabel="layer", yticks=[row + 0.5 for row in labelled], yticklabels=names)
+    figure = Figure(figsize=(10, 0.8 + 2.2 * len(maps)), layout="constrained")
+    for axes, drawn in zip(figure.subplots(len(maps), squeeze=False)[:, 0], maps, strict=True):
+        rows = len(drawn.norms)
+        shape = (0, drawn.channels, rows, 0)
+        image = axes.imshow(drawn.norms, aspect="auto", interpolation="nearest", extent=shape, cmap=colours)
+        labelled = range(0, rows, -(-rows // _LABELS))
+        names = [str(row) for row in labelled] if drawn.in_layers else [""]
+        axes.set(title=drawn.title, ylabel="layer", yticks=[row + 0.5 for row in labelled], yticklabels=names)
         figure.colorbar(image, ax=axes, label="‖Δ‖")
     axes.set_xlabel("channel")
     return figure
+
+
+def channel_maps(adapter: Adapter, bins: int = 256) -> list[ChannelMap]:
+    """A map for each projection: how much each few neighbouring channels of each layer change."""
+    maps = []
+    for title, rows in _panels(adapter).items():
+        width = max(int(adapter.slices[path].indices[-1]) for path in rows if path) + 1
+        size = min(bins, width)
+        norms = [_binned(adapter, path, width, size) if path else np.full(size, np.nan) for path in rows]
+        in_layers = layer_index(next(filter(None, rows))) is not None
+        maps.append(ChannelMap(title, width, np.stack(norms), in_layers))
+    return maps
 
 
 def _panels(adapter: Adapter) -> dict[str, list[str | None]]:

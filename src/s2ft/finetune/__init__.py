@@ -29,6 +29,8 @@ Read `options`, then `train`.
     prepare     from options to a run that is ready to start
     train       fine-tuning in one call
     resume      finds the newest checkpoint, and checks that it belongs to this run
+    samples     what base and result answer to the same prompts
+    weights     what each layer's change weighs
     results     the files that a run writes into its folder
     card        the run card
     model_card  the result's README for the Hub

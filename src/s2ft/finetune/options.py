@@ -155,6 +155,9 @@ class TrainOptions(ObjectiveOptions, MethodOptions):
         None, description="Where the questions of evaluate lie: a folder or a name on the Hub"
     )
     eval_limit: Positive | None = Field(None, description="Use only the first N questions of each task")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0, description="Prompts of the data, held-out ones first, that base and result answer for the report"
+    )
     resume: bool = Field(False, description="Continue from the newest checkpoint in the output folder")
 
 

@@ -79,6 +79,11 @@ class Data:
         """For methods that look at them first."""
         return Examples(self.tokens.dataset, self.digest, self.tokenizer)
 
+    @property
+    def asked(self) -> Dataset:
+        """Examples to ask base and result for answers: what was not trained on, if anything was held out."""
+        return self.tokens.dataset if self.held_out is None else self.held_out
+
     def rows(self, packed_to: int | None) -> int:
         """What the loader draws from: the examples, or about so many rows packed to this length."""
         if packed_to is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from s2ft.common.files import staged
+from s2ft.common.files import replaced_file, staged
 from s2ft.data.template import turn_end
 from s2ft.finetune.card import Card, final_mean, write_card
 from s2ft.finetune.checkpoints import step_of
@@ -22,7 +23,9 @@ from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions, to_yaml
 from s2ft.finetune.prepare import Setup
 from s2ft.finetune.reselect import Reselect
+from s2ft.finetune.weights import layer_changes
 from s2ft.format.config import S2FTConfig
+from s2ft.report.run import run_page
 from s2ft.runtime.environment import environment, peak_memory
 from s2ft.runtime.processes import process_count
 from s2ft.selection.coverage import parameter_counts
@@ -61,7 +64,14 @@ def save_result(
         (aside / "README.md").write_text(text, encoding="utf-8")
         (aside / "run.yaml").write_text(f"# {command(options)}\n{to_yaml(options)}", encoding="utf-8")
         card[section(options)]["bytes"] = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
+    write_run(output, card)
+
+
+def write_run(output: Path, card: Card) -> None:
+    """Writes the card and, from it and the adapter beside it, the page `report.html`; each whole."""
     write_card(output, card)
+    with replaced_file(output / "report.html") as aside:
+        aside.write_text(run_page(card, output), encoding="utf-8")
 
 
 def _name_end(model: PreTrainedModel, end: int | None) -> None:
@@ -76,6 +86,35 @@ def command(options: TrainOptions, resume: bool = False) -> str:
     """The command line that runs these options again, from the file beside the result."""
     words = ["s2ft", "train", "--config", str(Path(options.output) / "run.yaml"), *(["--resume"] if resume else [])]
     return shlex.join(words)
+
+
+def whole_command(options: TrainOptions) -> str:
+    """The command line that runs these options again, without any file.
+
+    Example:
+        >>> whole_command(TrainOptions(model="org/base", data=["a b.json"], output="out", ratios={"o_proj": 0.1}, packing=True))
+        "s2ft train --model org/base --data 'a b.json' --output out --ratios o_proj=0.1 --packing"
+    """
+    words = ["s2ft", "train"]
+    fields = TrainOptions.model_fields
+    for name in sorted(fields, key=lambda name: not fields[name].is_required()):
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is not None and value != fields[name].default and name != "resume":
+            words += _typed(flag, value, repeats=fields[name].annotation == list[str])
+    return shlex.join(words)
+
+
+def _typed(flag: str, value: Any, repeats: bool) -> list[str]:
+    """An option as it is typed."""
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, dict):
+        return [flag, ",".join(f"{key}={item}" for key, item in value.items())]
+    if isinstance(value, list) and repeats:
+        return [word for item in value for word in (flag, item)]
+    if isinstance(value, list):
+        return [flag, ",".join(map(str, value)) + ("," if len(value) == 1 else "")]  # a single one stays a list
+    return [flag, str(value)]
 
 
 def _stored_dtype(base: str) -> torch.dtype:
@@ -118,6 +157,9 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
         "training": _training(setup, steps, foreseen, metrics["train_runtime"]),
         **({} if setup.search is None else {"learning_rate_search": setup.search}),
         "loss_curve": _points(state.log_history, "loss"),
+        "rate_curve": _points(state.log_history, "learning_rate"),
+        "layers": layer_changes(setup.trainer.model),
+        "command": whole_command(options),
     }
     if setup.data.held_out is not None:
         card["held_out_curve"] = _points(state.log_history, "eval_loss")

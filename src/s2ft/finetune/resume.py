@@ -44,6 +44,7 @@ FREE = {  # options that do not change the weights
     "evaluate",
     "eval_data",
     "eval_limit",
+    "samples",
 }
 
 

@@ -17,7 +17,7 @@ from s2ft.common.files import sole_writer
 from s2ft.common.locks import no_empty_folders
 from s2ft.evaluate.comparison import Scorer
 from s2ft.finetune.arguments import total_steps, warmup_steps
-from s2ft.finetune.card import Card, write_card
+from s2ft.finetune.card import Card
 from s2ft.finetune.checkpoints import remove_unfinished, step_of
 from s2ft.finetune.estimate import Estimate, estimate
 from s2ft.finetune.launch import check_run
@@ -26,7 +26,8 @@ from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.finetune.prepare import Setup, prepare
 from s2ft.finetune.recipe import mean_channels, too_short
-from s2ft.finetune.results import run_card, save_result
+from s2ft.finetune.results import run_card, save_result, write_run
+from s2ft.finetune.samples import Samples
 from s2ft.finetune.trackers import tracking
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.failures import clear_failures
@@ -79,8 +80,10 @@ def _run(setup: Setup) -> TrainResult:
     steps = _plan(setup)
     foreseen = _estimate(setup, steps)
     scorer = Scorer(setup.data.tokenizer, setup.questions, output / "answers")
-    if METHODS[options.method].leaves_model:
-        scorer.score_base(trainer.model)  # its weights will be gone
+    samples = Samples(setup.data.asked, setup.data.tokenizer, options.samples if leads() else 0)
+    if METHODS[options.method].leaves_model:  # the base's weights will be gone
+        scorer.score_base(trainer.model)
+        samples.ask_base(trainer.model)
     with setup.flow.listening():
         metrics = _train(setup)
         # Ctrl-C must not prevent saving from here on; one that came while the best weights were loaded counts as too late
@@ -90,9 +93,10 @@ def _run(setup: Setup) -> TrainResult:
         if leads():
             save_result(options, model, setup.data.tokenizer, card)
         trainer.accelerator.wait_for_everyone()  # the first to leave would remove an empty output folder
-    if setup.questions is not None and not interrupted:
-        card["scores"] = scorer.compare(model)
-        write_card(output, card)
+    if (setup.questions is not None or options.samples) and not interrupted and leads():
+        card |= {"samples": samples.compare(model)}
+        card |= {} if setup.questions is None else {"scores": scorer.compare(model)}
+        write_run(output, card)
     return TrainResult(output, interrupted, card, model, setup.data.tokenizer)
 
 

@@ -1,0 +1,97 @@
+"""The page of a run: what it shows is what the card, the adapter and the model hold; it fetches nothing and runs nothing."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from s2ft import read_adapter
+from s2ft.finetune.weights import layer_changes
+from s2ft.report.run import run_page
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_it_shows_the_figures_of_the_card(finished, page) -> None:
+    training, adapter = finished.card["training"], finished.card["adapter"]
+    assert f"<dd>{training['final_loss']:.4g}</dd>" in page
+    assert f"held-out loss, at step {training['best_step']}</dt><dd>{training['best_loss']:.4g}</dd>" in page
+    assert f"({100 * adapter['share']:.2f}%)" in page
+    assert finished.card["command"].replace("&", "&amp;") in page
+    assert page.count("<polyline") == 2 + 1 + 2  # two losses, a rate, two projections
+
+
+def test_it_fetches_nothing(page) -> None:
+    assert re.findall(r"""(?:src|href)=["'](?!data:)""", page) == []
+    assert "url(" not in page
+    assert "<script" not in page
+
+
+def test_what_a_model_says_is_text(finished, page) -> None:
+    assert "<b>" not in re.sub(r"<b>(base|tuned|in the data)</b>", "", page)
+    assert "&lt;b&gt;" in page
+    nasty = {
+        **finished.card,
+        "samples": [dict.fromkeys(("prompt", "base", "tuned", "wanted"), "<script>1</script>")],
+    }
+    assert "<script" not in run_page(nasty, finished.output)
+
+
+def test_the_maps_are_opaque_where_channels_change(finished, page) -> None:
+    adapter = read_adapter(finished.output)
+    found = re.findall(r'src="data:image/png;base64,([^"]+)".*?alt="Map of the changed channels of ([\w.]+)"', page)
+    assert {name for _, name in found} == {"self_attn.o_proj", "mlp.down_proj"}
+    for data, name in found:
+        shown = imread(io.BytesIO(base64.b64decode(data)))[..., 3] > 0  # [layers, channels]
+        for layer, row in enumerate(shown):
+            (indices,) = (s.indices for path, s in adapter.slices.items() if f"layers.{layer}.{name}" in path)
+            assert set(np.flatnonzero(row)) == set(indices.tolist())
+
+
+def test_what_each_layer_weighs_is_its_delta_against_the_weight(finished, base) -> None:
+    deltas = load_file(finished.output / "adapter_model.safetensors")
+    weights = AutoModelForCausalLM.from_pretrained(finished.card["options"]["model"]).state_dict()
+    rows = {row["module"]: row for row in finished.card["layers"]}
+    assert len(rows) == 4
+    for module, row in rows.items():
+        delta = deltas[f"base_model.model.{module}.s2ft_block.weight"].double()
+        assert row["delta"] == pytest.approx(delta.square().sum().sqrt().item(), rel=1e-5)
+        assert row["base"] == pytest.approx(weights[f"{module}.weight"].double().square().sum().sqrt().item(), rel=1e-5)
+        assert str(row["layer"]) in module
+
+
+def test_lora_weighs_its_product_and_dora_is_left_out() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from tiny_base import tiny_model
+
+    for dora in (False, True):
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False, use_dora=dora)
+        model = get_peft_model(tiny_model(), config)
+        rows = layer_changes(model)
+        layers = [module for name, module in model.named_modules() if name.endswith("v_proj")]
+        products = [(layer.lora_B["default"].weight @ layer.lora_A["default"].weight) * 5 / 3 for layer in layers]
+        wanted = [] if dora else [product.double().norm().item() for product in products]
+        assert [row["delta"] for row in rows] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_samples_are_greedy_answers_with_and_without_the_adapter(finished) -> None:
+    samples, tokenizer = finished.card["samples"], finished.tokenizer
+    assert len(samples) == 2
+    assert samples[0]["base"] != samples[0]["tuned"]
+    for sample in samples:
+        assert re.fullmatch(r"<b>\d+</b> & more", sample["wanted"])
+        ids = torch.tensor([tokenizer(sample["prompt"]).input_ids])
+        how = {"max_new_tokens": 96, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        with finished.model.disable_adapter():
+            base = finished.model.eval().generate(input_ids=ids, **how)[0, ids.shape[1] :]
+        tuned = finished.model.generate(input_ids=ids, **how)[0, ids.shape[1] :]
+        for name, wanted in (("base", base), ("tuned", tuned)):
+            text = tokenizer.decode(wanted, skip_special_tokens=True)
+            assert sample[name].removesuffix(" …") == text
