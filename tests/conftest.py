@@ -1,5 +1,6 @@
 """Every test starts from a fresh, recorded seed: inputs are new each run, and a failure can be repeated with --seed."""
 
+import gc
 import json
 import os
 import random
@@ -24,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays; else each full collection of garbage would walk through all of torch and transformers."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
