@@ -22,6 +22,7 @@ from torch._C import _autograd
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOTrainer
 
+from mixtures import mixture
 from private_names import private_names
 from source import MODULES, SOURCE
 
@@ -134,6 +135,16 @@ def a_blocks_checkpoint_function_says_whether_it_is_reentrant() -> None:
             assert block._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
 
 
+def experts_know_their_gate() -> None:
+    experts = mixture("gpt-oss", torch.float32).model.layers[0].mlp.experts
+    rows, x = torch.randn(3, 48), torch.randn(3, 32)
+    gate, up = rows[:, ::2].clamp(max=experts.limit), rows[:, 1::2].clamp(-experts.limit, experts.limit)
+    torch.testing.assert_close(experts._apply_gate(rows), (up + 1) * gate * torch.sigmoid(gate * experts.alpha))
+    assert experts._is_expert_parallel is False
+    assert (experts.has_gate, experts.is_transposed, experts.is_concatenated) == (True, True, False)
+    assert experts(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)).shape == x.shape
+
+
 def an_offloading_hook_stands_on_the_module() -> None:
     layer = nn.Linear(2, 2)
     assert not hasattr(layer, "_hf_hook")
@@ -216,6 +227,8 @@ USED: dict[str, Check] = {
     "_embedding_bag_per_sample_weights_backward": the_gradient_of_a_bags_weights_is_a_dot_product,
     "_is_avx512_bf16_supported": the_cpu_says_whether_it_has_bf16,
     "_gradient_checkpointing_func": a_blocks_checkpoint_function_says_whether_it_is_reentrant,
+    "_apply_gate": experts_know_their_gate,
+    "_is_expert_parallel": experts_know_their_gate,
     "_hf_hook": an_offloading_hook_stands_on_the_module,
     "_prepare_dataset": a_trainer_prepares_its_data_by_a_method,
     "_metrics": partial(what_a_trainer_will_log_stands_in, "_metrics", DPOTrainer),

@@ -253,9 +253,13 @@ def test_an_unreadable_block_does_not_keep_the_others_from_training() -> None:
     ("make", "ratios", "reason"),
     [
         (
-            COMPLETE["mixtral"],
-            {"down_proj": 0.5},
-            r"mlp\.experts \(2 MixtralExperts, .* parameters\): experts are stacked",
+            lambda: hf.LongcatFlashForCausalLM(
+                hf.LongcatFlashConfig(
+                    **{**EXPERTS, "num_key_value_heads": 4}, **{**MLA, "q_lora_rank": 12}, n_routed_experts=4
+                )
+            ),
+            {"gate_proj": 0.5, "out_proj": 0.5},
+            r"mlp\.experts \(\d \w+Experts, .* parameters\): LongcatFlashExperts runs its experts by code of its own",
         ),
         (
             lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2)),
@@ -263,10 +267,12 @@ def test_an_unreadable_block_does_not_keep_the_others_from_training() -> None:
             r"a mixer has states of its own",
         ),
     ],
-    ids=["mixtral", "mamba"],
+    ids=["longcat", "mamba"],
 )
 def test_what_is_not_there_is_refused_with_what_is_left_out(make: Callable, ratios: object, reason: str) -> None:
-    with pytest.raises(S2FTError, match=rf"has no projection .*down_proj that s2ft can read; .*Not read: .*{reason}"):
+    with pytest.raises(
+        S2FTError, match=rf"has no projection .*(down|out)_proj that s2ft can read; .*Not read: .*{reason}"
+    ):
         select(built(make), S2FTConfig(ratios=ratios))
 
 

@@ -28,7 +28,8 @@ from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.reading import check_regular, read_json
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
 from s2ft.format.slices import Slice
-from s2ft.layer.linears import as_matrix, features, linear_layer
+from s2ft.layer.linears import as_matrix, features
+from s2ft.layer.stacked import StackedLinear, linear_at
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -55,9 +56,13 @@ class Checkpoint:
 
     def linear(self, module: str) -> nn.Module:
         """The linear layer at a path, on device meta."""
-        linear = linear_layer(self.model.get_submodule(module))
+        linear = linear_at(self.model, module)
         assert linear is not None  # as `check_fits` has found
         return linear
+
+    def is_stacked(self, module: str) -> bool:
+        """Whether it is a parameter of stacked experts."""
+        return isinstance(self.linear(module), StackedLinear)
 
     def sliced_size(self, module: str, side: str) -> int:
         """How many channels the layer has on a side."""

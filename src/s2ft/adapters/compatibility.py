@@ -12,7 +12,8 @@ from s2ft.format.config import S2FTConfig
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
 from s2ft.format.slices import Runs, Slice
 from s2ft.layer.dequantise import dequantised, grid
-from s2ft.layer.linears import features, is_plain, linear_layer, weight_matrix
+from s2ft.layer.linears import features, is_plain, weight_matrix
+from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.selection.select import select
 
 HEADED = {
@@ -73,33 +74,39 @@ def _known(digests: dict[str, str | None]) -> dict[str, str] | None:
 
 def _check_modules(model: nn.Module, config: S2FTConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
     """Every module that a slice names is there, is linear, and has the slice's channels and the delta's width."""
-    modules = dict(model.named_modules())
     raise_together(
         problem
         for path, text in (config.slices or {}).items()
-        if (problem := _slice_problem(modules.get(path), path, Runs.parse(text), (shapes or {}).get(path)))
+        if (problem := _slice_problem(linear_at(model, path), path, Runs.parse(text), (shapes or {}).get(path)))
     )
 
 
-def _slice_problem(module: nn.Module | None, path: str, runs: Runs, shape: tuple[int, ...] | None) -> str | None:
-    linear = None if module is None else linear_layer(module)
+def _slice_problem(linear: nn.Module | None, path: str, runs: Runs, shape: tuple[int, ...] | None) -> str | None:
     if linear is None:
         return f"the adapter changes {path}, which is no linear layer of this model"
     inputs, outputs = features(linear)
     size, across = (inputs, outputs) if runs.side == "in" else (outputs, inputs)
     if runs.last >= size:
-        return f"the adapter changes channel {runs.last} of {path}, whose {runs.side}put side has {size} channels"
+        return f"the adapter changes {_named(linear, runs.last, size)} of {path}, whose {runs.side}put side has {size} channels"
     expected = (across, runs.count) if runs.side == "in" else (runs.count, across)
     if shape is not None and tuple(shape) != expected:
         return f"the adapter's delta of {path} has shape {list(shape)}; for this model it is {list(expected)}"
     return None
 
 
+def _named(linear: nn.Module, channel: int, size: int) -> str:
+    """A channel that is not there, and of stacked experts the expert that is not there either."""
+    if not isinstance(linear, StackedLinear):
+        return f"channel {channel}"
+    count = linear.experts.count
+    return f"channel {channel} (expert {channel // (size // count)}; there are experts 0 to {count - 1})"
+
+
 def _digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
     """Module → digest of the base slice that the config's slice changes; None where it has no plain values."""
     digests: dict[str, str | None] = {}
     for path, text in (config.slices or {}).items():
-        linear = linear_layer(model.get_submodule(path))
+        linear = linear_at(model, path)
         assert linear is not None
         whole = Slice.parse(text)
         parts = digest_parts((config.base_digest or {}).get(path, ""), whole)

@@ -5,12 +5,13 @@ All that can be wrong is looked for before anything is written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from s2ft.adapters.checkpoint import open_base
-from s2ft.adapters.file import open_adapter
+from s2ft.adapters.checkpoint import Checkpoint, open_base
+from s2ft.adapters.file import AdapterFile, open_adapter
 from s2ft.common.errors import raise_together
 from s2ft.common.files import new_file, new_folder
 from s2ft.common.outputs import Progress, bytes_of, check_free
@@ -63,8 +64,15 @@ def export(
     opened = open_adapter(adapter)
     raise_together(writer.problems(opened))
     checkpoint = open_base(opened, base, weights=target.reads_weights)
+    raise_together(_of_experts(opened, checkpoint, to))
     with (new_file if target.suffix else new_folder)(output) as aside:
         writer.write(opened, checkpoint, aside, progress)
     rank = max_lora_rank(opened) if target.is_for_vllm else None
     sizes = bytes_of(opened.folder), bytes_of(output)
     return Exported(to, str(output), len(opened.slices), most_channels(opened), *sizes, rank)
+
+
+def _of_experts(adapter: AdapterFile, base: Checkpoint, to: str) -> Iterator[str]:
+    for module in adapter.slices:
+        if base.is_stacked(module):
+            yield f"{module} is a slice of stacked experts, which s2ft does not write for {to!r}; merge the adapter instead"

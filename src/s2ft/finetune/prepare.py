@@ -138,7 +138,9 @@ def prepare(options: TrainOptions) -> Setup:
     make = partial(_trainer, model, arguments)
     if paused is None:
         log.info("batch: %s", reasons["batch"])
-    options, reasons["learning_rate"], found = _settle_rate(options, paused, data, config, rows, make)
+    options, reasons["learning_rate"], found = _settle_rate(
+        options, paused, data, mean_channels(config, model), config, rows, make
+    )
     if paused is None:
         log.info("learning rate: %g, %s", options.learning_rate, reasons["learning_rate"])
 
@@ -196,12 +198,13 @@ def _settle_rate(
     options: TrainOptions,
     paused: Paused | None,
     data: Data,
+    channels: float | None,
     config: PeftConfig | None,
     rows: int,
     make: Callable[..., RunTrainer],
 ) -> tuple[TrainOptions, str, Card | None]:
     """The options with a learning rate, the reason, and how short runs found it, now or before the pause."""
-    settled, reason = settle_rate(options, rows, mean_channels(config))
+    settled, reason = settle_rate(options, rows, channels)
     if options.learning_rate != AUTO_RATE:
         noted = None if paused is None else paused.search
         return settled, reason if noted is None else str(noted.get("reason")), noted

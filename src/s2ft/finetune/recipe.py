@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 from peft import PeftConfig
+from torch import nn
 
 from s2ft.finetune.arguments import total_steps
 from s2ft.finetune.methods import METHODS
@@ -110,9 +111,9 @@ def planned_steps(options: TrainOptions, rows: int) -> int:
     return total_steps(options, math.ceil(rows / ((options.batch_size or 1) * process_count())))
 
 
-def mean_channels(config: PeftConfig | None) -> float | None:
-    """How many channels a slice of a resolved config has, on average; None where nothing is sliced."""
-    return channels_of(config) if isinstance(config, S2FTConfig) else None
+def mean_channels(config: PeftConfig | None, base: nn.Module | None = None) -> float | None:
+    """How many channels a slice of a resolved config has in `base`, on average; None where nothing is sliced."""
+    return channels_of(config, base) if isinstance(config, S2FTConfig) else None
 
 
 def _is_adam(options: TrainOptions) -> bool:

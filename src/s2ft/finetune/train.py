@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from s2ft.common.files import sole_writer
@@ -108,7 +109,8 @@ def _plan(setup: Setup) -> int:
     trainer.args.eval_delay = steps / 2  # early weights are not the best
     examples = len(setup.data.tokens.dataset)
     log.info("training by %s: %d examples, %d steps", _method_in_words(setup), examples, steps)
-    if (short := too_short(options, steps, mean_channels(setup.config))) is not None:
+    base = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else None
+    if (short := too_short(options, steps, mean_channels(setup.config, base))) is not None:
         log.warning("%s", short)
     return steps
 

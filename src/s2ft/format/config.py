@@ -51,8 +51,9 @@ class S2FTConfig(PeftConfig):
             (`{"o_proj": 0.05, "down_proj": 0.02}`). Heads are counted for q and o, key-value groups for k and v,
             FFN channels for gate, up and down, input channels for `out_proj`. Give `ratios` or `budget`, not both.
         budget: Fraction of the model's parameters to train, split evenly over the targets; what no slice can be taken
-            from (stacked experts, a vision tower) does not count. The default is 0.01 on `o_proj` and
-            `down_proj`, where the paper's allocation study (fig. 4) puts it, and on the `out_proj` of mixers (Mamba).
+            from (a vision tower) does not count, and stacked experts have a budget of their own, the same share of
+            them. The default is 0.01 on `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it,
+            and on the `out_proj` of mixers (Mamba).
         strategy: `random`, or a score to rank by: `weight`, `activation`, `product`, `gradient`, `lift` or `saliency` (see
             `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
             score of your own, too, and then fills in `own`. None is filled in: `weight`, which was at least as good as random
@@ -61,8 +62,8 @@ class S2FTConfig(PeftConfig):
             a `seed`.
         subset: Whether the `largest` or the `smallest` scores are trained.
         seed: Seed of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
-        allocation: `uniform` gives every layer the same share (the paper's choice); `global` ranks over the whole
-            model.
+        allocation: `uniform` gives every layer, and every expert of a layer, the same share (the paper's choice); `global`
+            ranks over the whole model.
         layers: The blocks to train: an index, a list of them, a range `"8-15"`, `"last:50%"` or `"first:4"`.
         avoid: Adapters whose channels are not to be chosen: names on the same model, folders, or Hub names.
         targets: Of a model of several parts, the one that is trained: `language` (unless `target_modules` names others),
@@ -70,6 +71,8 @@ class S2FTConfig(PeftConfig):
         target_modules: As in every PEFT method. A projection of a known structure is sliced by its heads or channels;
             any other linear layer by its input channels. None targets the projections that `ratios` names, else o and
             down, and the last layer of mixers that are no attention (`out_proj`).
+        target_parameters: As in PEFT, parameters of stacked experts (`mlp.experts.down_proj`, of one expert
+            `mlp.experts.3.down_proj`); they join `target_modules`, where they may be named as well.
         exclude_modules: As in LoRA, like the next four.
         layers_to_transform: Indices of the blocks that `target_modules` is looked for in.
         layers_pattern: The name of the list of blocks, where it is an unusual one.
@@ -110,6 +113,7 @@ class S2FTConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to train a slice of"}
     )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters of experts to train"})
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave alone"}
     )
@@ -137,10 +141,23 @@ class S2FTConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        self._join_parameters()
         self.avoid = [self.avoid] if isinstance(self.avoid, str) else self.avoid
         if isinstance(self.slices, dict) and self.slices and self.target_modules in (None, "", set()):
             self.target_modules = set(self.slices)  # PEFT refuses empty ones
         raise_together(self._problems())
+
+    def _join_parameters(self) -> None:
+        """PEFT's `target_parameters` join the modules: a parameter of experts is sliced and saved as a layer is."""
+        if not self.target_parameters:
+            return
+        named = {self.target_parameters} if isinstance(self.target_parameters, str) else set(self.target_parameters)
+        if isinstance(self.target_modules, str) and self.target_modules:
+            raise S2FTError(
+                f"target_parameters={sorted(named)} and target_modules={self.target_modules!r}, a pattern, are both given; "
+                "give a list of modules beside parameters, or a pattern that names both"
+            )
+        self.target_modules, self.target_parameters = {*(self.target_modules or ()), *named}, None
 
     def _problems(self) -> Iterator[str]:
         yield from choice_problems(self)

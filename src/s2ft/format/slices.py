@@ -57,7 +57,7 @@ class Slice:
             >>> Slice.parse("in 0,2").of(torch.arange(6).view(2, 3)).tolist()
             [[0, 2], [3, 5]]
         """
-        return weight.index_select(self.dim, self.channels.to(weight.device))
+        return take(weight, self.dim, self.channels.to(weight.device))
 
     @staticmethod
     def parse(text: str) -> Slice:
@@ -124,6 +124,44 @@ def _joined(bounds: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             yield low, high
             low, high = first, last
     yield low, high
+
+
+def take(
+    weight: Tensor,  # [out_features, in_features], or [experts, out, in]
+    dim: int,
+    channels: Tensor,  # [s], int64
+) -> Tensor:  # [out_features, s] for dim 1, [s, in_features] for dim 0
+    """The values of channels along a dimension of a weight matrix; those of stacked experts are side by side.
+
+    Example:
+        >>> take(torch.arange(12).view(2, 2, 3), 1, torch.tensor([0, 4])).tolist()  # channels 0 and 1 of experts 0 and 1
+        [[0, 7], [3, 10]]
+    """
+    if weight.ndim == 2:
+        return weight.index_select(dim, channels)
+    expert, channel = _in_stack(weight, dim, channels)
+    return weight.transpose(1, 2)[expert, channel].T if dim == 1 else weight[expert, channel]
+
+
+def put(
+    weight: Tensor,  # [out_features, in_features], or [experts, out, in]
+    dim: int,
+    channels: Tensor,  # [s], int64
+    values: Tensor,  # [out_features, s] for dim 1, [s, in_features] for dim 0
+) -> None:
+    """Writes what `take` reads."""
+    if weight.ndim == 2:
+        weight.index_copy_(dim, channels, values)
+    elif dim == 1:
+        weight.transpose(1, 2)[_in_stack(weight, dim, channels)] = values.T
+    else:
+        weight[_in_stack(weight, dim, channels)] = values
+
+
+def _in_stack(weight: Tensor, dim: int, channels: Tensor) -> tuple[Tensor, Tensor]:  # each [s]
+    """The expert of each channel, and its place there."""
+    size = weight.shape[1 + dim]
+    return channels // size, channels % size
 
 
 def all_finite(values: Tensor) -> bool:

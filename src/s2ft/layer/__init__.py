@@ -6,6 +6,11 @@ Read `block`, then `linear`; then `slot` (training in place) and `mixed` (many a
     block         one adapter's slice of one layer: the delta V and its channels
     backprop      partial back-propagation: the autograd functions
     linear        a linear layer with slices: forward, merge (PEFT's tuner layer)
+    stacked       stacked experts, read as linear layers
+    experts       stacked experts with slices
+    expert_backprop  partial back-propagation through them
+    routing       tokens and channels of experts, laid out for grouped products
+    grouped       grouped products
     base_weight   adds slices to a base weight, and restores it
     adapted       what a layer runs: active, merged, switched, disabled
     turns         the lock by which threads share a live model

@@ -250,7 +250,7 @@ class AdaptedLayer(BaseTunerLayer):
         """Raises `S2FTError` if `what` is not possible; see `why_not_own`."""
         raise_together(filter(None, [self.why_not_own(what, allowed)]))
 
-    def check_switched_forward(self, adapter_names: list[str] | None) -> None:
+    def check_switched_forward(self, adapter_names: Sequence[str] | None) -> None:
         """Raises `S2FTError` for training, and for a mixed batch while the base weight holds an adapter."""
         if adapter_names is not None:
             self.require_own("`adapter_names`", allowed=["merged"])

@@ -13,7 +13,7 @@ layer, whose backward receives the base layer's gradient as a fresh tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from s2ft.common.errors import S2FTError
-from s2ft.format.slices import Indices, Slice
+from s2ft.format.slices import Indices, Slice, put
 from s2ft.layer.adapted import AdaptedLayer, Shared
 from s2ft.layer.backprop import may_change
 from s2ft.layer.base_weight import BaseWeight
 from s2ft.layer.block import S2FTBlock
-from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weight_matrix
+from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weight_matrix, weight_of
 from s2ft.layer.mixed import add_mixed
 from s2ft.layer.pack import LooseSlice, forget
 from s2ft.layer.slot import Slot
@@ -39,6 +39,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
     adapter_layer_names = ("s2ft_block",)
     other_param_names = ()
+    experts = 1  # whose channels lie side by side in the layer (`layer/experts.py`)
 
     def __init__(
         self,
@@ -122,15 +123,19 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
         if self.layout is not None:
             return self._forward_in_place(base, x, adapter_names)
-        if self.is_switched and (adapter_names is not None or self.training):
-            self.check_switched_forward(adapter_names)
-        if (adapter_names is None and (self.is_switched or self.merged)) or self.disable_adapters:
+        if self.runs_base_alone(adapter_names):
             return base(x)
         if adapter_names is not None:
             return self._mixed_batch_forward(base, x, adapter_names)
         return self._with_slices(
             base, x, [self.block(name) for name in self.active_adapters if name in self.s2ft_block]
         )
+
+    def runs_base_alone(self, adapter_names: Sequence[str] | None) -> bool:
+        """Whether a pass outside `in_place` adds nothing to the base layer's output; raises `S2FTError` if it cannot run."""
+        if self.is_switched and (adapter_names is not None or self.training):
+            self.check_switched_forward(adapter_names)
+        return bool((adapter_names is None and (self.is_switched or self.merged)) or self.disable_adapters)
 
     def _with_slices(
         self,
@@ -139,7 +144,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         blocks: list[S2FTBlock],
     ) -> Tensor:  # [*, out_features]
         """base(x) plus what each slice adds."""
-        dtype = self._compute_dtype(x)
+        dtype = self.compute_dtype(x)
         around = []
         for block in blocks:
             x, part = block.tap(x, dtype)
@@ -150,7 +155,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
             y = block.add_to(y, part.to(y.dtype), in_place)
         return y
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the base layer's output: autocast's, else the input's."""
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
@@ -166,12 +171,16 @@ class S2FTLinear(nn.Module, AdaptedLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively"
             )
+        self.refuse_mixed_on_merged()
+        return add_mixed(self, base(x), x, adapter_names)
+
+    def refuse_mixed_on_merged(self) -> None:
+        """Raises `S2FTError` while adapters are merged, which all rows of a mixed batch would get."""
         if self.merged:
             raise S2FTError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
                 f"Merged: {', '.join(self.merged_adapters)}"
             )
-        return add_mixed(self, base(x), x, adapter_names)
 
     # ---- in place ----------------------------------------------------------------------------------------------------
 
@@ -197,16 +206,21 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         self.slot = self.layout = None
 
     def _forward_in_place(self, base: Base, x: Tensor, adapter_names: list[str] | None) -> Tensor:  # as `forward`
-        if adapter_names is not None:
-            self.require_own("`adapter_names`", allowed=["merged", "switched"])
-        name = self.layout.adapter
-        if not self.disable_adapters:
-            self.refuse_beside_layout(self.active_adapters)
-        block = None if self.disable_adapters or name not in self.s2ft_block else self.block(name)
+        running = [name for name in self.running_in_place(adapter_names) if name in self.s2ft_block]
+        block = self.block(running[0]) if running else None
         if self.slot is None:
             return self._with_slices(base, x, [] if block is None else [block])
         delta = None if block is None else block.weight
         return self.slot.forward(base, self.get_base_layer(), x, delta, self.training)
+
+    def running_in_place(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """The layout's adapter, unless adapters are disabled; raises `S2FTError` for others beside it."""
+        if adapter_names is not None:
+            self.require_own("`adapter_names`", allowed=["merged", "switched"])
+        if self.disable_adapters:
+            return []
+        self.refuse_beside_layout(self.active_adapters)
+        return [self.layout.adapter]
 
     # ---- what torch calls --------------------------------------------------------------------------------------------
 
@@ -258,8 +272,10 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         if hasattr(values, "full_tensor"):  # a DTensor
             values = values.full_tensor()
         shape = (self.out_features, self.in_features)  # not that of the weight, which may be packed
-        delta = values.new_zeros(shape[::-1] if isinstance(base, Conv1D) else shape)
-        as_matrix(base, delta).index_copy_(block.dim, block.indices, values)
+        if isinstance(base, Conv1D):
+            shape = shape[::-1]
+        delta = values.new_zeros(weight_of(base).shape if weight_of(base).ndim == 3 else shape)
+        put(as_matrix(base, delta), block.dim, block.indices, values)
         return delta
 
     def take_base_dtype(self, adapter_name: str) -> None:

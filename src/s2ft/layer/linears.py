@@ -57,13 +57,16 @@ def weight_of(module: nn.Module) -> Tensor:  # [out_features, in_features]; of a
 
 
 def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], a view
-    """The weight of a linear layer in the orientation of `nn.Linear`, sharing its storage."""
+    """The weight of a linear layer in the orientation of `nn.Linear`, sharing its storage.
+
+    Of stacked experts (`layer/stacked.py`) it is [experts, out, in].
+    """
     return as_matrix(module, weight_of(module))
 
 
 def as_matrix(module: nn.Module, weight_like: Tensor) -> Tensor:  # [out_features, in_features], a view
     """A tensor shaped like the module's weight (itself, its gradient) in the orientation of `nn.Linear`."""
-    return weight_like.T if isinstance(module, Conv1D) else weight_like
+    return weight_like.mT if isinstance(module, Conv1D) or getattr(module, "is_transposed", False) else weight_like
 
 
 def layer_stack(path: str) -> tuple[str, int] | None:

@@ -4,7 +4,9 @@
     budget b of the model     →  r = b · parameters reached / number of targets / parameters of the projection
 
 Parameters that no slice can be taken from do not count (`selection/coverage.py`). A target that only some blocks have (one
-attention in eight blocks of a hybrid) counts by as many as have it.
+attention in eight blocks of a hybrid) counts by as many as have it. Stacked experts and the rest of the model each have a
+budget of their own, the same share of each: where nearly all parameters are the experts', 1% of the whole would be most of
+the attention. Each expert is a layer here: it trains as many channels as any other.
 
 The paper gives every layer the same share. A share of 1.66 heads a layer is kept by rounding its running total (2, 1,
 2, 2, 1, ...), which spends the budget exactly and leaves no layer out as one draw over the model would.
@@ -21,23 +23,41 @@ from torch import nn
 from s2ft.common.errors import raise_together
 from s2ft.format.config import S2FTConfig
 from s2ft.format.terms import DEFAULT_BUDGET
-from s2ft.layer.linears import features, layer_stack, linear_layer
+from s2ft.layer.linears import features, layer_stack
+from s2ft.layer.stacked import linear_at
+from s2ft.selection.coverage import Coverage
 from s2ft.selection.targets import by_projection
-from s2ft.selection.units import Projection, Target
+from s2ft.selection.units import EXPERTS, Projection, Target
 
 
-def count_units(targets: Sequence[Target], config: S2FTConfig, model: nn.Module, reached: int) -> dict[str, list[int]]:
+def count_units(
+    targets: Sequence[Target], config: S2FTConfig, model: nn.Module, covered: Coverage
+) -> dict[str, list[int]]:
     """Projection → how many units each of its layers trains, in the order of `targets`.
 
     Args:
-        reached: The parameters that a budget is a share of.
+        covered: Of the model: a budget is a share of what is reached.
     """
-    by_name = by_projection(targets)
-    ratios = _ratios(by_name, config, model, reached)
-    counts = {name: spread([ratios[name] * p.units for _, p in group]) for name, group in by_name.items()}
-    empty = [name for name, layers in counts.items() if not sum(layers)]
-    raise_together(_rounds_to_zero(name, ratios[name], by_name[name], config) for name in empty)
-    return counts
+    shares: dict[tuple[str, bool], list[int]] = {}
+    problems = []
+    for among, reached in ((False, covered.beside_experts), (True, covered.experts)):
+        by_name = by_projection([target for target in targets if is_expert(target) == among])
+        ratios = _ratios(by_name, config, model, reached)
+        for name, group in by_name.items():
+            shares[name, among] = spread([ratios[name] * p.units for _, p in group])
+            if not sum(shares[name, among]):
+                problems.append(_rounds_to_zero(name, ratios[name], group, config))
+    raise_together(problems)
+    rest = {key: iter(counts) for key, counts in shares.items()}
+    return {
+        name: [next(rest[name, is_expert(target)]) for target in group]
+        for name, group in by_projection(targets).items()
+    }
+
+
+def is_expert(target: Target) -> bool:
+    """Whether a target is a projection of a stacked expert."""
+    return target[0].kind == EXPERTS
 
 
 def spread(shares: Sequence[float]) -> list[int]:
@@ -62,18 +82,26 @@ def trained_in_words(targets: Sequence[Target], counts: Mapping[str, Sequence[in
     """
     parts = []
     for name, group in by_projection(targets).items():
-        chosen, units = sum(counts[name]), sum(p.units for _, p in group)
-        structure, projection = group[0]
-        unit = (
-            "channels"
-            if structure.kind != "attention"
-            else "heads"
-            if projection.units == structure.units
-            else "groups"
-        )
-        layers = f"{len(group)} layer{'s' if len(group) > 1 else ''}"
-        parts.append(f"{name}: {chosen:,} of {units:,} {unit} ({100 * chosen / units:.3g}%) of {layers}")
+        counted = list(zip(group, counts[name], strict=True))
+        for among in (False, True):
+            some = [(target, count) for target, count in counted if is_expert(target) == among]
+            if some:
+                parts.append(_part_in_words(name, *zip(*some, strict=True)))
     return "; ".join(parts)
+
+
+def _part_in_words(name: str, group: Sequence[Target], counts: Sequence[int]) -> str:
+    chosen, units = sum(counts), sum(p.units for _, p in group)
+    structure, projection = group[0]
+    is_head = structure.kind == "attention"
+    unit = "channels" if not is_head else "heads" if projection.units == structure.units else "groups"
+    layers = _several(len({p.module for _, p in group}), "layer")
+    place = f"{_several(len(group), 'expert')} in {layers}" if is_expert(group[0]) else layers
+    return f"{name}: {chosen:,} of {units:,} {unit} ({100 * chosen / units:.3g}%) of {place}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count > 1 else ''}"
 
 
 def _ratios(
@@ -86,7 +114,9 @@ def _ratios(
     budget = DEFAULT_BUDGET if config.budget is None else config.budget
     blocks = {name: len({layer_stack(p.module) or p.module for _, p in group}) for name, group in by_name.items()}
     shares = {name: budget * reached * count / sum(blocks.values()) for name, count in blocks.items()}
-    sizes = {name: sum(_parameters(p, model) for _, p in group) for name, group in by_name.items()}
+    modules = {p.module: p for group in by_name.values() for _, p in group}
+    across = {path: _across(model, p) for path, p in modules.items()}
+    sizes = {name: sum(p.units * p.width * across[p.module] for _, p in group) for name, group in by_name.items()}
     over = [name for name, size in sizes.items() if shares[name] > size]
     raise_together(
         f"budget={budget!r} gives {name} {shares[name]:.0f} parameters to train, but it has {sizes[name]}; "
@@ -96,11 +126,11 @@ def _ratios(
     return {name: shares[name] / size for name, size in sizes.items()}
 
 
-def _parameters(projection: Projection, model: nn.Module) -> int:
-    layer = linear_layer(model.get_submodule(projection.module))
+def _across(model: nn.Module, projection: Projection) -> int:
+    """The features of the other side of a projection's layer."""
+    layer = linear_at(model, projection.module)
     assert layer is not None
-    across = features(layer)[1] if projection.side == "in" else features(layer)[0]
-    return projection.units * projection.width * across
+    return features(layer)[1 if projection.side == "in" else 0]
 
 
 def _rounds_to_zero(name: str, ratio: float, group: list[Target], config: S2FTConfig) -> str:

@@ -1,6 +1,6 @@
 """What of a model s2ft reaches, what it leaves out and why, and how large a share of it is trained.
 
-    experts in stacked parameters | blocks that are not read | towers beside the language model
+    experts that are not read | blocks that are not read | towers beside the language model
 
 What is left out does not count where a budget is a share of the model: 1% is 1% of what is reached. Parameters are counted
 by the features of their layers, since a quantised or partitioned one stores fewer numbers than it stands for.
@@ -18,7 +18,7 @@ from s2ft.format.registration import PREFIX
 from s2ft.layer.linears import features, layer_stack, linear_layer
 from s2ft.selection.structure import read_structures
 from s2ft.selection.towers import towers
-from s2ft.selection.units import Target
+from s2ft.selection.units import EXPERTS, Target
 
 _WORTH_A_WORD = 0.01  # of the model's parameters: a router or a gate is left out without one
 _ADDED = re.compile(rf"{PREFIX}|(^|\.)modules_to_save\.|\.trainable_tokens_|\.lora_")  # by PEFT: not the model's own
@@ -27,7 +27,7 @@ _CONVOLUTIONS = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 
-EXPERTS = "experts are stacked in one parameter, and s2ft slices linear layers"
+STACKED = "its weights are stacked in one parameter, and are not those of experts that s2ft knows"
 TOWER = "it stands beside the language model; to train it, give targets, or name its layers in target_modules"
 UNKNOWN = "its layers are known neither as attention nor as MLP"
 
@@ -51,12 +51,18 @@ class Coverage:
     """How much of a model is reached."""
 
     parameters: int  # of the whole model
+    experts: int = 0  # of these, those of stacked experts that are read
     left_out: tuple[LeftOut, ...] = ()
 
     @property
     def reached(self) -> int:
         """Parameters of the model without what is left out."""
         return self.parameters - sum(left.parameters for left in self.left_out)
+
+    @property
+    def beside_experts(self) -> int:
+        """Those that are reached and are not the experts'."""
+        return self.reached - self.experts
 
     def __str__(self) -> str:
         """What is left out, in words; empty where nothing is."""
@@ -77,6 +83,7 @@ def coverage(model: nn.Module, targets: Sequence[Target], by_name: bool) -> Cove
     reading = read_structures(model)
     aimed = {projection.module for _, projection in targets}
     read = {projection.module for structure in reading.structures for projection in structure.projections}
+    stacked = {p.module for structure in reading.structures if structure.kind == EXPERTS for p in structure.projections}
     holders = {structure.path for structure in reading.structures} | {name.rpartition(".")[0] for name in read | aimed}
     found: dict[tuple[str, str, str], tuple[set[str], list[int]]] = {}
     for name, owner, why in _unreached(model, read | aimed, holders, reading.unreadable, aimed, by_name):
@@ -86,16 +93,8 @@ def coverage(model: nn.Module, targets: Sequence[Target], by_name: bool) -> Cove
         counts.append(sizes.get(name, 0))  # 0: the other name of a shared one, or an adapter's own
     groups = [LeftOut(*kind[:2], len(owners), sum(counts), kind[2]) for kind, (owners, counts) in found.items()]
     worth = [group for group in groups if group.parameters >= _WORTH_A_WORD * total]
-    return Coverage(total, tuple(sorted(worth, key=lambda group: -group.parameters)))
-
-
-def has_experts(model: nn.Module) -> bool:
-    """Whether it has experts that are stacked in one parameter."""
-    return any(
-        _is_stacked(module, parameter) and layer_stack(path) is not None
-        for path, module in model.named_modules()
-        for parameter in module.parameters(recurse=False)
-    )
+    in_experts = sum(size for name, size in sizes.items() if name.replace(".base_layer.", ".") in stacked)
+    return Coverage(total, in_experts, tuple(sorted(worth, key=lambda group: -group.parameters)))
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -130,7 +129,7 @@ def in_short(count: int) -> str:
 
 def _unreached(
     model: nn.Module,
-    read: set[str],  # linear layers that are in a structure, or targeted
+    read: set[str],  # linear layers and stacked parameters that are in a structure, or targeted
     holders: set[str],  # the modules that hold those
     unreadable: Mapping[str, str],
     aimed: set[str],  # linear layers that are targeted
@@ -150,8 +149,8 @@ def _unreached(
             elif linear_layer(module) is not None:
                 if place not in read and parent not in holders and not by_name and name.endswith("weight"):
                     yield name, parent, UNKNOWN if parent not in unreadable else _of_all(unreadable[parent])
-            elif _is_stacked(module, parameter):
-                yield name, path, EXPERTS
+            elif _is_stacked(module, parameter) and f"{place}.{name.rpartition('.')[2]}" not in read:
+                yield name, path, unreadable.get(place, STACKED)
 
 
 def _is_stacked(module: nn.Module, parameter: Tensor) -> bool:  # parameter: of any shape

@@ -4,6 +4,9 @@ The paper leaves open how scores combine over tokens and batches. Taken here: ov
 padding; over batches the root of the sum of squared batch gradients, which cannot cancel; saliency, whose terms have
 signs, is summed over a batch first and is then combined likewise.
 
+What an expert feeds into its down is counted with its routing weight, over all tokens: one that is sent few of them has a small
+score, which is how `allocation="global"` splits a budget by the router's load.
+
 All keep running sums only, and `gradient` frees each weight's gradient as soon as it is summed. The model is in evaluation
 mode and no parameter wants a gradient when a score is called (`selection/scores.py`).
 """
@@ -18,8 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError, raise_together
-from s2ft.layer.linears import as_matrix, features
-from s2ft.selection.units import Projection, Structure
+from s2ft.layer.expert_backprop import Gate
+from s2ft.layer.experts import expert_rows
+from s2ft.layer.linears import as_matrix, features, weight_of
+from s2ft.layer.routing import Routing
+from s2ft.layer.stacked import Experts, StackedLinear
+from s2ft.selection.units import EXPERTS, Projection, Structure
 from s2ft.selection.weight_scores import Batch, Scores, by_weight, channel_squares, linear_of, root, unit_sums
 
 
@@ -38,9 +45,22 @@ def by_activation(structures: list[Structure], model: nn.Module, batches: Iterab
         sums[structure.key] += unit_sums(squares[projection.channels], structure, projection)
         tokens[structure.key] += len(kept)
 
+    def add_experts(own: list[Structure], experts: Experts, inputs: list[Tensor]) -> None:
+        squares, count = _expert_squares(experts, inputs, mask)
+        for structure in own:
+            sums[structure.key] += squares[_number(structure)]
+            tokens[structure.key] += count
+
     with ExitStack() as stack, torch.no_grad():
-        for s in structures:
+        for s in _dense(structures):
             hook = linear_of(_fed(s), model).register_forward_pre_hook(lambda _, args, s=s: add(s, args[0]))
+            stack.callback(hook.remove)
+        for own in _stacks(structures):
+            experts = _experts_of(own, model)
+            hook = experts.module.register_forward_pre_hook(
+                lambda _, args, kwargs, own=own, experts=experts: add_experts(own, experts, [*args, *kwargs.values()]),
+                with_kwargs=True,
+            )
             stack.callback(hook.remove)
         for batch in _on_device(batches, model):
             padding = batch.get("attention_mask")
@@ -76,9 +96,7 @@ def by_gradient(structures: list[Structure], model: nn.Module, batches: Iterable
 
     with ExitStack() as stack:
         for layer, uses in _uses_by_layer(structures, model):
-            weight = layer.get_parameter("weight")
-            weight.requires_grad_(True)
-            stack.callback(weight.register_post_accumulate_grad_hook(collect(layer, uses)).remove)
+            _on_gradient(layer, collect(layer, uses), stack)
         _backward(model, batches)
     _check_reached(name for name in sums if name in idle)
     return {name: root(total) for name, total in sums.items()}
@@ -103,10 +121,25 @@ def by_saliency(structures: list[Structure], model: nn.Module, batches: Iterable
         x.register_hook(add)
         return (x, *args[1:])
 
+    def collect(layer: nn.Module, own: list[Structure]) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:  # [experts, hidden, channels], as it lies there
+            assert parameter.grad is not None
+            effects = as_matrix(layer, parameter.detach()).float() * as_matrix(layer, parameter.grad).float()
+            parameter.grad = None
+            by_channel = effects.sum(1, dtype=torch.float64).cpu()  # [experts, channels]
+            for structure in own:
+                idle.discard(structure.key)
+                sums[structure.key] += by_channel[_number(structure)].square()
+
+        return add
+
     with ExitStack() as stack:
-        for s in structures:
+        for s in _dense(structures):
             hook = linear_of(_fed(s), model).register_forward_pre_hook(lambda _, args, s=s: watch(s, args))
             stack.callback(hook.remove)
+        for own in _stacks(structures):  # h · ∂loss/∂h, summed over tokens, is W · ∂loss/∂W, summed over the outputs
+            layer = linear_of(_fed(own[0]), model)
+            _on_gradient(layer, collect(layer, own), stack)
         _backward(model, batches)
     _check_reached(name for name in sums if name in idle)
     return {name: root(total) for name, total in sums.items()}
@@ -114,6 +147,55 @@ def by_saliency(structures: list[Structure], model: nn.Module, batches: Iterable
 
 def _zeros(structures: list[Structure]) -> dict[str, Tensor]:  # each [units], float64
     return {s.key: torch.zeros(s.units, dtype=torch.float64) for s in structures}
+
+
+def _dense(structures: list[Structure]) -> list[Structure]:
+    return [structure for structure in structures if structure.kind != EXPERTS]
+
+
+def _stacks(structures: list[Structure]) -> list[list[Structure]]:
+    """The structures of each stack of experts."""
+    stacks: dict[str, list[Structure]] = {}
+    for structure in structures:
+        if structure.kind == EXPERTS:
+            stacks.setdefault(_fed(structure).module, []).append(structure)
+    return list(stacks.values())
+
+
+def _number(structure: Structure) -> int:
+    """Which of its stack's experts it is."""
+    return int(structure.path.rpartition(".")[2])
+
+
+def _experts_of(own: list[Structure], model: nn.Module) -> Experts:
+    layer = linear_of(_fed(own[0]), model)
+    assert isinstance(layer, StackedLinear)
+    return layer.experts
+
+
+def _expert_squares(
+    experts: Experts,
+    inputs: list[Tensor],  # what the experts' module is called with
+    mask: Tensor | None,  # [rows, tokens of a row]: what is no padding
+) -> tuple[Tensor, int]:  # [experts, channels], float64, on the CPU; how many tokens there were
+    """The sums over tokens of what each channel feeds into down, squared."""
+    x, *routed = inputs
+    routing = Routing.of(experts, x, *routed)
+    channels = Gate.apply(expert_rows(experts, x, routing), routing.weights, experts.activation).float().square()
+    tokens = len(x) // experts.count if experts.is_sorted else len(x)
+    kept = tokens
+    if mask is not None and mask.numel() == tokens:
+        channels = channels * mask.flatten()[routing.tokens % tokens, None]
+        kept = int(mask.sum())
+    sums = channels.new_zeros(experts.count, experts.channels, dtype=torch.float64)
+    return sums.index_add_(0, routing.owners, channels.double()).cpu(), kept
+
+
+def _on_gradient(layer: nn.Module, collect: Callable[[Tensor], None], stack: ExitStack) -> None:
+    """Calls `collect` with the layer's weight whenever it has got its gradient."""
+    weight = weight_of(layer)
+    weight.requires_grad_(True)
+    stack.callback(weight.register_post_accumulate_grad_hook(collect).remove)
 
 
 def _fed(structure: Structure) -> Projection:

@@ -100,7 +100,7 @@ def _check_own(config: S2FTConfig, scores: Scorer) -> None:
 def _select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None, own: Scorer | None) -> Selection:
     targets = find_targets(model, config)
     covered = coverage(model, targets, by_name=config.target_modules is not None)
-    counts = count_units(targets, config, model, covered.reached)
+    counts = count_units(targets, config, model, covered)
     structures = list({structure.key: structure for structure, _ in targets}.values())
     scores, filled_in = _score(structures, model, config, batches, own)
     slices = _to_slices(_choose(targets, counts, scores, config, held_channels(model, config.avoid or [])))
@@ -235,15 +235,13 @@ def _load_config(adapter: str) -> PeftConfig:
 
 def _to_slices(chosen: Iterable[tuple[Projection, Indices]]) -> dict[str, Slice]:
     """Units → channels; the projections of a fused layer share one slice. Layers without a unit are left out."""
-    slices: dict[str, Slice] = {}
+    sides: dict[str, str] = {}
+    channels: dict[str, list[Indices]] = {}
     for projection, units in chosen:
-        if not len(units):
-            continue
-        channels = projection.channels_of(units)
-        old = slices.get(projection.module)
-        held = np.sort(channels) if old is None else np.union1d(old.indices, channels)
-        slices[projection.module] = Slice(projection.side, held)
-    return slices
+        if len(units):
+            sides[projection.module] = projection.side
+            channels.setdefault(projection.module, []).append(projection.channels_of(units))
+    return {module: Slice(side, np.unique(np.concatenate(channels[module]))) for module, side in sides.items()}
 
 
 def _draw_seed() -> int:

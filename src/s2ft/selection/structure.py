@@ -15,6 +15,7 @@ from torch import nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.layer.linears import features, layer_index, linear_layer
+from s2ft.layer.stacked import DOWN, Experts, find_experts
 from s2ft.selection.families import (
     BY_GROUP,
     HEAD_COUNTS,
@@ -29,7 +30,7 @@ from s2ft.selection.families import (
     mixer_names,
     mlp_names,
 )
-from s2ft.selection.units import Axes, Projection, Structure
+from s2ft.selection.units import EXPERTS, Axes, Projection, Structure
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,15 @@ def read_structures(model: nn.Module) -> Reading:
     """The structures of `model`, and what looks like one and cannot be read."""
     reading = Reading([], {})
     for path, module in model.named_modules():
-        if linear_layer(module) is not None or not (linears := _linears_of(module)):
+        if linear_layer(module) is not None or path.endswith(".base_layer"):
+            continue
+        try:
+            if (experts := find_experts(module)) is not None:
+                reading.structures.extend(_experts(path, experts))
+                continue
+        except S2FTError as error:
+            reading.unreadable[path] = str(error)
+        if not (linears := _linears_of(module)):
             continue
         for read in (_attention_or_mixer, _mlp):
             try:
@@ -225,6 +234,25 @@ def _mlp(block: _Block) -> Iterator[Structure]:
 def _fills(block: _Block, names: MLPNames) -> bool:
     """Whether down reads as many channels as up gives: half of them, where the gate is in the same layer."""
     return block.outputs(names.up) == block.inputs(names.down) * (2 if names.gate == names.up else 1)
+
+
+# ---- stacked experts -------------------------------------------------------------------------------------------------
+
+
+def _experts(path: str, experts: Experts) -> Iterator[Structure]:
+    """A structure for each expert, named by its number; its projections are parts of the parameters of all."""
+    size = experts.channels
+    for number in range(experts.count):
+        start = number * experts.rows
+        if not experts.is_gated:
+            ups = [Projection("up_proj", f"{path}.{experts.up}", "out", size, 1, start)]
+        else:
+            axes = ((size, 2), (1, 1)) if experts.is_interleaved else ()
+            second = start + (1 if experts.is_interleaved else size)
+            places = (("gate_proj", start), ("up_proj", second))
+            ups = [Projection(name, f"{path}.{experts.up}", "out", size, 1, at, axes) for name, at in places]
+        down = Projection("down_proj", f"{path}.{DOWN}", "in", size, 1, number * size)
+        yield Structure(EXPERTS, f"{path}.{number}", layer_index(path), size, (*ups, down))
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

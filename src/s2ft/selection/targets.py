@@ -3,15 +3,19 @@
     ratios | target_modules | default (o, down)   →   (structure, projection) pairs, in the model's order
 
 Unless `targets` or `target_modules` names them, these are the language model's: a tower beside it (vision, audio) is left as
-it is. A named module outside every known structure is a target by itself, sliced by its input channels.
+it is. A named module outside every known structure is a target by itself, sliced by its input channels. Stacked experts are
+named by their parameter, as the layers of a dense block (`down_proj`, `mlp.experts.down_proj`), or one by its number
+(`experts.3.down_proj`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
@@ -23,7 +27,9 @@ from s2ft.selection.coverage import coverage
 from s2ft.selection.families import ROUTER, looked_for
 from s2ft.selection.structure import Reading, read_structures, single_linear
 from s2ft.selection.towers import in_part, towers
-from s2ft.selection.units import Structure, Target
+from s2ft.selection.units import EXPERTS, Projection, Structure, Target
+
+_NUMBERED = re.compile(r"(?P<owner>\S+)\.\d+\.(?P<leaf>\w+)")
 
 DEFAULT_TARGETS = ("o_proj", "out_proj", "down_proj")
 """Where accuracy per parameter is highest (paper, fig. 4), and what feeds a mixer's output back, as o does."""
@@ -41,9 +47,14 @@ def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
     else:
         is_all = config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
         config = _maybe_include_all_linear_layers(replace(config), model)
+        if is_all:  # PEFT looks among modules
+            stacked = {p.module for s in structures if s.kind == EXPERTS for p in s.projections}
+            config = replace(config, target_modules={*(config.target_modules or ()), *stacked})
         named = _uncoupled(model, config, structures, skip_unrun=is_all)
         candidates = [(s, p) for s in structures + named for p in s.projections]
-    matched = [(s, p) for s, p in candidates if within(p.module) and check_target_module_exists(config, p.module)]
+    _check_numbers(structures, config)
+    is_named = _namer(config)
+    matched = [(s, p) for s, p in candidates if within(p.module) and is_named(s, p)]
     if isinstance(config.ratios, dict):
         matched = [(s, p) for s, p in matched if p.name in config.ratios]
         idle = [name for name in config.ratios if name not in {p.name for _, p in matched}]
@@ -91,6 +102,36 @@ def _why_missing(model: nn.Module, structures: Sequence[Structure]) -> str:
     not_read = [f"Not read: {'; '.join(reasons)}."] if reasons else []
     known = [] if structures else [f"s2ft knows {looked_for()}."]
     return " ".join([*not_read, *known])
+
+
+def _namer(config: S2FTConfig) -> Callable[[Structure, Projection], bool]:
+    """Whether `config` names a projection by its layer, or that of an expert by the expert's number."""
+    by_path = cache(partial(check_target_module_exists, config))
+
+    def is_named(structure: Structure, projection: Projection) -> bool:
+        found = by_path(projection.module)
+        if structure.kind != EXPERTS or found or isinstance(found, _ExcludedModule):
+            return bool(found)
+        return bool(by_path(_numbered(structure, projection)))
+
+    return is_named
+
+
+def _numbered(structure: Structure, projection: Projection) -> str:
+    """An expert's projection by the expert's number, such as mlp.experts.3.down_proj."""
+    return f"{structure.path}.{projection.module.rpartition('.')[2]}"
+
+
+def _check_numbers(structures: Sequence[Structure], config: S2FTConfig) -> None:
+    """Raises `S2FTError` for the number of an expert that is not there."""
+    names = {f".{_numbered(s, p)}" for s in structures if s.kind == EXPERTS for p in s.projections}
+    given = config.target_modules if isinstance(config.target_modules, set | list) else ()
+    for match in filter(None, map(_NUMBERED.fullmatch, given)):
+        first = next((name for name in names if name.endswith(f".{match['owner']}.0.{match['leaf']}")), None)
+        if first is not None and not any(name.endswith(f".{match[0]}") for name in names):
+            owner = first.removesuffix(f".0.{match['leaf']}")
+            count = sum(name.startswith(f"{owner}.") and name.endswith(f".{match['leaf']}") for name in names)
+            raise S2FTError(f"target_modules names {match[0]!r}; the experts of {owner[1:]} are 0 to {count - 1}")
 
 
 def _uncoupled(model: nn.Module, config: S2FTConfig, structures: list[Structure], skip_unrun: bool) -> list[Structure]:

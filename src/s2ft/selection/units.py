@@ -39,7 +39,7 @@ class Projection:
     """
 
     name: str  # canonical, or the module's own name where no coupling is known
-    module: str  # path of the linear layer in the model
+    module: str  # path of the linear layer in the model, or of the parameter that stacks those of experts
     side: str  # "in": columns of the weight (o, down); "out": rows (q, k, v, gate, up)
     units: int  # heads, key-value groups, or channels
     width: int  # channels of a unit: head_dim, or 1
@@ -70,12 +70,15 @@ class Projection:
         return np.flatnonzero(np.isin(self.grid, channels).any(1))
 
 
+EXPERTS = "experts"  # the kind of a structure that is one of the experts stacked in a parameter
+
+
 @dataclass(frozen=True)
 class Structure:
     """A coupled structure: the projections whose units are permuted together."""
 
-    kind: str  # "attention" | "mlp" | "mixer" (Mamba, linear attention) | "linear" (no coupling known)
-    path: str  # of the module that holds the projections
+    kind: str  # "attention" | "mlp" | "experts" | "mixer" (Mamba, linear attention) | "linear" (no coupling known)
+    path: str  # of the module that holds the projections; of stacked experts, with the expert's number behind it
     layer: int | None  # index of the block, where the path has one
     units: int  # query heads, or channels
     projections: tuple[Projection, ...]

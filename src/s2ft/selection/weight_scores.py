@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
-from s2ft.layer.linears import linear_layer, weight_matrix, why_not_plain
+from s2ft.layer.linears import weight_matrix, why_not_plain
+from s2ft.layer.stacked import linear_at
 from s2ft.selection.units import Projection, Structure
 
 Batch = Mapping[str, Any]
@@ -104,7 +106,7 @@ def channel_squares(
 
 def linear_of(projection: Projection, model: nn.Module) -> nn.Module:
     """The linear layer of a projection, below any adapter."""
-    layer = linear_layer(model.get_submodule(projection.module))
+    layer = linear_at(model, projection.module)
     assert layer is not None
     return layer
 
@@ -126,7 +128,10 @@ def _sum_over_projections(
 
 
 def _part(matrix: Tensor, projection: Projection) -> Tensor:  # both [out_features, in_features], one side fewer; a view
-    """A projection's rows or columns of the layer that holds it, which may hold others too."""
+    """A projection's rows or columns of the layer that holds it, which may hold others too, or stacks those of experts."""
+    if matrix.ndim == 3:
+        expert, offset = divmod(projection.offset, matrix.shape[1 if projection.side == "out" else 2])
+        matrix, projection = matrix[expert], replace(projection, offset=offset)
     return matrix[projection.channels] if projection.side == "out" else matrix[:, projection.channels]
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from s2ft.layer.linears import linear_layer, weight_of, why_not_plain
 from s2ft.selection.families import BEFORE_HEADS, HEAD_NORMS, POSITIONS, SHARED_NORM
-from s2ft.selection.units import Projection, Structure
+from s2ft.selection.units import EXPERTS, Projection, Structure
 
+_EXPERTS = "a slice of stacked experts is added around them"
 Norms = dict[str, list[nn.Module]]  # module → the norms over its output, which are permuted with it
 
 
@@ -31,9 +32,12 @@ def find_obstacles(
         for path, module in model.named_modules()
         if (linear := linear_layer(module)) is not None and (reason := _why_unwritable(linear, counts, live))
     }
+    unwritable |= {p.module: _EXPERTS for s in structures if s.kind == EXPERTS for p in s.projections}
     unmovable = dict(unwritable)
     norms: Norms = {}
     for structure in structures:
+        if structure.kind == EXPERTS:
+            continue
         reason = next((unwritable[p.module] for p in structure.projections if p.module in unwritable), None)
         reason = reason or structure.partial
         reason = (

@@ -16,6 +16,7 @@ from s2ft.common.errors import S2FTError
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.stacked import StackedLinear, linear_at
 
 MOVE = 0.3  # learning rate × √(channels of a slice × steps)
 RATES = (1e-5, 2e-2)  # lower and upper bound
@@ -25,7 +26,8 @@ def learning_rate(trained: nn.Module | S2FTConfig, steps: float) -> float:
     """The peak learning rate that `s2ft train` would take, for a loop of your own.
 
     Args:
-        trained: A model with an S²FT adapter, or a config with its channels chosen, as `s2ft.select` returns it.
+        trained: A model with an S²FT adapter, or a config with its channels chosen, as `s2ft.select` returns it; for a model
+            with stacked experts, give the model, which knows how many there are.
         steps: Optimizer steps of the whole run: epochs × examples / examples a step.
 
     Returns:
@@ -50,13 +52,17 @@ def rate_of(channels: float, steps: float) -> float:
     return float(f"{min(max(MOVE / math.sqrt(channels * steps), RATES[0]), RATES[1]):.2g}")
 
 
-def channels_of(trained: nn.Module | S2FTConfig) -> float:
-    """How many channels a slice has, on average.
+def channels_of(trained: nn.Module | S2FTConfig, base: nn.Module | None = None) -> float:
+    """How many channels a slice has, on average; of stacked experts, those of one expert: routing weights add up to one.
+
+    Args:
+        trained: A model with an adapter, or a config.
+        base: The model that a config is for, which knows how many experts there are.
 
     Raises:
         S2FTError: if there is no slice.
     """
-    found = _in_config(trained) if isinstance(trained, S2FTConfig) else _in_model(trained)
+    found = _in_config(trained, base) if isinstance(trained, S2FTConfig) else _in_model(trained)
     if not found:
         missing = "no chosen channels" if isinstance(trained, S2FTConfig) else "no active S²FT adapter"
         raise S2FTError(
@@ -66,12 +72,22 @@ def channels_of(trained: nn.Module | S2FTConfig) -> float:
     return fmean(found)
 
 
-def _in_config(config: S2FTConfig) -> list[int]:
-    return [len(Slice.parse(text).indices) for text in (config.slices or {}).values()]
+def _in_config(config: S2FTConfig, base: nn.Module | None) -> list[float]:
+    slices = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
+    return [len(trained.indices) / _experts(base, path) for path, trained in slices.items()]
 
 
-def _in_model(model: nn.Module) -> list[int]:
+def _experts(base: nn.Module | None, path: str) -> int:
+    """How many experts a layer stacks."""
+    linear = None if base is None else linear_at(base, path)
+    return linear.experts.count if isinstance(linear, StackedLinear) else 1
+
+
+def _in_model(model: nn.Module) -> list[float]:
     layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
     return [
-        len(layer.block(name).indices) for layer in layers for name in layer.active_adapters if name in layer.s2ft_block
+        len(layer.block(name).indices) / layer.experts
+        for layer in layers
+        for name in layer.active_adapters
+        if name in layer.s2ft_block
     ]

@@ -10,6 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from s2ft.layer.adapted import require_own
+from s2ft.layer.experts import S2FTExperts
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import MixedBatch
 
@@ -40,7 +41,7 @@ def mixed_rows(tuner: S2FTModel, names: Sequence[str], beams: int) -> Iterator[N
     encoder = _encoder(tuner.model) if beams > 1 else set()
     with ExitStack() as stack:
         for module in tuner.modules():
-            if isinstance(module, S2FTLinear | AuxiliaryTrainingWrapper):
+            if isinstance(module, S2FTLinear | S2FTExperts | AuxiliaryTrainingWrapper):
                 rows = single if module in encoder else repeated
                 if pool is not None and isinstance(module, AuxiliaryTrainingWrapper):  # its adapters have slices alone
                     rows = MixedBatch(BASE if name in pool else name for name in rows)

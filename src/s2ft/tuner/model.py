@@ -37,7 +37,9 @@ from s2ft.layer.adapted import (
     require_own,
     suspended,
 )
+from s2ft.layer.experts import wrap_experts
 from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.training.depth import stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
@@ -86,11 +88,20 @@ class S2FTModel(BaseTuner):
         config = self.peft_config[adapter_name]
         with suspended(model), rolled_back(self, config, self.shared):
             self.peft_config[adapter_name] = config.filled_in(resolved(model, config.reopened()))
+            self._wrap_experts(model, self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if (incoming := INCOMING.get()) is not None:
                 check_and_adopt(model, self.peft_config[adapter_name], adapter_name, incoming)
                 raise_together(foreign_base(model, self.peft_config[adapter_name], incoming))
         stop_below(model)
+
+    def _wrap_experts(self, model: nn.Module, config: S2FTConfig) -> None:
+        """Puts layers around the parameters of stacked experts that the config names; PEFT then finds them as modules."""
+        stacked = [path for path in config.slices or {} if isinstance(linear_at(model, path), StackedLinear)]
+        if stacked and not adapted_layers(model):
+            model.requires_grad_(False)  # as PEFT does with the first adapter that it puts in itself
+        for path in stacked:
+            wrap_experts(model, path, self.shared, self.training)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, for the blocks that need it (`training/depth.py`)."""
@@ -307,6 +318,8 @@ class S2FTModel(BaseTuner):
         Raises:
             S2FTError: if it is no linear layer.
         """
+        if isinstance(linear_at(self.model, path), StackedLinear):
+            return wrap_experts(self.model, path, self.shared, self.training)
         target = self.model.get_submodule(path)
         if isinstance(target, S2FTLinear):
             return target

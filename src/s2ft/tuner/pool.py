@@ -26,6 +26,7 @@ from s2ft.common.errors import S2FTError, raise_together
 from s2ft.layer.adapted import require_own
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import LooseSlice
+from s2ft.layer.stacked import linear_at
 from s2ft.tuner.incoming import warn_of_overflow
 from s2ft.tuner.mixing import BASE
 from s2ft.tuner.model import S2FTModel
@@ -158,7 +159,8 @@ class AdapterPool:
     def _detach(self, name: str) -> Slices:
         slices = self._device.pop(name)
         for module in slices:
-            layer = self._tuner.model.get_submodule(module)
+            parent, _, child = module.rpartition(".")
+            layer = getattr(self._tuner.model.get_submodule(parent), child)
             if isinstance(layer, S2FTLinear):  # not after unload()
                 layer.pooled.pop(name, None)
         return slices
@@ -167,7 +169,7 @@ class AdapterPool:
         adapter = read_adapter(self._folders[name])
         check_fits(self._tuner.model, adapter.config, {module: delta.shape for module, delta in adapter.deltas.items()})
         raise_together(_beside(adapter))
-        warn_of_overflow({self._tuner.model.get_submodule(module): delta for module, delta in adapter.deltas.items()})
+        warn_of_overflow({linear_at(self._tuner.model, module): delta for module, delta in adapter.deltas.items()})
         return {
             module: _on_host(LooseSlice(trained.side, trained.channels, adapter.deltas[module]))
             for module, trained in adapter.slices.items()

@@ -23,7 +23,6 @@ from s2ft.lab.families.check import check
 from s2ft.lab.families.page import page_of
 from s2ft.lab.families.tiny import KINDS, classes, tiny
 from s2ft.lab.registry import TellShare
-from s2ft.selection.coverage import has_experts
 
 DTYPES = (torch.float64, torch.float32)  # the second, where a model's own code does not work in the first
 
@@ -71,7 +70,7 @@ def row_of(kind: str, model_type: str, class_name: str, seed: int = 0) -> dict[s
             "gathered": found.reasons,
             "gradient_error": found.gradient,
             "in_place_error": found.in_place,
-            "experts": has_experts(model),
+            "experts": found.experts,
             "lora": found.lora,
             "llama_cpp": model_type in ARCHITECTURES,
         }

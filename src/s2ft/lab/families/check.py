@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from s2ft.common.errors import S2FTError
 from s2ft.exports.export import export
 from s2ft.format.config import S2FTConfig
-from s2ft.format.slices import Slice
+from s2ft.format.slices import Slice, put
 from s2ft.lab.families.tiny import inputs_of, output_of
 from s2ft.layer.linear import sliced_layers
-from s2ft.layer.linears import as_matrix, weight_matrix
+from s2ft.layer.linears import as_matrix, weight_matrix, weight_of
+from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.selection.select import select
 from s2ft.selection.structure import read_structures
 from s2ft.training.in_place import in_place
@@ -43,6 +44,7 @@ class Findings:
 
     dtype: torch.dtype
     projections: tuple[str, ...]  # that are read, by canonical name
+    experts: int  # slices of stacked experts
     coupled: bool  # heads are read with all of q, k, v and o
     gradient: float  # worst relative error of a slice's gradient
     reached: float  # share of the slices that the input reaches: the others' gradients are zero
@@ -84,7 +86,7 @@ def check(model: PreTrainedModel, seed: int = 0) -> Findings:
     deltas = {path: layer.block("default") for path, layer in sliced_layers(tuned.get_base_model(), "default").items()}
     dense = deepcopy(model)
     for path, block in deltas.items():
-        _add(dense.get_submodule(path), block.trained, block.weight.detach())
+        _add(_layer(dense, path), block.trained, block.weight.detach())
     loss_weights = torch.randn_like(output_of(dense, inputs))
     expected = _gradients(dense, inputs, loss_weights, {path: block.trained for path, block in deltas.items()})
     found = _block_gradients(tuned, inputs, loss_weights)
@@ -93,6 +95,7 @@ def check(model: PreTrainedModel, seed: int = 0) -> Findings:
     return Findings(
         dtype=model.dtype,
         projections=tuple(dict.fromkeys(p.name for s in structures for p in s.projections)),
+        experts=sum(isinstance(_layer(model, path), StackedLinear) for path in deltas),
         coupled=any(not s.partial for s in heads),
         gradient=max(_error(found[path], expected[path]) for path in expected),
         reached=sum(bool(gradient.any()) for gradient in expected.values()) / len(expected),
@@ -117,9 +120,16 @@ def _adapted(model: PreTrainedModel, config: S2FTConfig) -> PeftModel:
     return get_peft_model(deepcopy(model), deepcopy(config))
 
 
+def _layer(model: nn.Module, path: str) -> nn.Module:
+    layer = linear_at(model, path)
+    assert layer is not None
+    return layer
+
+
 def _add(layer: nn.Module, trained: Slice, delta: Tensor) -> None:
+    weight = weight_matrix(layer)
     with torch.no_grad():
-        weight_matrix(layer).index_add_(trained.dim, trained.channels, delta.to(weight_matrix(layer).dtype))
+        put(weight, trained.dim, trained.channels, trained.of(weight) + delta.to(weight.dtype))
 
 
 def _gradients(
@@ -130,8 +140,9 @@ def _gradients(
     (output_of(dense, inputs) * loss_weights).sum().backward()
     found = {}
     for path, trained in slices.items():
-        layer = dense.get_submodule(path)
-        grad = layer.weight.grad if layer.weight.grad is not None else torch.zeros_like(layer.weight)
+        layer = _layer(dense, path)
+        weight = weight_of(layer)
+        grad = weight.grad if weight.grad is not None else torch.zeros_like(weight)
         found[path] = trained.of(as_matrix(layer, grad))
     dense.requires_grad_(False)
     return found

@@ -1,0 +1,235 @@
+"""Stacked experts with trained slices: what the slices add to the output, whatever runs the experts.
+
+    y = experts(x) + Σₑ wₑ (V h + D (h - h₀))         h₀ = act(G x, U x)  h = act((G + V) x, (U + V) x)
+
+G, U and D are expert e's gate, up and down on the channels that any slice holds, and V the slices' deltas: a small expert
+beside each expert, as wide as its slice, with the same tokens and routing weights wₑ. Where gate and up are not trained,
+h = h₀ and V h is all. The base keeps its own code for experts (transformers' eager, batched_mm, grouped_mm, ...); the chosen
+channels are computed once more, at their share of a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.common.errors import S2FTError
+from s2ft.layer.adapted import Shared
+from s2ft.layer.expert_backprop import Collect, Gate, Spread
+from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.pack import MixedBatch, find_slice
+from s2ft.layer.routing import Routing, Table
+from s2ft.layer.stacked import DOWN, Experts, StackedLinear, find_experts, stacked_linear
+
+_NONE = "__base__"  # PEFT's name for no adapter
+_MOST_TABLES = 16  # kept, for as many sets of slices
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """An adapter's slice of one parameter."""
+
+    name: str  # the parameter's
+    held: Any  # S2FTBlock | LooseSlice
+
+    @property
+    def mark(self) -> Any:
+        """Another object whenever the channels are others."""
+        return getattr(self.held, "trained", self.held)
+
+    def matrices(
+        self,
+        places: Tensor,  # [experts, m], int64
+        dtype: torch.dtype,
+    ) -> Tensor:  # [experts, m, hidden]
+        """The delta as a matrix for each expert; zero where the expert has no such channel."""
+        delta: Tensor = self.held.weight
+        rows = (delta.T if self.held.side == "in" else delta).to(dtype)  # [s, hidden]
+        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        return padded.index_select(0, places.flatten()).view(*places.shape, -1)
+
+
+def expert_rows(
+    experts: Experts,
+    x: Tensor,  # [tokens, hidden]
+    routing: Routing,
+    rows: Tensor | None = None,  # [experts, m], int64; None: all
+) -> Tensor:  # [pairs, m]
+    """Rows of `up` for each pair of a token and an expert, before the activation."""
+    product: Tensor = Spread.apply(x, experts.matrix(experts.up), rows, routing)
+    bias = experts.up_bias
+    if bias is None:
+        return product
+    return product + (bias if rows is None else bias.gather(1, rows))[routing.owners].to(product.dtype)
+
+
+class ExpertSlice(S2FTLinear):
+    """The slices of one parameter of stacked experts; `S2FTExperts` runs them."""
+
+    @property
+    def experts(self) -> int:  # type: ignore[override]
+        """How many experts the parameter stacks."""
+        linear = self.get_base_layer()
+        assert isinstance(linear, StackedLinear)
+        return linear.experts.count
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """Is never called: the experts' module reads its parameters without running them."""
+        raise S2FTError("a slice of stacked experts is run by the module around them")
+
+    def running(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """The adapters whose slices a pass adds to the base's output, as the layer's state has it.
+
+        Args:
+            adapter_names: Of a mixed batch, the adapter of each row.
+        """
+        if self.layout is not None:
+            return self.running_in_place(adapter_names)
+        if self.runs_base_alone(adapter_names):
+            return []
+        if adapter_names is not None:
+            self.refuse_mixed_on_merged()
+            return list(adapter_names)
+        return list(self.active_adapters)
+
+
+class S2FTExperts(nn.Module):
+    """Stacked experts with a trained slice for each adapter, of one parameter or of both."""
+
+    def __init__(self, base_layer: nn.Module, shared: Shared) -> None:
+        super().__init__()
+        experts = find_experts(base_layer)
+        if experts is None:
+            raise S2FTError(f"{type(base_layer).__name__} holds no stacked experts")
+        self.base_layer, self.experts, self.shared = base_layer, experts, shared
+        self._tables: dict[Any, tuple[list[Any], Table]] = {}  # by their slices, which are kept beside
+
+    def slice_layer(self, name: str) -> ExpertSlice:
+        """The layer of the parameter `name`, which is made if it is not there yet."""
+        if name not in self.slice_layers:
+            linear = stacked_linear(self.base_layer, name)
+            if linear is None:
+                raise S2FTError(f"{type(self.base_layer).__name__} has no stacked experts in {name}")
+            self.add_module(name, ExpertSlice(linear, _NONE, shared=self.shared).train(self.training))
+        return self.slice_layers[name]
+
+    @property
+    def slice_layers(self) -> dict[str, ExpertSlice]:
+        """Parameter → its slices."""
+        return {name: layer for name, layer in self.named_children() if isinstance(layer, ExpertSlice)}
+
+    def forward(
+        self,
+        x: Tensor,  # [tokens, hidden]
+        *args: Tensor,  # [tokens, top] each: the experts of each token, and their routing weights
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Tensor,
+    ) -> Tensor:  # [tokens, hidden]
+        """The experts' output plus what the active adapters add, or what stands for that in the layers' state.
+
+        Raises:
+            S2FTError: if the state does not allow it, such as training while the model is switched.
+        """
+        running = next(iter(self.slice_layers.values())).running(adapter_names)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        routed = (*args, *kwargs.values())
+        if running and adapter_names is not None:
+            return self._add_by_row(y, x, routed, MixedBatch(adapter_names))
+        return self._add(y, x, routed, dict.fromkeys(running))
+
+    def _add(
+        self,
+        y: Tensor,  # [tokens, hidden]
+        x: Tensor,  # [tokens, hidden]
+        routed: Sequence[Tensor],  # [tokens, top] each
+        adapters: Sequence[str] | dict[str, None],
+    ) -> Tensor:  # [tokens, hidden]
+        """Returns y plus what these adapters' slices add."""
+        found = [(name, find_slice(layer, one)) for name, layer in self.slice_layers.items() for one in adapters]
+        parts = [Part(name, held) for name, held in found if held is not None]
+        if not parts:
+            return y
+        some = next(iter(self.slice_layers.values()))
+        x = x.to(some.compute_dtype(x))
+        routing, table = Routing.of(self.experts, x, *routed), self._table(parts)
+        ups, downs = self._deltas(parts, table, x.dtype)
+        rows = expert_rows(self.experts, x, routing, table.rows)
+        frozen = Gate.apply(rows, routing.weights, self.experts.activation)
+        channels = frozen
+        if ups is not None:
+            channels = Gate.apply(rows + Spread.apply(x, ups, None, routing), routing.weights, self.experts.activation)
+            down = self.experts.matrix(DOWN).mT  # [experts, channels, hidden]
+            y = Collect.apply(y, channels - frozen, down, table.channels, routing)
+        if downs is not None:
+            y = Collect.apply(y, channels, downs, None, routing)
+        return y
+
+    def _add_by_row(
+        self,
+        y: Tensor,  # [tokens, hidden]
+        x: Tensor,  # [tokens, hidden]
+        routed: Sequence[Tensor],
+        batch: MixedBatch,
+    ) -> Tensor:  # [tokens, hidden]
+        """Returns y plus what each row's own adapter adds to its tokens: one pass of products for each adapter of the batch."""
+        each = self.experts.count if self.experts.is_sorted else 1
+        place = torch.arange(len(x), device=x.device).view(each, len(batch), -1)  # a row's tokens, for each expert
+        for number, adapter in enumerate(batch.distinct):
+            own = place[:, (batch.of_row == number).to(x.device)].flatten()
+            added = self._add(y[own], x[own], [part[own] for part in routed], [adapter])
+            y = y.index_copy(0, own, added)
+        return y
+
+    def _deltas(self, parts: Sequence[Part], table: Table, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of the deltas of gate and up, and of down: [experts, rows of up, hidden], [experts, k, hidden]."""
+        sums: dict[str, Tensor] = {}
+        for part, places in zip(parts, table.places, strict=True):
+            matrices = part.matrices(places, dtype)
+            sums[part.name] = sums[part.name] + matrices if part.name in sums else matrices
+        return sums.get(self.experts.up), sums.get(DOWN)
+
+    def _table(self, parts: Sequence[Part]) -> Table:
+        """The table of these slices, kept as long as their channels are the same."""
+        marks = [part.mark for part in parts]
+        key = (parts[0].held.indices.device, *((part.name, id(part.mark)) for part in parts))
+        kept = self._tables.get(key)
+        if kept is None or any(one is not other for one, other in zip(kept[0], marks, strict=True)):
+            if len(self._tables) >= _MOST_TABLES:
+                self._tables.clear()
+            kept = (marks, Table.of(self.experts, [(part.name, part.held.indices) for part in parts]))
+            self._tables[key] = kept
+        return kept[1]
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """PEFT's call: the experts' own module, with the adapters in its parameters if they are to be merged."""
+        for layer in self.slice_layers.values():
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+
+def wrap_experts(model: nn.Module, path: str, shared: Shared, training: bool) -> ExpertSlice:
+    """The layer around the parameter of stacked experts at `path`, so that adapters can be given to it.
+
+    Args:
+        model: The model.
+        path: As in the base: the module's path and the parameter's name.
+        shared: Of all S²FT layers of the model.
+        training: The mode of a new layer.
+    """
+    owner, _, name = path.rpartition(".")
+    parent, _, child = owner.rpartition(".")
+    module = model.get_submodule(owner)
+    if not isinstance(module, S2FTExperts):
+        module = S2FTExperts(module, shared).train(training)
+        setattr(model.get_submodule(parent), child, module)
+    return module.slice_layer(name)

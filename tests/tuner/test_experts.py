@@ -1,0 +1,167 @@
+"""An adapter of stacked experts is one like any other: saved, loaded, switched, merged, mixed, fused, refused."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import s2ft
+from mixtures import CONFIGS, mixture, text
+from s2ft import AdapterPool, S2FTConfig, S2FTError
+from s2ft.layer.linear import sliced_layers
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+DOWN = "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.fixture(scope="module")
+def base() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return mixture("mixtral", torch.float32)
+
+
+def adapted(base: PreTrainedModel, seed: int = 0, **options: object) -> PeftModel:
+    config = S2FTConfig(ratios=0.4, seed=seed, init_weights=False, **{"target_parameters": EXPERTS, **options})
+    return get_peft_model(copy.deepcopy(base), config)
+
+
+def logits(model: torch.nn.Module, tokens: torch.Tensor, **options: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, **options).logits
+
+
+def test_the_files_are_those_of_any_slice(base: PreTrainedModel, tmp_path: Path) -> None:
+    tuned, tokens = adapted(base), text()
+    tuned.save_pretrained(tmp_path)
+    adapter = s2ft.read_adapter(tmp_path)
+    assert set(adapter.slices) == {f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in EXPERTS}
+    assert adapter.deltas[DOWN].shape == (32, len(adapter.slices[DOWN].indices))
+    assert adapter.config.target_parameters is None
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(logits(again, tokens), logits(tuned, tokens))
+    assert not torch.equal(logits(again, tokens), logits(base, tokens))
+    direct = copy.deepcopy(base)
+    direct.load_adapter(str(tmp_path))  # transformers' own loader
+    assert torch.equal(logits(direct, tokens), logits(tuned, tokens))
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.model.layers[0].mlp.experts.down_proj.mul_(2)
+    with pytest.raises(S2FTError, match=rf"made for another base.*the first is {re.escape(DOWN)}"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_come_back_bit_for_bit(family: str) -> None:
+    model = mixture(family, torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    stacked = next(path for path, m in model.named_modules() if path.endswith(".experts") and hasattr(m, "down_proj"))
+    parameter = f"{stacked}.down_proj"
+    tuned = adapted(model, target_parameters=["experts.down_proj"])
+    for _ in range(2):
+        tuned.merge_adapter()
+        assert not torch.equal(
+            tuned.get_base_model().get_parameter(parameter.replace("experts.", "experts.base_layer.")),
+            before[parameter],
+        )
+        tuned.unmerge_adapter()
+        s2ft.switch(tuned, "default")
+        s2ft.switch(tuned, None)
+    tuned.set_adapter("default")
+    with s2ft.in_place(tuned):
+        pass
+    plain = tuned.unload()
+    assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
+    assert type(plain.get_submodule(stacked)) is type(model.get_submodule(stacked))
+
+
+def test_merged_and_switched_models_compute_what_the_adapter_does(base: PreTrainedModel) -> None:
+    tuned, tokens = adapted(base), text()
+    tuned.add_adapter(
+        "other", S2FTConfig(ratios=0.2, seed=9, init_weights=False, target_modules=["down_proj", "o_proj"])
+    )
+    expected = {}
+    for name in ("default", "other"):
+        tuned.set_adapter(name)
+        expected[name] = logits(tuned, tokens)
+    for name in ("default", "other", "default"):
+        s2ft.switch(tuned, name)
+        torch.testing.assert_close(logits(tuned, tokens), expected[name], rtol=1e-4, atol=1e-4)
+    with tuned.disable_adapter():
+        assert torch.equal(logits(tuned, tokens), logits(base, tokens))
+    tuned.set_adapter("other")
+    merged = tuned.merge_and_unload()
+    torch.testing.assert_close(logits(merged, tokens), expected["other"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_each_row_has_its_own_adapter(family: str, tmp_path: Path) -> None:
+    model, tokens = mixture(family, torch.float32), text(rows=4)
+    tuned = adapted(model, target_parameters=["experts.down_proj"])
+    tuned.add_adapter("other", S2FTConfig(ratios=0.3, seed=9, init_weights=False, target_parameters=EXPERTS))
+    adapted(model, seed=5).save_pretrained(tmp_path / "pooled")
+    pool = AdapterPool(tuned, tmp_path, device_bytes=1 << 20, host_bytes=0)
+    tuned.eval()
+    names = ["other", "__base__", "pooled", "default"]
+    found = logits(tuned, tokens, adapter_names=names)
+    for row, name in enumerate(names):
+        own = logits(tuned, tokens[[row]], adapter_names=[name])
+        torch.testing.assert_close(found[[row]], own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[[1]], logits(model, tokens[[1]]), rtol=1e-4, atol=1e-4)
+    tuned.set_adapter("other")
+    torch.testing.assert_close(found[[0]], logits(tuned, tokens[[0]]), rtol=1e-4, atol=1e-4)
+    pool.close()
+
+
+def test_adapters_fuse_in_files_and_live(base: PreTrainedModel, tmp_path: Path) -> None:
+    tuned, tokens = adapted(base), text()
+    tuned.add_adapter("other", S2FTConfig(ratios=0.4, seed=3, init_weights=False, target_parameters=EXPERTS))
+    tuned.add_weighted_adapter(["default", "other"], [0.5, 0.25], "both")
+    tuned.set_adapter("both")
+    live = logits(tuned, tokens)
+    tuned.save_pretrained(tmp_path)
+    s2ft.fuse([tmp_path, tmp_path / "other"], [0.5, 0.25], output=tmp_path / "fused")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "fused").eval()
+    assert torch.equal(logits(again, tokens), live)
+    weight = base.get_parameter(DOWN)
+    deltas = {
+        n: sliced_layers(tuned.get_base_model(), n)[DOWN].get_delta_weight(n) for n in ("default", "other", "both")
+    }
+    assert deltas["both"].shape == weight.shape
+    torch.testing.assert_close(deltas["both"], 0.5 * deltas["default"] + 0.25 * deltas["other"])
+
+
+def test_an_expert_that_is_not_there_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(
+        S2FTError, match=r"names 'experts.4.down_proj'; the experts of model.layers.0.mlp.experts are 0 to 3"
+    ):
+        get_peft_model(copy.deepcopy(base), S2FTConfig(target_parameters=["experts.4.down_proj"]))
+    adapted(base).save_pretrained(tmp_path)
+    fewer = AutoModelForCausalLM.from_config(type(base.config)(**{**base.config.to_dict(), "num_local_experts": 2}))
+    with pytest.raises(
+        S2FTError, match=r"changes channel \d+ \(expert 3; there are experts 0 to 1\) of model.layers.0.mlp"
+    ):
+        PeftModel.from_pretrained(fewer, tmp_path)
+    with pytest.raises(
+        S2FTError, match=r"target_parameters=\['experts.down_proj'\] and target_modules='.\*o_proj', a pattern"
+    ):
+        S2FTConfig(target_parameters=["experts.down_proj"], target_modules=".*o_proj")
+
+
+def test_exports_that_hold_no_experts_are_refused_before_anything_is_written(
+    base: PreTrainedModel, tmp_path: Path
+) -> None:
+    base.save_pretrained(tmp_path / "base")
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    for to in ("lora", "vllm", "sglang", "gguf"):
+        with pytest.raises(S2FTError, match=rf"experts.down_proj is a slice of stacked experts, .* for '{to}'"):
+            s2ft.export(
+                tmp_path / "adapter",
+                to,
+                tmp_path / "out.gguf" if to == "gguf" else tmp_path / "out",
+                base=str(tmp_path / "base"),
+            )
+        assert not list(tmp_path.glob("out*"))
