@@ -154,7 +154,7 @@ def test_the_shell_can_complete(s2ft) -> None:
 
 
 def test_a_process_leaves_with_the_message_alone(tmp_path: Path) -> None:
-    program = [sys.executable, "-W", "ignore", "-m", "s2ft.cli.app", "inspect", "nowhere"]
+    program = [str(Path(sys.executable).parent / "s2ft"), "inspect", "nowhere"]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: nowhere holds no adapter: there is no adapter_config.json\n"

@@ -1,32 +1,16 @@
 """A command whose extra is not installed says which, and nothing else."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import Command
 from s2ft.demo import base_path
 
 TRAIN = ["train", "-m", str(base_path()), "-d", "data.json", "-o", "new"]
 EVAL = ["eval", "--model", str(base_path()), "--task", "boolq", "--data", "org/questions", "--output", "new"]
 
 SERVE = ["serve", str(base_path())]
-
-WITHOUT = """
-import sys
-from importlib.machinery import PathFinder
-
-class Finder(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] == missing else PathFinder.find_spec(name, path, target)
-
-missing = sys.argv.pop(1)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
-import s2ft_command
-s2ft_command.main()
-"""
 
 
 @pytest.mark.parametrize(
@@ -50,9 +34,8 @@ s2ft_command.main()
 def test_the_missing_extra_is_named(words: list[str], missing: str, asked: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text('[{"prompt": "1+1=", "completion": "2"}]')
     before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT, missing, *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {asked}\n")
+    command = Command(words, tmp_path.with_suffix(".log"), cwd=tmp_path, without=missing)
+    assert (command.wait(), command.printed) == (2, f"error: {asked}\n")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -60,10 +43,7 @@ def test_a_module_that_is_nobodys_is_a_bug(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "a" / name).write_text("{}")
-    program = (
-        "import sys; sys.modules['s2ft.demo.skills'] = None; sys.argv = ['s2ft', 'quickstart']\n"
-        "import s2ft_command; s2ft_command.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "ModuleNotFoundError" in done.stderr
+    words = ["quickstart"]
+    command = Command(words, tmp_path / "log", cwd=tmp_path, without="s2ft.demo.skills")
+    assert command.wait() == 1
+    assert "ModuleNotFoundError" in command.printed

@@ -1,4 +1,4 @@
-"""Commands of s2ft in processes of their own, forked from one that has imported everything: for attacks that start hundreds."""
+"""Commands of s2ft in processes of their own, forked from one that has imported everything: a start costs nothing then."""
 
 import hashlib
 import multiprocessing
@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.abc import MetaPathFinder
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -35,26 +37,30 @@ class Command:
     """A command that runs.
 
     Args:
-        words: What is typed after `s2ft`.
+        words: What is typed after `s2ft`; or a program in Python.
         log: Takes what it prints.
         die_at: Kills itself before it does so many things to files below `within`.
         within: A folder; what is done to files there is noted in `changes`.
         stop_at: Stops itself before it touches the file below `within` that is called so, until a SIGCONT.
+        cwd: The folder that it runs in.
+        without: A package that is not installed there, as far as it can see.
     """
 
     def __init__(
         self,
-        words: list[str],
+        words: list[str] | str,
         log: Path,
         die_at: int | None = None,
         within: Path | None = None,
         stop_at: str | None = None,
+        cwd: Path | None = None,
+        without: str | None = None,
     ) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(_IMPORTED)
         self.log, self.noted = log, log.with_name(f"{log.name}.changes")
-        given = (words, str(log), str(self.noted), within, die_at, stop_at)
-        self.process: BaseProcess = server.Process(target=_main, args=given)
+        attack = partial(_watch, within.resolve(), str(self.noted), die_at, stop_at) if within else None
+        self.process: BaseProcess = server.Process(target=_main, args=(words, log, cwd, without, attack))
         self.process.start()
 
     def __enter__(self) -> "Command":
@@ -112,21 +118,50 @@ def wait_for(condition: Callable[[], bool], command: Command, seconds: float = 9
         time.sleep(0.005)
 
 
-def _main(words: list[str], log: str, noted: str, within: Path | None, die_at: int | None, stop_at: str | None) -> None:
+def _main(
+    words: list[str] | str, log: Path, cwd: Path | None, without: str | None, attack: Callable[[], None] | None
+) -> None:
     import torch
-
-    from s2ft.cli.app import main
 
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
-    if within is not None:
-        _watch(within.resolve(), os.open(noted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), die_at, stop_at)
-    sys.argv = ["s2ft", *words]
-    main()
+    if cwd is not None:
+        os.chdir(cwd)
+    if without is not None:
+        _forget(without)
+    if attack is not None:
+        attack()
+    if isinstance(words, str):
+        exec(compile(words, "program", "exec"), {"__name__": "__main__"})
+    else:
+        import s2ft_command
+
+        sys.argv = ["s2ft", *words]
+        s2ft_command.main()
 
 
-def _watch(within: Path, notes: int, die_at: int | None, stop_at: str | None) -> None:
+def _forget(package: str) -> None:
+    """As if it were not installed, and nothing of s2ft were loaded yet."""
+    for name in [*sys.modules]:
+        if name.startswith((f"{package}.", "s2ft.")) or name in (package, "s2ft"):
+            del sys.modules[name]
+    sys.meta_path.insert(0, _Missing(package))
+
+
+class _Missing(MetaPathFinder):
+    """Finds nothing in a package."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == self.package or fullname.startswith(f"{self.package}."):
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+def _watch(within: Path, noted: str, die_at: int | None, stop_at: str | None) -> None:
+    notes = os.open(noted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     count, waits = 0, stop_at is not None
 
     def look(event: str, args: tuple[object, ...]) -> None:

@@ -26,6 +26,7 @@ COMMANDS = {  # what they say here; no key: they run
     "study fusion": "s2ft study needs {}: pip install 's2ft[lab]'",
     "inspect {folder}/one --png {folder}/a.png": "--png='{folder}/a.png' needs {}: pip install 's2ft[lab]'",
     "export {folder}/one --to gguf --output {folder}/a.gguf": "a GGUF adapter needs the package gguf: pip install 's2ft[gguf]'",
+    "env": "",
     "inspect {folder}/one": "",
     "fuse {folder}/one {folder}/two --output {folder}/both": "",
     "export {folder}/one --to lora --output {folder}/lora --base {base}": "",

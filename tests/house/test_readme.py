@@ -1,17 +1,16 @@
 """The README's commands run as they stand, on the embedded model in place of the one from the Hub."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import Command, wait_for
 from s2ft.demo import base_path
 from s2ft.demo.skills import SKILLS
 
@@ -34,39 +33,32 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+def run(words: list[str] | str, desk: Path) -> None:
+    """A command, or a program in Python."""
+    command = Command(words, desk / "log", cwd=desk)
+    assert command.wait() == 0, command.printed
 
 
-def run(command: list[str], desk: Path) -> str:
-    done = subprocess.run(command, cwd=desk, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def serve(line: str, desk: Path) -> None:
+def serve(words: list[str], desk: Path) -> None:
     """Starts the server, asks it as it says itself, and stops it."""
-    with subprocess.Popen(shlex.split(line), cwd=desk, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        asking = next((line for line in server.stdout if line.startswith("curl ")), "nothing was printed")
-        answer = json.loads(run(["bash", "-c", f"{asking.strip()} --retry 20 --retry-connrefused"], desk))
-        server.terminate()
+    with Command([*words, "--port", "0"], desk / "served", cwd=desk) as server:
+        wait_for(lambda: "\ncurl " in server.printed, server)
+        asking = next(line for line in server.printed.splitlines() if line.startswith("curl "))
+        answer = json.loads(subprocess.run(["bash", "-c", asking], capture_output=True, check=True).stdout)
+        assert server.signal(signal.SIGTERM).wait() == -signal.SIGTERM
     assert answer["model"] == "your-adapter"
     assert answer["choices"][0]["finish_reason"] in ("stop", "length")
-    assert server.returncode == -signal.SIGTERM
 
 
 def test_the_commands_run(desk: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     assert [line for line in lines if line.startswith("make")] == ["make quickstart", "make serve"]
-    for line in lines:
-        if line.startswith("s2ft serve"):
-            serve(f"{line} --port 0", desk)
-        elif line.startswith("s2ft"):
-            run(["bash", "-c", line], desk)
+    for typed in [shlex.split(line, comments=True) for line in lines if line.startswith("s2ft")]:
+        (serve if typed[1] == "serve" else run)(typed[1:], desk)
     assert (desk / "your-adapter" / "adapter_model.safetensors").is_file()
     assert (desk / "channels.png").read_bytes().startswith(b"\x89PNG")
     for program in blocks("python"):
-        run([sys.executable, "-W", "ignore", "-c", program], desk)
+        run(program, desk)
 
 
 def test_the_map_names_every_folder_and_no_other() -> None:

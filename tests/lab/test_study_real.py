@@ -142,6 +142,18 @@ def test_defaults_are_those_of_the_command(model, data, tmp_path):
     assert list(report.settings["rules"]) == ["s2ft on style-50"]
 
 
+def test_part_of_the_defaults_study_is_chosen_by_name():
+    few = DefaultsSettings(seeds=1).restricted("style-200, weight,style-50")
+    assert {(case, who) for case, who, *_ in few.asked()} == {("style-50", "weight"), ("style-200", "weight")}
+    assert few.runs == 2 * 6, "five rates and the rule's; variants are of a case that was left out"
+    assert DefaultsSettings().restricted("lora").cases == DefaultsSettings().cases
+    assert DefaultsSettings().restricted(None) == DefaultsSettings()
+    with pytest.raises(
+        S2FTError, match=r"only: 'dora': must be among style-50, style-200, arithmetic-1000, lora, random"
+    ):
+        DefaultsSettings().restricted("lora,dora")
+
+
 def test_a_study_of_another_version_is_not_mixed_in(model, data, tmp_path, monkeypatch):
     few = replace(SETTINGS, parts=("selection",), seeds=1)
     study_real(tmp_path / "runs", few, model=model, data=data)

@@ -128,6 +128,52 @@ def test_gradients_are_those_of_the_rows(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(got, expected)
 
 
+ORDERS = {
+    "one row each, in order": (["a", "b", "c", "d"], True),
+    "one row each": (["c", "a", "d", "b"], True),
+    "as many rows each": (["b", "a", "c", "d", "a", "b", "d", "c"], True),
+    "some padding": (["a", "b", BASE, "c", "a", "d", "b"], True),
+    "mostly padding": (["a", "b", "c", "d", *"aaaaaa"], False),
+}
+
+
+class TestAdaptersOfOneRank:
+    """They lie side by side in the table, whose rows are multiplied where they are."""
+
+    @pytest.mark.parametrize("side", ["in", "out"])
+    @pytest.mark.parametrize("order", list(ORDERS))
+    @torch.no_grad()
+    def test_rows_in_any_order(self, side: str, order: str) -> None:
+        names, by_matrices = ORDERS[order]
+        layer = layer_of(dict.fromkeys("abcd", (side, 5)))
+        for length in (1, 3, FEW_TOKENS + 1):
+            x = torch.randn(len(names), length, 13, dtype=torch.float64)
+            for batch in (names, names[::-1]):  # the table of the first serves the second
+                torch.testing.assert_close(layer(x, adapter_names=batch), row_by_row(layer, x, batch))
+        assert (self.plan(layer, names) is not None) == by_matrices
+
+    def plan(self, layer: S2FTLinear, names: list[str], dtype: torch.dtype = torch.float64) -> Any:
+        """What decoding would multiply as matrices; None if it takes bags."""
+        batch, x = MixedBatch(names), torch.zeros(len(names), 1, 13, dtype=dtype)
+        y = torch.zeros(len(names), 1, 11, dtype=dtype)
+        steps = mixed._steps(layer, batch, y, x, 1)
+        return None if steps[0][0] is mixed._by_pairs else [plan for _, _, plan in steps]
+
+    def test_in_the_tables_order_nothing_is_copied(self) -> None:
+        layer = layer_of(dict.fromkeys("abcd", ("in", 5)))
+        (whole,) = self.plan(layer, ["c", "a", "d", "b"])
+        assert (whole.shape, whole.is_whole) == ((4, 1, 5), True)
+        (other,) = self.plan(layer, ["a", "b", "c", "d"])  # by the table that the layer has
+        assert (other.members.tolist(), other.is_whole) == ([2, 0, 3, 1], False)
+        assert other.table.data_ptr() == whole.table.data_ptr() == pack._tables[layer][1][0].table.data_ptr()
+
+    def test_bags_are_for_half_precision_and_for_many_ranks(self) -> None:
+        layer = layer_of({f"a{count}": ("in", count) for count in range(1, 7)})
+        assert self.plan(layer, [f"a{count}" for count in (1, 2, 3, 4)]) is not None
+        assert self.plan(layer, [f"a{count}" for count in (1, 2, 3, 4, 5)]) is None
+        assert self.plan(layer, ["a1", "a2"], torch.bfloat16) is None
+
+
 class TestTheTable:
     """It is kept from call to call, and made anew when an adapter is not what it was."""
 
@@ -200,7 +246,7 @@ def test_operations_do_not_grow_with_the_adapters(count: int) -> None:
             layer(x, adapter_names=batch)
         return counter.count
 
-    assert operations(40) == operations(2)
+    assert operations(40) <= operations(2)
 
 
 class TestModel:

@@ -7,6 +7,7 @@ train            `s2ft train`
 quickstart       `s2ft quickstart`
 quickstart_real  `s2ft quickstart-real`
 base             `s2ft base`
+env              `s2ft env`
 serve            `s2ft serve`
 eval             `s2ft eval`
 reproduce        `s2ft reproduce`

@@ -12,6 +12,7 @@ import typer
 import s2ft
 from s2ft.cli import bench, eval, reproduce, serve, study, train
 from s2ft.cli.base import base
+from s2ft.cli.env import env
 from s2ft.cli.export import export
 from s2ft.cli.fuse import fuse
 from s2ft.cli.inspect import inspect
@@ -47,6 +48,7 @@ def _options(
 app.command("quickstart")(quickstart)
 app.command("quickstart-real")(quickstart_real)
 app.command("base")(base)
+app.command("env")(env)
 app.command("train", help=train.HELP)(train.command)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("serve", help=serve.HELP)(serve.serve)

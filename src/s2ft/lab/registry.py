@@ -151,7 +151,14 @@ STUDIES = {
     ),
     "defaults": Entry(
         "Compare the default rate of `s2ft train` with a grid of rates, and with LoRA's best, on a real model.",
-        {"model": _MODEL, "data": _DATA, "workers": _WORKERS},
+        {
+            "model": _MODEL,
+            "data": _DATA,
+            "workers": _WORKERS,
+            "only": Option(
+                str | None, None, "Of style-50,style-200,arithmetic-1000 and of lora,random,weight [default: all]"
+            ),
+        },
     ),
     "real": Entry(
         "Test the paper's claims on a real model: arithmetic, commonsense, the choice of channels, fusion.",

@@ -4,18 +4,21 @@
     output side (q, ..., up) y[t, idxⱼ] += x[t] · V[j, :]                                                 [in_features]
 
 The adapters of a layer are stored one after the other in one table with a row for each channel; an adapter is a range of rows,
-and ranks may differ. Which product is fastest depends; measured on a CPU at d = 4096, 32 to 72 channels, 8 and 64 adapters,
-float32 and bfloat16:
+and ranks may differ. All of them read the same bytes; which product does it fastest depends on dtype, ranks and rows:
 
-    few tokens a row     an embedding bag: its words are the table's rows, its weights are x[t, idx]. One call for all
-    (decoding)           adapters, no padding, each row of the table read once, sums in float32. The output side is the
-                         gradient of such a bag for its weights: a scalar product for each (token, channel). With equal
-                         ranks, `torch.bmm` over the same table is as fast in float32, but takes two to three times as long
-                         in bfloat16 on the input side; `torch._grouped_mm` takes longer still.
-    many tokens a row    matrix products: rows whose ranks differ by a quarter at most share a `torch.bmm` over a copy of
-    (prefill), or        their rows of the table, padded with the table's row of zeros. `torch._grouped_mm` needs no padding,
-    gradients            but refuses float64 and odd strides, and was no faster.
-    CUDA with Triton     `layer/mixed_triton.py`: one launch for each side
+    matrices   `torch.bmm` over the table itself: adapters of one rank lie side by side, so their rows are a view of shape
+               [adapters, rank, across], and nothing is copied. If the batch's rows are in the table's order, one for each
+               adapter, as they are when the table was made for them, the input side is added to y by the product itself.
+    padded     rows whose ranks differ by a quarter at most share a `torch.bmm` over a copy of their rows of the table, padded
+               with the table's row of zeros. `torch._grouped_mm` needs no padding, but refuses float64 and odd strides, and
+               was no faster.
+    bag        an embedding bag: its words are the table's rows, its weights are x[t, idx]. No padding at any ranks, each row
+               of the table read once, sums in float32. The output side is the gradient of such a bag for its weights: a
+               scalar product for each (token, channel).
+    CUDA with Triton    `layer/mixed_triton.py`: one launch for each side
+
+Decoding takes the bag in half precision, where it needs half of the time of `bmm` (with AMX, and less without), and in float32
+only where ranks are too many for matrices. Many tokens and gradients take matrices, else padded ones. `s2ft bench parallel`.
 
 There is no loop over adapters, except when a new set of them is packed into a table. A layer keeps its table until the batch's
 adapters change; what follows from names and shapes is kept with the batch, so `generate` computes it once.
@@ -24,19 +27,19 @@ adapters change; what follows from names and shapes is kept with the batch, so `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.layer.pack import MixedBatch, Pack, Step, find_slice, pack_slices, packed
 
-FEW_TOKENS = 16  # per row; at so many, the two CPU paths take about the same time
-_SPREAD = 1.25  # the largest rank divided by the smallest in one padded product
+FEW_TOKENS = 16  # per row; at so many, bags and padded matrices take about the same time
+_SPREAD = 1.25  # the largest rank divided by the smallest in one padded product; the padded rows divided by the rows
+_SPREAD_OF_FEW = 2.0  # the latter with few tokens, where reading the table takes the time
+_MOST_RANKS = 4  # products of matrices for one layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +53,16 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False)
-class Bucket:
-    """Rows of the batch whose adapters have about the same rank."""
+class Matrices:
+    """Rows of the batch for one `bmm`: a matrix for each adapter, or for each row."""
 
-    members: Tensor  # [n], batch rows
-    rows: Tensor  # [n, w], of the table
-    flat: Tensor  # [n, tokens, w], the channel's place in x or y, flattened
+    table: Tensor | None  # [matrices, w, across], a view of the table
+    rows: Tensor | None  # [matrices, w], of the table, where it is no view
+    shape: tuple[int, int, int]  # matrices; tokens of each, padding included; w
+    members: Tensor  # [matrices * m], batch rows; on the input side, [n] without padding
+    flat: Tensor  # [matrices, m * tokens, w], the channel's place in x or y; on the output side [*] without padding
+    kept: Tensor | None  # [n], which of all members are no padding; None: all
+    is_whole: bool  # the members are the batch's rows in their order
 
 
 def add_mixed(
@@ -71,7 +78,8 @@ def add_mixed(
     x, tokens = x.to(y.dtype), y.numel() // (len(batch) * y.shape[-1])
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or _trains(layer, batch)):
         for pack in pack_slices(layer, batch, y):
-            y = _by_buckets(pack, y, x, _buckets(pack, batch.of_row, tokens, _width(pack, y, x), y.device), False)
+            for plan in _any_matrices(pack, batch.places(pack.names), tokens, _width(pack, y, x), y.device):
+                y = _by_matrices(pack, y, x, plan, in_place=False)
         return y
     x, y = x.contiguous(), y.contiguous()
     steps = batch.steps.get((layer, y.dtype)) if tokens == 1 else None  # decoding: the same steps as for the last token
@@ -80,15 +88,36 @@ def add_mixed(
     return y
 
 
-def _way(x: Tensor, tokens: int) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """The function that adds without gradients, and the one that prepares its plan."""
-    if x.is_cuda and x.element_size() <= 4 and _has_triton():
+def _trains(layer: nn.Module, batch: MixedBatch) -> bool:
+    slices = (find_slice(layer, name) for name in batch.distinct)
+    return any(found is not None and found.weight.requires_grad for found in slices)
+
+
+# ---- which product ------------------------------------------------------------------------------------------------
+
+
+def _steps(layer: nn.Module, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -> list[Step]:
+    """What to add, and how; kept with the batch if there is one token per row, as in decoding."""
+    steps = [step for pack in packed(layer, batch, y) for step in _of_pack(pack, batch, y, x, tokens)]
+    if tokens == 1:
+        batch.steps[layer, y.dtype] = steps
+    return steps
+
+
+def _of_pack(pack: Pack, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -> list[Step]:
+    """The products for this batch, and their plans; without gradients."""
+    where = (pack, batch.places(pack.names), tokens, _width(pack, y, x), y.device)
+    if y.is_cuda and y.element_size() <= 4 and _has_triton():
         from s2ft.layer.mixed_triton import add_by_kernel, tiles  # deferred: needs Triton
 
-        return add_by_kernel, tiles
-    if tokens <= FEW_TOKENS:
-        return _by_pairs, _pairs
-    return lambda pack, y, x, plan: _by_buckets(pack, y, x, plan, True), _buckets
+        return [(add_by_kernel, pack, tiles(*where))]
+    if tokens > FEW_TOKENS:
+        found: list[Matrices] | None = _any_matrices(*where)
+    else:
+        found = _matrices(*where, _SPREAD_OF_FEW) if y.element_size() > 2 else None
+    if found is None:
+        return [(_by_pairs, pack, _pairs(*where))]
+    return [(_onto if pack.side == "in" and one.is_whole else _by_matrices, pack, one) for one in found]
 
 
 @cache
@@ -96,30 +125,12 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-# ---- packing ------------------------------------------------------------------------------------------------------
-
-
-def _trains(layer: nn.Module, batch: MixedBatch) -> bool:
-    slices = (find_slice(layer, name) for name in batch.distinct)
-    return any(found is not None and found.weight.requires_grad for found in slices)
-
-
-# ---- preparing ----------------------------------------------------------------------------------------------------
-
-
-def _steps(layer: nn.Module, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -> list[Step]:
-    """What to add, and how; kept with the batch if there is one token per row, as in decoding."""
-    add, prepare = _way(x, tokens)
-    packs = packed(layer, batch, y)
-    steps = [(add, pack, prepare(pack, batch.of_row, tokens, _width(pack, y, x), y.device)) for pack in packs]
-    if tokens == 1:
-        batch.steps[layer, y.dtype] = steps
-    return steps
-
-
 def _width(pack: Pack, y: Tensor, x: Tensor) -> int:
     """The number of features on the sliced side."""
     return int((x if pack.side == "in" else y).shape[-1])
+
+
+# ---- plans --------------------------------------------------------------------------------------------------------
 
 
 def _pairs(pack: Pack, of_row: Tensor, tokens: int, width: int, device: torch.device) -> Pairs:
@@ -131,7 +142,52 @@ def _pairs(pack: Pack, of_row: Tensor, tokens: int, width: int, device: torch.de
     return Pairs(*(part.to(device) for part in (rows, flat, token, bags)))
 
 
-def _buckets(pack: Pack, of_row: Tensor, tokens: int, width: int, device: torch.device) -> list[Bucket]:
+def _any_matrices(pack: Pack, of_row: Tensor, tokens: int, width: int, device: torch.device) -> list[Matrices]:
+    """Of the table itself, or else padded."""
+    found = _matrices(pack, of_row, tokens, width, device, _SPREAD)
+    return _padded(pack, of_row, tokens, width, device) if found is None else found
+
+
+def _matrices(
+    pack: Pack, of_row: Tensor, tokens: int, width: int, device: torch.device, spread: float
+) -> list[Matrices] | None:
+    """One for each rank; None if there are too many ranks, or too much padding as some adapters have many rows."""
+    counts = pack.counts[of_row]
+    ranks = counts[counts > 0].unique().tolist()
+    if len(ranks) > _MOST_RANKS:
+        return None
+    found = [_of_rank(pack, of_row, rank, tokens, width, device) for rank in ranks]
+    padded = sum(one.shape[0] * one.shape[1] for one in found)
+    return found if padded <= spread * tokens * int((counts > 0).sum()) else None
+
+
+def _of_rank(pack: Pack, of_row: Tensor, rank: int, tokens: int, width: int, device: torch.device) -> Matrices:
+    """For the adapters of one rank, which lie side by side in the table, as many rows each as the one that has most."""
+    rows = (pack.counts[of_row] == rank).nonzero()[:, 0]
+    rows = rows[pack.starts[of_row[rows]].argsort(stable=True)]
+    starts, sizes = pack.starts[of_row[rows]].unique_consecutive(return_counts=True)
+    most, begins = int(sizes.max()), sizes.cumsum(0) - sizes
+    owner = torch.arange(len(sizes)).repeat_interleave(sizes)
+    kept = owner * most + torch.arange(len(rows)) - begins[owner]
+    members = rows[begins].repeat_interleave(most)
+    members[kept] = rows
+    of_table = slice(int(starts[0]), int(starts[0]) + len(starts) * rank)
+    token = (members[:, None] * tokens + torch.arange(tokens)).view(len(starts), -1, 1)
+    flat = token * width + pack.channels[of_table].view(len(starts), 1, rank)  # [adapters, most * tokens, rank]
+    is_whole = len(members) == len(of_row) and torch.equal(members, torch.arange(len(of_row)))
+    is_padded = len(kept) < len(members)
+    if is_padded and pack.side == "out":
+        flat = flat.view(len(members), -1)[kept]
+    elif is_padded:
+        members = rows
+    table = pack.table[of_table].view(len(starts), rank, -1)
+    shape = (len(starts), most * tokens, rank)
+    at = (members.to(device), flat.to(device), kept.to(device) if is_padded else None)
+    return Matrices(table, None, shape, *at, is_whole)
+
+
+def _padded(pack: Pack, of_row: Tensor, tokens: int, width: int, device: torch.device) -> list[Matrices]:
+    """A matrix for each row, of the table's rows and zeros."""
     counts, starts = pack.counts[of_row], pack.starts[of_row]
     bucket = torch.where(counts > 0, (counts.double().log() / math.log(_SPREAD)).floor(), -1)
     found = []
@@ -141,7 +197,9 @@ def _buckets(pack: Pack, of_row: Tensor, tokens: int, width: int, device: torch.
         rows = torch.where(within < counts[members], starts[members] + within, len(pack.table) - 1)
         token = members * tokens + torch.arange(tokens)  # [n, tokens]
         flat = token[:, :, None] * width + pack.channels[rows][:, None]
-        found.append(Bucket(*(part.to(device) for part in (members[:, 0], rows, flat))))
+        shape = (rows.shape[0], tokens, rows.shape[1])
+        at = (members[:, 0].to(device), flat.to(device), None)
+        found.append(Matrices(None, rows.to(device), shape, *at, len(members) == len(of_row)))
     return found
 
 
@@ -163,16 +221,25 @@ def _by_pairs(pack: Pack, y: Tensor, x: Tensor, plan: Pairs) -> Tensor:  # adds 
     return y
 
 
-def _by_buckets(pack: Pack, y: Tensor, x: Tensor, plan: list[Bucket], in_place: bool) -> Tensor:
-    add = Tensor.index_add_ if in_place else Tensor.index_add
-    for bucket in plan:
-        table = pack.table[bucket.rows]  # [n, w, across]
-        if pack.side == "in":
-            selected = x.reshape(-1).index_select(0, bucket.flat.view(-1)).view(bucket.flat.shape)
-            sums = torch.bmm(selected, table)
-            y = add(y, 0, bucket.members, sums.view(-1, *y.shape[1:]))
-        else:
-            rows = x.reshape(len(x), -1, x.shape[-1]).index_select(0, bucket.members)
-            product = torch.bmm(rows, table.transpose(1, 2))
-            y = add(y.reshape(-1), 0, bucket.flat.view(-1), product.reshape(-1)).view(y.shape)
+def _onto(pack: Pack, y: Tensor, x: Tensor, plan: Matrices) -> Tensor:
+    """The input side of a whole batch in its order: the product itself adds to y, in place."""
+    y.view(*plan.shape[:2], -1).baddbmm_(x.take(plan.flat), _table(pack, plan))
     return y
+
+
+def _by_matrices(pack: Pack, y: Tensor, x: Tensor, plan: Matrices, in_place: bool = True) -> Tensor:
+    add, table = Tensor.index_add_ if in_place else Tensor.index_add, _table(pack, plan)
+    if pack.side == "in":
+        sums = torch.bmm(x.take(plan.flat), table).view(-1, *y.shape[1:])
+        return add(y, 0, plan.members, _kept(sums, plan))
+    rows = x if plan.is_whole else x.index_select(0, plan.members)
+    product = torch.bmm(rows.reshape(*plan.shape[:2], -1), table.transpose(1, 2)).view(len(plan.members), -1)
+    return add(y.reshape(-1), 0, plan.flat.view(-1), _kept(product, plan).view(-1)).view(y.shape)
+
+
+def _table(pack: Pack, plan: Matrices) -> Tensor:  # [matrices, w, across]
+    return pack.table[plan.rows] if plan.table is None else plan.table
+
+
+def _kept(product: Tensor, plan: Matrices) -> Tensor:  # product: [members, *], padding included
+    return product if plan.kept is None else product.index_select(0, plan.kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -20,16 +21,20 @@ class MixedBatch(list[str]):
     Example:
         >>> batch = MixedBatch(["b", "__base__", "a", "b"])
         >>> batch.distinct, batch.of_row.tolist()
-        (('__base__', 'a', 'b'), [2, 0, 1, 2])
+        (('b', '__base__', 'a'), [0, 1, 2, 0])
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__(names)
-        self.distinct = tuple(sorted(set(self)))
-        place = {name: number for number, name in enumerate(self.distinct)}
-        self.of_row = torch.tensor([place[name] for name in self], dtype=torch.int64)  # [rows], into `distinct`
+        self.distinct = tuple(dict.fromkeys(self))
+        self.of_row = self.places(self.distinct)  # [rows], int64, into `distinct`
         self.packs: dict[tuple[nn.Module, torch.dtype], list[Pack]] = {}
         self.steps: dict[tuple[nn.Module, torch.dtype], list[Step]] = {}
+
+    def places(self, names: tuple[str, ...]) -> Tensor:  # [rows], int64
+        """Where each row's adapter is in `names`."""
+        place = {name: number for number, name in enumerate(names)}
+        return torch.tensor([place[name] for name in self], dtype=torch.int64)
 
     def __deepcopy__(self, memo: Any) -> MixedBatch:
         return MixedBatch(self)
@@ -46,8 +51,9 @@ class LooseSlice:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """The slices of several adapters on one side of a layer, one after the other."""
+    """The slices of several adapters on one side of a layer, one after the other; those with fewer channels come first."""
 
+    names: tuple[str, ...]  # the adapters, in the order of `starts` and `counts`
     side: str
     table: Tensor  # [rows + 1, out_features or in_features]; the last row is zero
     channels: Tensor  # [rows + 1], int64, on the CPU: the layer's channel that each row is of; 0 for the last
@@ -75,7 +81,8 @@ def packed(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
     """The tables for this batch: those that the batch has, else those that the layer still has, else new ones."""
     kept = batch.packs.get((layer, like.dtype))
     if kept is None:
-        stamp = (like.dtype, like.device, [_stamp(find_slice(layer, name), name) for name in batch.distinct])
+        slices = {name: _stamp(find_slice(layer, name)) for name in batch.distinct}  # in any order
+        stamp = (like.dtype, like.device, slices)
         table = _tables.get(layer)
         if table is None or table[0] != stamp:
             forget(layer)  # first, since the memory may not be enough for two
@@ -85,11 +92,9 @@ def packed(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
     return kept
 
 
-def _stamp(found: Any, name: str) -> Any:
+def _stamp(found: Any) -> Any:
     """A value that changes when the adapter's slice does."""
-    if found is None:
-        return name
-    return name, _Identity(found.weight), stamp(found.weight)
+    return None if found is None else (_Identity(found.weight), stamp(found.weight))
 
 
 class _Identity:
@@ -107,21 +112,27 @@ class _Identity:
 
 def pack_slices(layer: nn.Module, batch: MixedBatch, like: Tensor) -> list[Pack]:
     """The slices of the batch's adapters as new tables, one for each side, on the device and in the dtype of `like`."""
-    found = [find_slice(layer, name) for name in batch.distinct]
-    sides = sorted({one.side for one in found if one is not None})
-    return [_pack_side(side, [one if one and one.side == side else None for one in found], like) for side in sides]
+    found = {name: find_slice(layer, name) for name in batch.distinct}
+    sides = sorted({one.side for one in found.values() if one is not None})
+    return [_pack_side(side, found, like) for side in sides]
 
 
-def _pack_side(side: str, found: list[Any], like: Tensor) -> Pack:
-    slices = [one for one in found if one is not None]
-    widths = {one.weight.shape[0 if side == "in" else 1] for one in slices}
+def _pack_side(side: str, found: dict[str, Any], like: Tensor) -> Pack:
+    slices = {name: one for name, one in found.items() if one is not None and one.side == side}
+    widths = {one.weight.shape[0 if side == "in" else 1] for one in slices.values()}
     if len(widths) > 1:  # readers of adapters check it; here it would be read past the table's end
         raise S2FTError(f"slices of one layer have {', '.join(map(str, sorted(widths)))} features on their other side")
-    deltas = [one.weight.T if side == "in" else one.weight for one in slices]
+    counts = {name: len(slices[name].indices) if name in slices else 0 for name in found}
+    order = sorted(slices, key=counts.__getitem__)
+    deltas = [slices[name].weight.T if side == "in" else slices[name].weight for name in order]
     rows = [delta.to(like.device, like.dtype) for delta in deltas]
-    channels = [one.indices.cpu() for one in slices]
-    counts = torch.tensor([0 if one is None else len(one.indices) for one in found])
-    zero = rows[0].new_zeros(1, rows[0].shape[1])
+    channels = [slices[name].indices.cpu() for name in order]
+    ends = dict(zip(order, accumulate(counts[name] for name in order), strict=True))
     return Pack(
-        side, torch.cat([*rows, zero]), torch.cat([*channels, counts.new_zeros(1)]), counts.cumsum(0) - counts, counts
+        tuple(found),
+        side,
+        torch.cat([*rows, rows[0].new_zeros(1, rows[0].shape[1])]),
+        torch.cat([*channels, channels[0].new_zeros(1)]),
+        torch.tensor([ends.get(name, 0) - counts[name] for name in found]),
+        torch.tensor(list(counts.values())),
     )

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from s2ft.common.extras import what_extras_lack
+from s2ft.runtime.precision import choose_precision
+
 LIBRARIES = ("s2ft", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -24,6 +27,11 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     return found
+
+
+def report() -> dict[str, Any]:
+    """What a bug report needs: the environment, the precision that fits the machine, and which extras lack which packages."""
+    return {**environment(), "precision": choose_precision("auto")[1], "extras": what_extras_lack()}
 
 
 def peak_memory() -> dict[str, Any]:

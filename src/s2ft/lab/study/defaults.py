@@ -11,11 +11,12 @@ allocations, rates by slice, channels exchanged on the way) take a few rates on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from s2ft.common.errors import S2FTError
 from s2ft.lab.registry import TellShare
 from s2ft.lab.study.chains import experiments, identity
 from s2ft.lab.study.report import HELD_OUT, StudyReport
@@ -82,7 +83,7 @@ class DefaultsSettings:
     cases: tuple[str, ...] = tuple(CASES)
     contenders: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: CONTENDERS)  # name → options
     rates: tuple[float, ...] = GRID
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: VARIANTS)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: VARIANTS)  # on the case `VARIED`
     variant_rates: tuple[float, ...] = FEW
 
     @property
@@ -97,12 +98,27 @@ class DefaultsSettings:
                 ruled = self.contenders[who].get("method", "s2ft") == "s2ft"
                 for rate in (*self.rates, *([None] if ruled else [])):
                     yield case, who, rate, seed
-            for who, rate in product(self.variants, self.variant_rates):
-                yield VARIED, who, rate, seed
+            if VARIED in self.cases:
+                for who, rate in product(self.variants, self.variant_rates):
+                    yield VARIED, who, rate, seed
 
     def options(self, who: str) -> Mapping[str, Any]:
         """Of a contender or variant."""
         return self.contenders.get(who) or self.variants[who]
+
+    def restricted(self, only: str | None) -> DefaultsSettings:
+        """To the cases and contenders named, with commas between them; to all contenders where none is named, and so on.
+
+        Raises:
+            S2FTError: if a name is neither.
+        """
+        asked = [name.strip() for name in only.split(",")] if only else []
+        if unknown := [name for name in asked if name not in (*self.cases, *self.contenders)]:
+            known = ", ".join((*self.cases, *self.contenders))
+            raise S2FTError(f"only: {', '.join(map(repr, unknown))}: must be among {known}")
+        cases = [name for name in self.cases if name in asked] or self.cases
+        contenders = [name for name in self.contenders if name in asked] or self.contenders
+        return replace(self, cases=tuple(cases), contenders={name: self.contenders[name] for name in contenders})
 
 
 def study_defaults(
@@ -113,9 +129,14 @@ def study_defaults(
     model: str,
     data: str,
     workers: int = 1,
+    only: str | None = None,
 ) -> StudyReport:
-    """Runs the study, or what of it is not in `folder` yet; arguments and errors are those of `study_real`."""
-    settings = settings or DefaultsSettings()
+    """Runs the study, or what of it is not in `folder` yet; other arguments and errors are those of `study_real`.
+
+    Args:
+        only: The cases and contenders to run, as in `DefaultsSettings.restricted`; None: all.
+    """
+    settings = (settings or DefaultsSettings()).restricted(only)
     asked = list(settings.asked())
     runs = Runs(folder, settings.runs, tell, identity(model))
     with experiments(model, data, workers) as performer:
