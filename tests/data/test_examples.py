@@ -84,7 +84,8 @@ def test_every_turn_of_the_assistant_is_an_example_of_its_own(tmp_path):
         ("a.json", "", "a.json' is an empty file"),
         ("a.json", "[]", "a.json' holds an empty array"),
         ("a.jsonl", "\n \n", "a.jsonl' is an empty file"),
-        ("a.json", '{"prompt": "a", "completion": "b"}', "a.json:1: expected an array of objects"),
+        ("a.json", '"prompt"', "a.json:1: expected an array of objects"),
+        ("a.json", '{"data": [\n]}', "a.json:1: expected an array of objects, [{...}, ...], or an object in each line"),
         ("a.json", '[{"prompt": "a",\n "completion": }]', "a.json:2: malformed JSON in column 16"),
         (
             "a.json",
@@ -116,7 +117,11 @@ def test_every_turn_of_the_assistant_is_an_example_of_its_own(tmp_path):
         ("a.json", "[\n" + "9" * 5000 + "]", "a.json:2: JSON that cannot be read: an integer has too many digits"),
         ("a.jsonl", "[" * 200_000, "a.jsonl:1: JSON that cannot be read: it is nested too deeply"),
         ("a.json", "[\n" + "[" * 200_000, "a.json:2: JSON that cannot be read: it is nested too deeply"),
-        ("a.csv", "prompt,completion", "ends in '.csv'; known are .json, .jsonl, .parquet"),
+        (
+            "a.txt",
+            "prompt,completion",
+            "ends in '.txt'; known are .json, .jsonl, .csv, .tsv, .parquet, all but .parquet also",
+        ),
         ("a.parquet", "no table", "is not a readable parquet file"),
     ],
 )

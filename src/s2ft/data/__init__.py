@@ -1,8 +1,10 @@
 """Training data and questions: records from files and the Hub, chat templates, tokens.
 
 sources   what a name stands for, a file, a folder or a data set on the Hub; is it there?
-records   records from files and the Hub, each with its file and line for error messages
-examples  one form for the three layouts of training data
+files     records of one file: JSON, JSON lines, CSV, Parquet, plain or compressed, each with its line for error messages
+records   records from files, folders and the Hub
+layouts   what a record is by its fields: chat, ShareGPT, Alpaca, questions, text; columns by other names
+examples  one form for all layouts of training data
 chat      conversations: what a record may hold, which turns the loss falls on
 template  renders the model's chat template; what it leaves out, where it ends a turn
 prompts   prompts: Alpaca's, and through the chat template

@@ -4,6 +4,8 @@
     prompt/completion  {"prompt", "completion"}, text or messages  ├─→  {"prompt", "completion"}  ─→  loss on the completion
     chat               {"messages": [{"role", "content"}, ...]}    ┘
 
+What else people's records look like, `layouts.py` brings into these.
+
 A conversation becomes one example for each turn of the assistant, with all that was said before as its prompt (`chat.py`). So
 the loss falls on every response and on nothing else, under any chat template: templates that mark the assistant's tokens are
 rare, and some render a turn differently once another follows it.
@@ -19,19 +21,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset
 
-from s2ft.common.errors import S2FTError, raise_by_place, raise_together
+from s2ft.common.errors import S2FTError, gathered, raise_by_place, raise_together
 from s2ft.data.chat import Example, Message, chat_examples, chat_problems, is_broken, is_chat_record, shown, to_json
+from s2ft.data.layouts import Reading, check_columns
 from s2ft.data.prompts import alpaca_example, is_alpaca
 from s2ft.data.records import Record, read_records
 
-LAYOUTS = "instruction, output (and input); or prompt, completion; or messages"
+LAYOUTS = "instruction, output (and input); or prompt, completion; or messages; or conversations; or question, answer; or text"
+_MAP = "; --map gives columns these names, as in --map instruction=question,output=reply"
 LAYOUT_FIELDS = (
     {"messages"},
     {"prompt", "completion"},
@@ -49,35 +54,73 @@ class Kind:
     together: int = 1  # examples that one record becomes, and that stay together; conversations become what they hold
 
 
-def load_examples(source: str | Sequence[str], limit: int | None = None, kind: Kind | None = None) -> Dataset:
-    """The examples of one or several sources, in order, as columns `prompt` and `completion`.
+@dataclass(frozen=True)
+class Loaded:
+    """Examples, and what the records of each source were taken for."""
+
+    examples: Dataset  # columns prompt, completion, and of chat: place and maybe options
+    readings: Sequence[Reading]
+    counts: Sequence[int]  # examples of each source, in their order
+
+    @property
+    def sources(self) -> list[int]:
+        """The number of each example's source."""
+        return [number for number, count in enumerate(self.counts) for _ in range(count)]
+
+
+def load_examples(
+    source: str | Sequence[str],
+    limit: int | None = None,
+    kind: Kind | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Dataset:
+    """The examples of one or several sources, in order, as columns `prompt` and `completion`; arguments as of `load`."""
+    return load([source] if isinstance(source, str) else source, limit, kind, columns).examples
+
+
+def load(
+    sources: Sequence[str],
+    limit: int | None = None,
+    kind: Kind | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Loaded:
+    """The examples of all sources, joined in order, and what was taken for what.
 
     Args:
-        source: A `.json` (array of objects), `.jsonl` or `.parquet` file, a folder of them, or the name of a data set on
-            the Hub (its split `train`). Several sources are joined. In a folder that has files named `train*`, only those
-            are read.
+        sources: Files, folders or names on the Hub (`sources.py`, `files.py`). In a folder that has files named `train*`,
+            only those are read.
         limit: Use only the first N examples.
         kind: What the records hold; answers to learn, unless given.
+        columns: Name that a layout knows → column of the data, where they differ.
 
     Raises:
         S2FTError: with file and line, if a source is missing, empty or malformed, or records cannot be used.
     """
-    sources = [source] if isinstance(source, str) else list(source)
     kind = kind or ANSWERS
     limit = None if limit is None else limit * kind.together
     raise_together([] if sources else ["data is empty; name a file, a folder or a data set on the Hub"])
+    readings = [Reading(name, columns or {}) for name in sources]
     examples: list[Example] = []
+    counts: list[int] = []
     unreadable: list[str] = []
     problems: list[tuple[str, str]] = []
-    for name in sources:
+    for reading in readings:
+        before = len(examples)
         try:
-            found = _examples(read_records(name), kind, problems)
+            records = reading.adapted(read_records(reading.source, is_part=limit is not None))
+            found = _examples(records, kind, problems)
             examples += found if limit is None else islice(found, max(0, limit - len(examples)))
         except S2FTError as error:
             unreadable += error.problems
-    raise_by_place(problems, unreadable)
-    _check_one_kind(examples, sources)
-    return _table(examples)
+        counts.append(len(examples) - before)
+    raise_by_place(problems, [*unreadable, *_column_problems(readings, limit)])
+    _check_one_kind(examples, list(sources))
+    return Loaded(_table(examples), readings, counts)
+
+
+def _column_problems(readings: Sequence[Reading], limit: int | None) -> list[str]:
+    """Columns of the map that are nowhere; where not all was read, they may be further on."""
+    return [] if limit is not None else gathered(partial(check_columns, readings))
 
 
 def is_chat(dataset: Dataset) -> bool:
@@ -168,7 +211,7 @@ def answer_problems(value: Any) -> Iterator[str]:
         return
     layout = _layout(value)
     if layout is None:
-        yield f"expected the fields {LAYOUTS}; found {', '.join(map(str, value)) or 'none'}"
+        yield f"expected the fields {LAYOUTS}; found {', '.join(map(str, value)) or 'none'}{_MAP}"
     elif "instruction" not in layout and is_chat_record(value):
         yield from chat_problems(value)
     else:

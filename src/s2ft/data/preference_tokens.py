@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from s2ft.common.errors import S2FTError, first_line
 from s2ft.data.examples import conversation, is_chat
 from s2ft.data.template import chat_ids
-from s2ft.data.tokens import IGNORED, Tokens, check_tokenizer, encode, text_ids, usable
+from s2ft.data.tokens import IGNORED, SOURCE, Tokens, check_tokenizer, encode, text_ids, usable
 
 Row = dict[str, Any]
 
@@ -74,8 +74,8 @@ def tokenize_prompts(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     try:
         rows = Dataset.from_list(
             [
-                {**more, "prompt": prompt, "fate": fate, "parted": False}
-                for prompt, more, fate in zip(prompts, fields, fates, strict=True)
+                {**more, "prompt": prompt, "fate": fate, "parted": False, **_source(example)}
+                for prompt, more, fate, example in zip(prompts, fields, fates, examples, strict=True)
             ]
         )
     except (ArrowException, TypeError, ValueError) as error:
@@ -103,7 +103,13 @@ def _pair(chosen: Row, rejected: Row) -> Row:
         "rejected_ids": rejected["input_ids"][length:],
         "fate": min(chosen["fate"], rejected["fate"], "alike" if same else "whole", key=_WORST_FIRST.index),
         "parted": chosen["parted"] or rejected["parted"],
+        **_source(chosen),
     }
+
+
+def _source(row: Row) -> Row:
+    """The number of its source, where that is asked for."""
+    return {SOURCE: row[SOURCE]} if SOURCE in row else {}
 
 
 def _answered(row: Row) -> Row:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,7 @@ from s2ft.data.chat import CALLS, OPTIONS, REASONING, Message
 
 SECONDS = 20.0  # for one conversation; milliseconds are usual
 _PROBE = "how are you"
+Result = TypeVar("Result")
 
 
 class RefusedTemplateError(S2FTError):
@@ -52,10 +55,8 @@ def render(
             return _limited(lambda: lay_out(messages))
         except TypeError:  # some templates join the arguments of a call to text, so they want them as text
             return _limited(lambda: lay_out([_with_arguments_as_text(message) for message in messages]))
-    except TimeoutError:
-        raise EndlessTemplateError(
-            f"the model's chat template did not come to an end within {SECONDS:g} seconds; take a model with a sound one"
-        ) from None
+    except EndlessTemplateError:
+        raise
     except Exception as error:  # a template is a program: it raises what it likes, such as "roles must alternate"
         reason = str(error)
     roles = ", ".join(message["role"] for message in messages)
@@ -74,15 +75,20 @@ def chat_ids(
 
 
 def left_out(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: dict[str, Any], learned: int
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: dict[str, Any],
+    learned: int,
+    text: str | None = None,
 ) -> Iterator[str]:
     """Names what the template leaves out of the conversation: fields whose removal does not change the text.
 
     Args:
         learned: The index of the first message that the loss falls on. Reasoning is looked for from there on only, as
             templates leave out that of earlier turns on purpose.
+        text: The conversation as `render` lays it out, where that has been done already.
     """
-    whole = render(tokenizer, messages, options)
+    whole = render(tokenizer, messages, options) if text is None else text
 
     def is_same(changed: Sequence[Message], options: dict[str, Any]) -> bool:
         try:
@@ -93,8 +99,8 @@ def left_out(
     for name in OPTIONS:
         if options.get(name) and is_same(messages, {key: item for key, item in options.items() if key != name}):
             yield name
-    text = tokenizer.get_chat_template(tools=options.get("tools"))
-    yield from (f"chat_template_kwargs.{name}" for name in options if name not in OPTIONS and name not in text)
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    yield from (f"chat_template_kwargs.{name}" for name in options if name not in OPTIONS and name not in template)
     for index, message in enumerate(messages):
         for name, bare in _without_each(message, reasoning=index >= learned):
             surely = name == "content" and len(message) == 2 and message["content"].strip() in whole
@@ -142,26 +148,61 @@ def _as_text(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
 
 
-def _limited(task: Callable[[], str]) -> str:
-    """Runs `task` in a thread of its own; after `SECONDS` the thread is stopped, and `TimeoutError` raised."""
-    found: list[str] = []
-    errors: list[Exception] = []
+class _Watched(threading.Thread):
+    """Does a task; each text that a template renders there has a limit of its own."""
 
-    def work() -> None:
+    def __init__(self, task: Callable[[], Any]) -> None:
+        super().__init__(daemon=True, name="chat template")
+        self.task, self.limit = task, math.inf  # until when the template may run, by `time.monotonic`
+        self.found: list[Any] = []
+        self.errors: list[Exception] = []
+
+    def run(self) -> None:
         try:
-            found.append(task())
+            self.found.append(self.task())
         except _Stop:
             pass
         except Exception as error:  # goes to whoever asked
-            errors.append(error)
+            self.errors.append(error)
 
-    thread = threading.Thread(target=work, daemon=True, name="chat template")
+    def limited(self, task: Callable[[], str]) -> str:
+        """Runs a template, in this thread."""
+        self.limit = time.monotonic() + SECONDS
+        try:
+            return task()
+        finally:
+            self.limit = math.inf
+
+    def stop(self) -> None:
+        """Ends what it does, wherever it is."""
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(_Stop))
+
+
+def watched(task: Callable[[], Result]) -> Result:
+    """Does a task that renders many texts, in one thread of its own: a thread for each would take as long as the texts.
+
+    Raises:
+        EndlessTemplateError: if one text takes longer than `SECONDS`; the thread is stopped then.
+        Exception: whatever the task raises.
+    """
+    thread = _Watched(task)
     thread.start()
-    thread.join(SECONDS)
-    if thread.is_alive():
-        stop = ctypes.c_ulong(thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(stop, ctypes.py_object(_Stop))
-        raise TimeoutError
-    for error in errors:
+    while thread.is_alive():
+        thread.join(min(SECONDS, 1.0))
+        if time.monotonic() > thread.limit:
+            thread.stop()
+            raise EndlessTemplateError(
+                f"the model's chat template did not come to an end within {SECONDS:g} seconds; take a model with a sound one"
+            )
+    for error in thread.errors:
         raise error
-    return found[0]
+    found: Result = thread.found[0]
+    return found
+
+
+def _limited(task: Callable[[], str]) -> str:
+    """Runs a template within the limit."""
+    thread = threading.current_thread()
+    if isinstance(thread, _Watched):
+        return thread.limited(task)
+    return watched(lambda: _limited(task))

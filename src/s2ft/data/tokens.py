@@ -11,19 +11,28 @@ already has are not added again, and examples of which a chat template would lea
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import partial
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 
 from s2ft.common.errors import S2FTError, raise_by_place
-from s2ft.data.chat import CALLS, REASONING, Message
+from s2ft.data.chat import CALLS, REASONING, Example, Message
 from s2ft.data.examples import conversation, is_chat
-from s2ft.data.template import RefusedTemplateError, chat_ids, left_out, turn_end
+from s2ft.data.template import RefusedTemplateError, left_out, render, turn_end, watched
+
+_LOST = (
+    "the model's chat template leaves out {}, so it would be lost; leave it out yourself, or take a model whose "
+    "template knows it"
+)
 
 IGNORED = -100  # the label of tokens that the loss leaves out
+SOURCE = "source"  # a column of examples that are to be weighed: the number of their source
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
     Raises:
         S2FTError: if the tokenizer cannot end a text or lay out a chat, or no example is left.
     """
-    return usable(encode(examples, tokenizer, max_length), max_length)
+    return usable(encode(examples, tokenizer, max_length, in_parts=True), max_length)
 
 
 def usable(rows: Dataset, max_length: int) -> Tokens:
@@ -70,21 +79,28 @@ def usable(rows: Dataset, max_length: int) -> Tokens:
     return Tokens(kept, max_length, parted=parted, **told)
 
 
-def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, in_parts: bool = False) -> Dataset:
     """The token ids of all examples, cut to `max_length`, as columns `input_ids` and `labels`; and the `fate` of each.
+
+    Args:
+        examples: From `load`.
+        tokenizer: The model's.
+        max_length: Of a row.
+        in_parts: What is longer of a text without a prompt becomes further rows; else it is lost.
 
     Raises:
         S2FTError: as `tokenize`, but for examples that are left out.
     """
     check_tokenizer(tokenizer, is_chat(examples))
-    ends = end_tokens(tokenizer)
     rows = examples.map(
-        lambda example: _cut(example, tokenizer, max_length, ends),
-        remove_columns=examples.column_names,
+        partial(_encode_batch, cut=_Cut(max_length, in_parts, frozenset(end_tokens(tokenizer))), tokenizer=tokenizer),
+        batched=True,
+        remove_columns=[name for name in examples.column_names if name != SOURCE],
         keep_in_memory=True,
         desc="Tokenizing",
     )
-    _check_laid_out(examples, rows["problems"][:])
+    if is_chat(examples):
+        _check_laid_out(examples, rows["problems"][:])
     return rows
 
 
@@ -103,46 +119,70 @@ def hold_out(tokens: Tokens, count: int | None, seed: int) -> tuple[Tokens, Data
     return replace(tokens, dataset=parts["train"]), parts["test"]
 
 
+def weigh(tokens: Tokens, weights: Sequence[float], seed: int) -> Tokens:
+    """Takes the examples of each source as often as its weight says: 2.5 takes all twice, and a random half once more.
+
+    Args:
+        tokens: With a column `source`, which is gone afterwards. Held-out examples have been taken out before, so that none of
+            them stays in another copy.
+        weights: One for each source.
+        seed: Of what is drawn.
+
+    Raises:
+        S2FTError: if no example is left.
+    """
+    sources, generator = np.array(tokens.dataset[SOURCE]), np.random.default_rng(seed)
+    rows: list[int] = []
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero(sources == source)
+        rows += own.tolist() * int(weight)
+        rows += generator.choice(own, round((weight % 1) * len(own)), replace=False).tolist()
+    if not rows:
+        raise S2FTError(f"data_weights={list(weights)} leave no example; raise them")
+    return replace(tokens, dataset=tokens.dataset.select(sorted(rows)).remove_columns(SOURCE))
+
+
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and the chat template's end of a turn."""
     return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, turn_end(tokenizer)) if token is not None))
 
 
-def _cut(
-    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, ends: list[int]
-) -> dict[str, Any]:
-    """The tokens of an example up to `max_length`, its fate (whole, shortened, ...), and why it cannot be used, if so."""
-    prompt: list[int] = []
-    whole: list[int] = []
-    try:
-        prompt, whole = _encode(example, tokenizer)
-        problems = _lost(example, tokenizer)
-    except RefusedTemplateError as error:
-        problems = [str(error)]
-    row = _labelled(prompt, whole)
-    parted = not isinstance(example["prompt"], str) and whole[: len(prompt)] != prompt
-    cut = {name: ids[:max_length] for name, ids in row.items()}
-    if not _has_response(example):
-        fate = "empty"
-    elif all(label == IGNORED for label in cut["labels"]):
-        fate = "too long"
-    elif len(row["input_ids"]) > max_length:
-        fate = "shortened"
-    else:
-        fate = "whole" if set(ends) & set(row["labels"]) else "endless"
-    return {**cut, "fate": fate, "problems": problems, "parted": parted}
+@dataclass(frozen=True)
+class _Cut:
+    """How the tokens of an example become rows."""
+
+    max_length: int
+    in_parts: bool
+    ends: frozenset[int]
+
+    def rows(self, example: Example, prompt: list[int], whole: list[int]) -> Iterator[Example]:
+        """The rows of one example, with their fate (whole, shortened, ...)."""
+        row = _labelled(prompt, whole)
+        size = self.max_length
+        many = self.in_parts and example["prompt"] == "" and len(whole) > size and _has_response(example)
+        for start in range(0, len(whole) if many else 1, size):
+            cut = {name: ids[start : start + size] for name, ids in row.items()}
+            yield {**cut, "fate": "whole" if many else self._fate(example, row, cut)}
+
+    def _fate(self, example: Example, row: dict[str, list[int]], cut: dict[str, list[int]]) -> str:
+        if not _has_response(example):
+            return "empty"
+        if all(label == IGNORED for label in cut["labels"]):
+            return "too long"
+        if len(row["input_ids"]) > self.max_length:
+            return "shortened"
+        return "whole" if self.ends & set(row["labels"]) else "endless"
 
 
-def _lost(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the chat template would leave out of an example."""
-    if isinstance(example["prompt"], str):
-        return []
-    prompt, completion, options = conversation(example)
-    return [
-        f"the model's chat template leaves out {name}, so it would be lost; leave it out yourself, or take a model whose "
-        "template knows it"
-        for name in left_out(tokenizer, [*prompt, *completion], options, len(prompt))
-    ]
+def _encode_batch(batch: dict[str, list[Any]], cut: _Cut, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """The rows of a batch of examples; its texts are tokenised together, which a fast tokenizer does in parallel."""
+    examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    rows = []
+    for example, (prompt, whole, problems) in zip(examples, _encode(examples, tokenizer), strict=True):
+        parted = not isinstance(example["prompt"], str) and whole[: len(prompt)] != prompt
+        more = {"problems": problems, "parted": parted, **({SOURCE: example[SOURCE]} if SOURCE in example else {})}
+        rows += [{**row, **more} for row in cut.rows(example, prompt, whole)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _check_laid_out(examples: Dataset, problems: list[list[str]]) -> None:
@@ -153,43 +193,82 @@ def _check_laid_out(examples: Dataset, problems: list[list[str]]) -> None:
     )
 
 
-def token_example(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+def token_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """`input_ids` and `labels` of one example, uncut.
 
     The response begins where the tokens of the prompt and those of the whole part ways: a tokenizer may merge the prompt's last
     character with the response's first.
+
+    Raises:
+        RefusedTemplateError: if the model's chat template refuses the example.
     """
-    return _labelled(*_encode(example, tokenizer))
+    ((prompt, whole, problems),) = _encode([example], tokenizer, is_checked=False)
+    if problems:
+        raise RefusedTemplateError(problems[0])
+    return _labelled(prompt, whole)
 
 
-def _encode(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens of the prompt, and those of the whole."""
-    if isinstance(example["prompt"], str):
-        prompt = text_ids(tokenizer, example["prompt"])
-        whole = text_ids(tokenizer, example["prompt"] + example["completion"].removesuffix(tokenizer.eos_token))
-        whole.append(tokenizer.eos_token_id)
-    else:
-        told, said, options = conversation(example)
-        prompt = chat_ids(tokenizer, told, options, ask=True)
-        whole = chat_ids(tokenizer, [*told, *said], options)
-    return prompt, whole
+def _encode(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, is_checked: bool = True
+) -> Iterator[tuple[list[int], list[int], list[str]]]:
+    """The tokens of each prompt, those of the whole, and why it cannot be used, if so.
+
+    Args:
+        examples: All text, or all chat.
+        tokenizer: The model's.
+        is_checked: Whether to look for what a chat template leaves out.
+    """
+    if not isinstance(examples[0]["prompt"], str):
+        laid_out = watched(lambda: [_laid_out(example, tokenizer, is_checked) for example in examples])
+        ids = _plain_ids(tokenizer, [text for prompt, whole, _ in laid_out for text in (prompt, whole)])
+        yield from zip(ids[::2], ids[1::2], (problems for _, _, problems in laid_out), strict=True)
+        return
+    end = tokenizer.eos_token
+    texts = [(one["prompt"], one["prompt"] + one["completion"].removesuffix(end)) for one in examples]
+    ids = texts_ids(tokenizer, [text for both in texts for text in both])
+    yield from (
+        (prompt, [*whole, tokenizer.eos_token_id], []) for prompt, whole in zip(ids[::2], ids[1::2], strict=True)
+    )
+
+
+def _laid_out(example: Example, tokenizer: PreTrainedTokenizerBase, is_checked: bool) -> tuple[str, str, list[str]]:
+    """The prompt of a chat, the whole, and why it cannot be used: the template refuses it, or would leave something out."""
+    told, said, options = conversation(example)
+    try:
+        prompt, whole = render(tokenizer, told, options, ask=True), render(tokenizer, [*told, *said], options)
+        lost = left_out(tokenizer, [*told, *said], options, len(told), whole) if is_checked else ()
+        return prompt, whole, [_LOST.format(name) for name in lost]
+    except RefusedTemplateError as error:
+        return "", "", [str(error)]
 
 
 def _labelled(prompt: list[int], whole: list[int]) -> dict[str, list[int]]:
-    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+    start = common_prefix_length(prompt, whole)
     return {"input_ids": whole, "labels": [IGNORED] * start + whole[start:]}
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a text that goes on: with what the tokenizer puts before every text, without what it puts after it.
+    """The token ids of one text, as `texts_ids` gives them."""
+    return texts_ids(tokenizer, [text])[0]
+
+
+def texts_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The token ids of texts that go on: with what the tokenizer puts before every text, without what it puts after it.
 
     A text that has the beginning already, as "<s>[INST] ...", does not get it twice.
     """
-    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     begin = _begin(tokenizer)
-    if begin and plain[:1] == begin[-1:] == [tokenizer.bos_token_id]:
-        begin.pop()
-    return begin + plain
+    without_bos = begin[:-1] if begin[-1:] == [tokenizer.bos_token_id] else begin
+
+    def has_bos(ids: list[int]) -> bool:
+        return bool(begin) and ids[:1] == begin[-1:] == [tokenizer.bos_token_id]
+
+    return [(without_bos if has_bos(ids) else begin) + ids for ids in _plain_ids(tokenizer, texts)]
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return ids
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,7 +18,18 @@ from s2ft.common.errors import S2FTError, raise_together
 from s2ft.finetune.methods import METHODS, MethodOptions, S2FTOptions, foreign_options
 from s2ft.finetune.objectives import OBJECTIVES, ObjectiveOptions, foreign_to_objective, objective_problems
 from s2ft.finetune.trackers import NONE, TRACKERS, known_trackers
-from s2ft.finetune.values import AUTO_RATE, CommaNames, Name, Names, Positive, PositiveFloat, Rate, Seed
+from s2ft.finetune.values import (
+    AUTO_RATE,
+    Columns,
+    CommaNames,
+    Name,
+    Names,
+    Positive,
+    PositiveFloat,
+    Rate,
+    Seed,
+    Weights,
+)
 from s2ft.format.choice import choice_problems
 from s2ft.format.terms import PURE
 from s2ft.format.unknown import hint
@@ -67,7 +78,13 @@ class TrainOptions(ObjectiveOptions, MethodOptions):
 
     model: Name = Field(description="Base model: a folder or a name on the Hub")
     data: Names = Field(
-        description="Data: a .json, .jsonl or .parquet file, a folder of them, or a name on the Hub; repeat to join several"
+        description="Data: a .json, .jsonl, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .zst, .lz4), a folder of "
+        "them, or org/name:config:split on the Hub; repeat to join several"
+    )
+    map: Columns = Field(None, description="Columns under the names that are known: instruction=question,output=reply")
+    data_weights: Weights = Field(
+        None,
+        description="How often the examples of each --data are taken: 1,0.5,3 takes all, a random half, all three times",
     )
     output: Name = Field(description="Folder for the adapter, its run card and checkpoints; must not exist or be empty")
     method: Annotated[str, AfterValidator(_known_method)] = Field(
@@ -194,6 +211,7 @@ def _option_problems(values: Mapping[str, Any]) -> list[str]:
         *_method_problems(values, set()),
         *_foreign_to_objective(values, set()),
         *objective_problems(options.model_dump(), METHODS[options.method].leaves_model),
+        *_weight_problems(options),
         *_evaluation_problems(options),
         *_reselect_problems(options),
     ]
@@ -260,6 +278,13 @@ def _method_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
             "model's own weights; give a rate, or take a method that trains an adapter"
         )
     return foreign + (_config_problems(values, wrong) if method == "s2ft" else [])
+
+
+def _weight_problems(options: TrainOptions) -> list[str]:
+    count, weights = len(options.data), options.data_weights
+    if weights is None or len(weights) == count:
+        return []
+    return [f"data_weights={weights} are {len(weights)} for {count} sources of data; give one for each"]
 
 
 def _evaluation_problems(options: TrainOptions) -> list[str]:

@@ -29,10 +29,10 @@ from transformers import (
     set_seed,
 )
 
-from s2ft.data.examples import data_digest, load_examples, prompt_format
+from s2ft.data.examples import data_digest, load, prompt_format
 from s2ft.data.packing import check_packing
 from s2ft.data.template import turn_end
-from s2ft.data.tokens import Tokens, hold_out
+from s2ft.data.tokens import SOURCE, Tokens, hold_out, weigh
 from s2ft.evaluate.comparison import Checked, check_scores
 from s2ft.finetune.arguments import longest, trainer_config
 from s2ft.finetune.card import Card
@@ -113,8 +113,8 @@ def prepare(options: TrainOptions) -> Setup:
     Raises:
         S2FTError: for anything wrong with data, model or checkpoint.
     """
-    method, objective, paused = METHODS[options.method], OBJECTIVES[options.objective], check_output(options)
-    examples = load_examples(options.data, options.limit, objective.read())
+    method, paused = METHODS[options.method], check_output(options)
+    examples = _examples(options)
     digest = data_digest(examples)
     if paused is not None:
         paused.check_same_run(options, digest)
@@ -160,6 +160,17 @@ def prepare(options: TrainOptions) -> Setup:
     return Setup(options, checkpoint, data, config, reasons, trainer, flow, found, chosen.trial, questions)
 
 
+def _examples(options: TrainOptions) -> Dataset:
+    """The examples, where they are to be weighed with their sources; says what was taken for what."""
+    loaded = load(options.data, options.limit, OBJECTIVES[options.objective].read(), options.map)
+    for reading in loaded.readings:
+        for line in reading.lines():
+            log.info("data: %s", line)
+    if options.data_weights is None:
+        return loaded.examples
+    return loaded.examples.add_column(SOURCE, loaded.sources)
+
+
 def _questions(options: TrainOptions, prompts: str) -> Checked | None:
     """What base and result are asked; who trained on prompts of their own has none for our questions."""
     if options.evaluate is None:
@@ -178,6 +189,9 @@ def _tokenized(
         _tell_end(tokenizer)
         _warn_of_parted(tokens)
     left, held_out = hold_out(tokens, options.holdout, options.train_seed)
+    if options.data_weights is not None:
+        left = weigh(left, options.data_weights, options.train_seed)
+        held_out = held_out and held_out.remove_columns(SOURCE)
     return Data(left, held_out, digest, prompts, tokenizer)
 
 

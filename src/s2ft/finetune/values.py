@@ -52,14 +52,26 @@ def _ratios(value: Any) -> Any:
     """Reads "o_proj=0.05,down_proj=0.02" as a mapping, "0.05" as a number."""
     if not isinstance(value, str):
         return value
-    if "=" not in value:
-        return _number(value)
-    pairs = [word.partition("=") for word in _words(value)]
+    return _pairs(value, "give each projection one ratio") if "=" in value else _number(value)
+
+
+def _columns(value: Any) -> Any:
+    """Reads "instruction=question,output=answer" as a mapping."""
+    if not isinstance(value, str):
+        return value
+    if not all("=" in word for word in _words(value)) or not value.strip():
+        raise ValueError("must be pairs of a name and the data's column, such as instruction=question,output=answer")
+    return _pairs(value, "take each from one column")
+
+
+def _pairs(text: str, advice: str) -> dict[str, str]:
+    """Reads "a=1,b=2" as {"a": "1", "b": "2"}."""
+    pairs = [word.partition("=") for word in _words(text)]
     names = [name.strip() for name, _, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"names {', '.join(twice)} more than once; give each projection one ratio")
-    return {name: ratio.strip() for name, (_, _, ratio) in zip(names, pairs, strict=True)}
+        raise ValueError(f"names {', '.join(twice)} more than once; {advice}")
+    return {name: item.strip() for name, (_, _, item) in zip(names, pairs, strict=True)}
 
 
 def _number(value: str) -> float:
@@ -89,6 +101,13 @@ def _layers(value: Any) -> Any:
     return numbers if "," in value else numbers[0]
 
 
+def _both_named(value: Any) -> Any:
+    """Refuses a mapping with an empty name on either side."""
+    if value is not None and not all(text.strip() for pair in value.items() for text in pair):
+        raise ValueError("must have a name on both sides of each =")
+    return value
+
+
 def _named(value: Any) -> Any:
     """Refuses empty names, which a path would read as the current folder, and NUL, which no path can hold."""
     names = [value] if isinstance(value, str) else value
@@ -110,6 +129,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, AfterValidator(_named)]
 Names = Annotated[list[str], BeforeValidator(_one_or_many), AfterValidator(_named)]
 CommaNames = Annotated[list[str], BeforeValidator(_words), AfterValidator(_named)]
+Columns = Annotated[dict[str, str] | None, BeforeValidator(_columns), AfterValidator(_both_named)]
+Weights = Annotated[list[PositiveFloat] | None, BeforeValidator(_words)]
 Ratios = Annotated[float | dict[str, float] | None, BeforeValidator(_ratios)]
 Layers = Annotated[int | list[int] | str | None, BeforeValidator(_layers)]
 Avoided = Annotated[list[str] | None, BeforeValidator(_words), AfterValidator(_without_nul)]

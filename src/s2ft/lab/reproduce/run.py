@@ -173,7 +173,10 @@ def is_trained(options: TrainOptions) -> bool:
     problems = [
         f"{name}={now[name]!r}, but {options.output} was trained with {name}={before.get(name)!r}" for name in different
     ]
-    if not problems and data_digest(load_examples(options.data, options.limit)) != card["data"]["digest"]:
+    if (
+        not problems
+        and data_digest(load_examples(options.data, options.limit, columns=options.map)) != card["data"]["digest"]
+    ):
         problems = [f"data={options.data!r} is not what {options.output} was trained on; name another output"]
     raise_together(problems)
     return True
