@@ -103,7 +103,7 @@ def test_scores_of_weights_name_what_the_weight_is() -> None:
         select(stand_in(plain()), S2FTConfig(ratios=0.5, strategy="weight"))
 
 
-def test_distributed_weights_are_named_and_have_no_digest(tmp_path: Path) -> None:
+def test_sharded_weights_are_gathered_for_scores_and_digests() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = plain()
@@ -111,13 +111,15 @@ def test_distributed_weights_are_named_and_have_no_digest(tmp_path: Path) -> Non
         for layer in model.model.layers:
             down = layer.mlp.down_proj
             down.weight = nn.Parameter(distribute_tensor(down.weight.data, mesh, [Shard(0)]))
-        for strategy in ("weight", "lift", "product", "gradient"):
+        for strategy in ("product", "gradient"):
             config = S2FTConfig(ratios={"down_proj": 0.5}, strategy=strategy)
-            with pytest.raises(S2FTError, match=r"down_proj is a DTensor, sharded over devices"):
+            with pytest.raises(S2FTError, match=r"runs the model, but the weight of .*down_proj is a DTensor, sharded"):
                 select(model, config, iter([{"input_ids": "not read"}]))
-        config = get_peft_model(model, S2FTConfig(budget=0.05, seed=0)).peft_config["default"]
-        assert {path.rpartition(".")[2] for path in config.base_digest} == {"o_proj"}
-        assert config.slices == select(plain(), S2FTConfig(budget=0.05, seed=0)).config.slices
+        for strategy in ("weight", "lift", "random"):
+            config = S2FTConfig(budget=0.05, strategy=strategy, seed=0 if strategy == "random" else None)
+            expected = get_peft_model(plain(), config).peft_config["default"]
+            found = get_peft_model(copy.deepcopy(model), config).peft_config["default"]
+            assert (found.slices, found.base_digest) == (expected.slices, expected.base_digest)
     finally:
         torch.distributed.destroy_process_group()
 

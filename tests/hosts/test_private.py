@@ -63,6 +63,15 @@ def apply_is_how_modules_are_cast() -> None:
     assert seen == [torch.float64]
 
 
+def save_to_state_dict_is_called_with_a_prefix() -> None:
+    class Without(nn.Linear):
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination.pop(f"{prefix}bias")
+
+    assert set(nn.Sequential(Without(2, 2)).state_dict()) == {"0.weight"}
+
+
 def load_from_state_dict_is_called_with_all_keys_and_a_prefix() -> None:
     wanted = ("state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs")
     takes(nn.Module, "_load_from_state_dict", "self", *wanted)
@@ -219,6 +228,7 @@ def what_a_trainer_will_log_stands_in(name: str, *trainers: type) -> None:
 USED: dict[str, Check] = {
     "_apply": apply_is_how_modules_are_cast,
     "_load_from_state_dict": load_from_state_dict_is_called_with_all_keys_and_a_prefix,
+    "_save_to_state_dict": save_to_state_dict_is_called_with_a_prefix,
     "_forward_hooks": hooks_stand_in_a_dict_by_their_handle,
     "_base": a_view_knows_its_base,
     "_version": a_version_counts_writes,

@@ -58,7 +58,7 @@ OPTIONAL = {  # libraries that a folder does without; the code asks whether they
     "common": {"matplotlib": "lab"},
     "adapters": {"matplotlib": "lab"},
     "exports": {"gguf": "gguf", "vllm": None},  # vLLM loads our plug-in, not the other way round
-    "layer": {"triton": "gpu"},
+    "layer": {"triton": "gpu", "deepspeed": None},  # parameters that DeepSpeed holds are there only with it
     "training": {"liger-kernel": "liger"},
     "finetune": {"galore-torch": "baselines", "wandb": None},
     "evaluate": {"vllm": None},

@@ -432,7 +432,7 @@ def mesh() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-def test_sharded_weights_are_named(mesh: Any) -> None:
+def test_sharded_weights_are_not_permuted(mesh: Any) -> None:
     config = S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, init_weights=False)
     made, ids = get_peft_model(build("mistral", torch.float32), config), tokens(2, 5)
     layer = layers(made)[0]
@@ -440,9 +440,6 @@ def test_sharded_weights_are_named(mesh: Any) -> None:
     fully_shard(made, mesh=mesh)
     made(ids, labels=ids).loss.backward()
     assert torch.equal(layer.get_delta_weight("default"), expected)
-    for change in (made.merge_adapter, lambda: s2ft.switch(made, "default")):
-        with pytest.raises(S2FTError, match=r"its weight is a DTensor, sharded over devices.* and 2 more\)"):
-            change()
     with s2ft.in_place(made) as layout:
         assert {place.how for place in layout.placements} == {"added"}
         made(ids, labels=ids).loss.backward()

@@ -12,7 +12,8 @@ from s2ft.format.config import S2FTConfig
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
 from s2ft.format.slices import Runs, Slice
 from s2ft.layer.dequantise import dequantised, grid
-from s2ft.layer.linears import features, is_plain, weight_matrix
+from s2ft.layer.linears import features
+from s2ft.layer.sharding import read_matrix, why_not_readable
 from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.selection.select import select
 
@@ -115,8 +116,8 @@ def _digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
 
 
 def _digest(linear: nn.Module, trained: Slice) -> str | None:
-    plain = is_plain(linear)
-    weight = weight_matrix(linear) if plain else dequantised(linear)
+    plain = why_not_readable(linear) is None
+    weight = read_matrix(linear, "a digest") if plain else dequantised(linear)
     if weight is None or weight.is_meta:
         return None
     return slice_digest(trained.of(weight), None if plain else grid(linear))

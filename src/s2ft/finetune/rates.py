@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2ft.common.errors import S2FTError
-from s2ft.layer.base_weight import plain_matrix
 from s2ft.layer.linear import S2FTLinear, sliced_layers
+from s2ft.layer.sharding import read_matrix
 
 ONE = "one"
 
@@ -49,7 +49,7 @@ def _wanted(path: str, layer: S2FTLinear, adapter: str, by: str) -> float:
         return 1 / sqrt(len(trained.indices))
     if by == "inputs":
         return 1 / sqrt(len(trained.indices) if trained.side == "in" else layer.in_features)
-    size = trained.of(plain_matrix(layer.get_base_layer(), "slice_rates='norm'")).float().square().mean().sqrt().item()
+    size = trained.of(read_matrix(layer.get_base_layer(), "slice_rates='norm'")).float().square().mean().sqrt().item()
     if size == 0:
         raise S2FTError(f"slice_rates='norm': the base weight of {path} is zero in the slice; choose another")
     return size

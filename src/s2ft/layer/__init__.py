@@ -11,6 +11,7 @@ Read `block`, then `linear`; then `slot` (training in place) and `mixed` (many a
     expert_backprop  partial back-propagation through them
     routing       tokens and channels of experts, laid out for grouped products
     grouped       grouped products
+    sharding      weights of which each process holds a part
     base_weight   adds slices to a base weight, and restores it
     adapted       what a layer runs: active, merged, switched, disabled
     turns         the lock by which threads share a live model

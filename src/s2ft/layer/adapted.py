@@ -29,9 +29,10 @@ from torch import nn
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.format.slices import all_finite
-from s2ft.layer.base_weight import BaseWeight, add_delta, plain_matrix, shared_weights, take_slice
+from s2ft.layer.base_weight import BaseWeight, add_delta, shared_weights, take_slice
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linears import why_not_plain
+from s2ft.layer.sharding import everywhere, gathered, why_not_writable, written
 from s2ft.layer.turns import Turns
 
 _STATE = ("merged_adapters", "_disable_adapters", "is_switched", "switched_to")  # decides what the weight holds
@@ -143,19 +144,22 @@ class AdaptedLayer(BaseTunerLayer):
 
     def why_unwritable(self, names: Sequence[str]) -> str | None:
         """Why the base weight cannot take these adapters' slices."""
-        reason = why_not_plain(self.get_base_layer()) if any(name in self.s2ft_block for name in names) else None
+        reason = why_not_writable(self.get_base_layer()) if any(name in self.s2ft_block for name in names) else None
         return f"its weight {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
     def _merges_finite(self, name: str) -> bool:
         """Whether the slice's channels are finite with the adapter in them, which a disabled one will be later."""
         if name not in self.s2ft_block:
             return True
-        block = self.block(name)
-        weight = plain_matrix(self.get_base_layer(), "merging")
-        values = take_slice(weight, block.dim, block.indices.to(weight.device))
-        if name not in self.base_weight.adapters:
-            values = add_delta(values, block.weight.data.to(weight.device))
-        return all_finite(values)
+        block, linear = self.block(name), self.get_base_layer()
+        delta = gathered(block.weight).detach()
+        with written(linear, "merging") as part:
+            device = part.matrix.device
+            channels, delta = part.of(block.dim, block.indices.to(device), delta.to(device))
+            values = take_slice(part.matrix, block.dim, channels)
+            if name not in self.base_weight.adapters:
+                values = add_delta(values, delta)
+        return everywhere(linear, all_finite(values))
 
     def unmerge(self) -> None:
         """Restores the base weight, bit for bit."""

@@ -17,10 +17,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from s2ft.common.errors import S2FTError
 from s2ft.format.slices import put, take
 from s2ft.layer.block import S2FTBlock
-from s2ft.layer.linears import weight_matrix, weight_of, why_not_plain
+from s2ft.layer.linears import weight_matrix, weight_of
+from s2ft.layer.sharding import Part, gathered, written
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -115,17 +115,18 @@ class BaseWeight:
             raise
 
     def put(self, linear: nn.Module, block: S2FTBlock) -> None:
-        """Adds a slice to what the weight holds."""
-        weight = plain_matrix(linear, "writing an adapter into it")
-        values = block.weight.data.to(
-            weight.device, non_blocking=weight.is_cuda
-        )  # to the CPU, a copy must be waited for
-        channels = block.indices.to(weight.device, non_blocking=weight.is_cuda)
-        if self.is_shared and self.is_own:
-            self._shared = shared = cast(nn.Parameter, linear.weight)
-            linear.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-            weight = weight_matrix(linear).data
-        self.set_aside(weight, block.dim, channels).write(weight, values)
+        """Adds a slice to what the weight holds; where the weight is sharded, to this process's part of it."""
+        values = gathered(block.weight).detach()
+        with written(linear) as part:
+            device = part.matrix.device
+            values = values.to(device, non_blocking=device.type == "cuda")  # to the CPU, a copy must be waited for
+            channels = block.indices.to(device, non_blocking=device.type == "cuda")
+            if self.is_shared and self.is_own:
+                self._shared = shared = cast(nn.Parameter, linear.weight)
+                linear.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                part = Part(weight_matrix(linear).data)
+            channels, values = part.of(block.dim, channels, values)
+            self.set_aside(part.matrix, block.dim, channels).write(part.matrix, values)
 
     def set_aside(self, weight: Tensor, dim: int, channels: Tensor) -> Stash:  # weight: [out_features, in_features]
         """Stashes the values of these channels, so that others may be written there until `restore` puts them back."""
@@ -142,7 +143,8 @@ class BaseWeight:
             linear.weight, self._shared = self._shared, None
             self._stashes.clear()
         while self._stashes:
-            self._stashes[-1].write(weight_matrix(linear).data)
+            with written(linear) as part:
+                self._stashes[-1].write(part.matrix)
             self._stashes.pop()
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -151,14 +153,6 @@ class BaseWeight:
             stash.apply(change)
         if self._shared is not None:
             self._shared.data = change(self._shared.data)
-
-
-def plain_matrix(linear: nn.Module, what: str) -> Tensor:  # [out_features, in_features]
-    """The weight's data; raises `S2FTError` with the reason if it is not a plain tensor."""
-    reason = why_not_plain(linear)
-    if reason is not None:
-        raise S2FTError(f"the base layer's weight {reason}; {what} is possible on plain weights only")
-    return weight_matrix(linear).data
 
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.format.slices import Slice
-from s2ft.layer.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad
+from s2ft.layer.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad, may_change
+from s2ft.layer.sharding import like, local
+
+T = TypeVar("T")
 
 
 class S2FTBlock(nn.Module):
@@ -62,11 +66,12 @@ class S2FTBlock(nn.Module):
             else:
                 selected = x.index_select(-1, self.indices)
             return x, selected.to(dtype)
-        delta, source = self.weight.to(dtype), x.to(dtype)
+        source = x.to(dtype)
         if source is x and eager_grad(x):
-            taped: tuple[Tensor, Tensor] = ProjectTap.apply(x, delta)
+            taped: tuple[Tensor, Tensor] = self(_project_tap, x)
             return taped
-        return x, F.linear(source, delta)
+        product: Tensor = self(F.linear, source)
+        return x, product
 
     def add_to(
         self,
@@ -77,26 +82,67 @@ class S2FTBlock(nn.Module):
         """Adds the slice's contribution to the base layer's output."""
         added: Tensor
         if self.side == "in":
-            delta = self.weight.to(y.dtype)
-            added = AddProduct.apply(y, around, delta) if in_place else y + F.linear(around, delta)
+            added = self(_add_product if in_place else _plus_product, y, around)
         else:
             added = AddAt.apply(y, around, self.indices) if in_place else y.index_add(-1, self.indices, around)
         return added
 
+    def forward(self, product: Callable[..., T], *operands: Tensor) -> T:
+        """`product(*operands, V)`, with V in the operands' dtype.
+
+        A pass through the layer reads V here alone, once, in a call of this module: engines that shard parameters gather
+        a module's when it is called.
+        """
+        return product(*operands, self.weight.to(operands[0].dtype))
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """As in every module, but for indices on device meta, which have no values: accelerate would look for their mesh."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.indices.is_meta:
+            destination.pop(prefix + "indices")
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As in every module; indices that differ from the config's are refused, and values that are not finite."""
+        state_dict = self._completed(state_dict, prefix)
         found = state_dict.get(prefix + "indices")
         if found is not None and not found.is_meta:
             expected = self.trained.indices
             if found.numel() != len(expected) or not bool((found.cpu() == torch.from_numpy(expected)).all()):
                 raise S2FTError(f"{prefix}indices differ from the slice {str(self.trained)!r} in the adapter's config")
             delta = state_dict.get(prefix + "weight")
-            if delta is None or (not delta.is_meta and not delta.isfinite().all()):
+            if delta is None or (not delta.is_meta and not local(delta).isfinite().all()):
                 raise S2FTError(
                     f"{prefix}weight {'is missing' if delta is None else 'holds values that are not finite'}"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _completed(self, state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """The module's own part of a state, with the indices that device meta lost, and sharded as the delta is."""
+        own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        if self.indices.is_meta and prefix + "weight" in own:
+            device = own[prefix + "weight"].device
+            own.setdefault(prefix + "indices", torch.from_numpy(self.trained.indices.copy()).to(device))
+        if prefix + "weight" in own:
+            own[prefix + "weight"] = like(self.weight.data, own[prefix + "weight"])
+        return own
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"side={self.side}, channels={self.indices.numel()}"
+
+
+def _project_tap(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # [*, in_features], [s, in_features]
+    taped: tuple[Tensor, Tensor] = ProjectTap.apply(x, delta)
+    return taped
+
+
+def _add_product(y: Tensor, around: Tensor, delta: Tensor) -> Tensor:  # [*, out_features], [*, s], [out_features, s]
+    """Adds in place, unless an engine's hook has wrapped y on its way here, and autograd would refuse."""
+    if not may_change(y):
+        return _plus_product(y, around, delta)
+    added: Tensor = AddProduct.apply(y, around, delta)
+    return added
+
+
+def _plus_product(y: Tensor, around: Tensor, delta: Tensor) -> Tensor:
+    return y + F.linear(around, delta)

@@ -30,9 +30,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError, raise_together
+from s2ft.layer.linears import weight_of, why_not_plain
+from s2ft.layer.sharding import is_sharded
 from s2ft.selection.data_scores import by_activation, by_gradient, by_product, by_saliency
 from s2ft.selection.units import Structure
-from s2ft.selection.weight_scores import Batch, Scores, by_hash, by_lift, by_weight, why_unreadable
+from s2ft.selection.weight_scores import Batch, Scores, by_hash, by_lift, by_weight, linear_of, why_unreadable
 
 Scorer = Callable[[list[Structure], nn.Module, Iterable[Batch]], Mapping[str, Any]]
 """`(structures, model, batches)` → `structure.key` → the units' scores: a tensor, array or list, [structure.units].
@@ -91,6 +93,8 @@ def score_units(
         )
     if "weights" in score.needs:  # before any data is read
         _check_weights(structures, model)
+    if score.needs_data:
+        _check_whole(strategy, structures, model)
     scorer = partial(by_hash, seed=seed) if strategy == "random" else score.scorer
     return run_scorer(scorer, structures, model, batches, f"strategy={strategy!r}")
 
@@ -155,6 +159,18 @@ def _check_weights(structures: list[Structure], model: nn.Module) -> None:
     raise S2FTError(
         f"{reason}; the strategies {', '.join(reading)} read plain weights. Choose strategy={' or '.join(others)}"
     )
+
+
+def _check_whole(strategy: str, structures: list[Structure], model: nn.Module) -> None:
+    """Shards are gathered for scores of weights, one layer after the other; the model cannot run on them before training."""
+    for projection in (projection for structure in structures for projection in structure.projections):
+        layer = linear_of(projection, model)
+        if is_sharded(weight_of(layer)):
+            others = [repr(name) for name, score in SCORES.items() if not score.needs_data]
+            raise S2FTError(
+                f"strategy={strategy!r} runs the model, but the weight of {projection.module} {why_not_plain(layer)}: choose "
+                f"channels before the model is sharded, or take {', '.join(others)}"
+            )
 
 
 def _unreadable(structures: list[Structure], model: nn.Module) -> str | None:

@@ -4,6 +4,8 @@ The paper leaves open how scores combine over q, k, v and o, and over a head's d
 all weights of the unit, in every projection of its structure, trained or not (a key-value head's weights count for each
 query head of its group). LIFT's rank is a 32nd of each weight's smaller side: 128 for a width of 4096.
 
+Of a model that is sharded over processes (FSDP2, ZeRO-3), one weight after the other is gathered, in all of them.
+
 Sums run in float64 and end in float32: what differs in the last digits between machines does not change the ranking.
 """
 
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
-from s2ft.layer.linears import weight_matrix, why_not_plain
+from s2ft.layer.linears import weight_of
+from s2ft.layer.sharding import read_matrix, why_not_readable
 from s2ft.layer.stacked import linear_at
 from s2ft.selection.units import Projection, Structure
 
@@ -60,7 +63,7 @@ def random_scores(seed: int, name: str, units: int) -> NDArray[np.float32]:  # [
     return (np.frombuffer(stream, dtype="<u4") >> 8).astype(np.float32) / np.float32(1 << 24)
 
 
-def unit_weights(projection: Projection, model: nn.Module) -> Tensor:  # [projection.units, width, across], a view
+def unit_weights(projection: Projection, model: nn.Module) -> Tensor:  # [projection.units, width, across]
     """The weights of each unit in one projection; `across` is the size of the layer's other side.
 
     Raises:
@@ -73,7 +76,7 @@ def unit_weights(projection: Projection, model: nn.Module) -> Tensor:  # [projec
     """
     if reason := why_unreadable(projection, model):
         raise S2FTError(reason)
-    matrix = weight_matrix(linear_of(projection, model)).detach()
+    matrix = read_matrix(linear_of(projection, model), "a score of weights")
     rows = _part(matrix, projection) if projection.side == "out" else _part(matrix, projection).T
     return rows.reshape(projection.units, projection.width, rows.shape[1])
 
@@ -81,9 +84,9 @@ def unit_weights(projection: Projection, model: nn.Module) -> Tensor:  # [projec
 def why_unreadable(projection: Projection, model: nn.Module) -> str | None:
     """Why the projection's weight cannot be scored; None where it can."""
     layer = linear_of(projection, model)
-    if reason := why_not_plain(layer):
+    if reason := why_not_readable(layer):
         return f"the weight of {projection.module} {reason}"
-    return f"{projection.module} has no values (device meta)" if weight_matrix(layer).is_meta else None
+    return f"{projection.module} has no values (device meta)" if weight_of(layer).is_meta else None
 
 
 def unit_sums(
@@ -122,7 +125,7 @@ def _sum_over_projections(
 ) -> Tensor:  # [units], float64
     total = torch.zeros(structure.units, dtype=torch.float64)
     for projection in structure.projections:
-        matrix = weight_matrix(linear_of(projection, model)).detach()
+        matrix = read_matrix(linear_of(projection, model), "a score of weights")
         total += unit_sums(squares(matrix, projection), structure, projection)
     return total
 

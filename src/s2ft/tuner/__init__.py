@@ -2,6 +2,7 @@
 
 model      `S2FTModel`: the PEFT tuner
 loaders    wraps PEFT's and transformers' loaders: a load is checked, and all or nothing
+outgoing   what is saved of an adapter, gathered where it is sharded
 incoming   checks that what is loaded is the adapter, and nothing else
 rollback   undoes a change of a live model that failed half-way
 mixing     one adapter for each row: `adapter_names`

@@ -85,11 +85,16 @@ def foreign_base(model: nn.Module, config: S2FTConfig, tensors: Mapping[str, Ten
 
 def auxiliary_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What PEFT saves of an adapter beside its slices (modules to save, token rows), by the names in a file."""
+    names = auxiliary_names(model, adapter_name)
+    return {saved: state_dict[held] for held, saved in names.items() if held in state_dict}
+
+
+def auxiliary_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """The names of those tensors in a state of the model → in a file."""
     found = {}
     for name, _, saved, held in _auxiliaries(model, adapter_name):
         path = name.removeprefix("_fsdp_wrapped_module.")  # as PEFT does
-        if f"{path}.{held}" in state_dict:
-            found[f"{path}.{saved}"] = state_dict[f"{path}.{held}"]
+        found[f"{path}.{held}"] = f"{path}.{saved}"
     return found
 
 

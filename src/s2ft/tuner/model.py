@@ -39,12 +39,14 @@ from s2ft.layer.adapted import (
 )
 from s2ft.layer.experts import wrap_experts
 from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.sharding import reshard
 from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.training.depth import stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
 from s2ft.tuner.loaders import INCOMING, guard
 from s2ft.tuner.mixing import BASE, mixed_rows
+from s2ft.tuner.outgoing import gather_adapter
 from s2ft.tuner.rollback import rolled_back
 
 
@@ -183,6 +185,7 @@ class S2FTModel(BaseTuner):
         with self.shared.turns.alone():
             layers = adapted_layers(self.model)
             self._refuse_merging(layers, adapter_names)
+            reshard(self.model)
             mark_shared(self.model)
             with all_or_nothing(layers):
                 super().merge_adapter(adapter_names, safe_merge)
@@ -190,6 +193,7 @@ class S2FTModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """As in PEFT: the base weights are what they were, bit for bit."""
         with self.shared.turns.alone():
+            reshard(self.model)
             super().unmerge_adapter()
 
     def _refuse_merging(self, layers: list[AdaptedLayer], adapter_names: list[str] | None) -> None:
@@ -246,7 +250,8 @@ class S2FTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As in PEFT; what is about to be saved is noted for the config's checksums."""
+        """As in PEFT, gathered where it is sharded; what is about to be saved is noted for the config's checksums."""
+        gather_adapter(model, adapter_name, state_dict)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

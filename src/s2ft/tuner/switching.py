@@ -26,6 +26,7 @@ from s2ft.layer.adapted import (
 from s2ft.layer.backprop import stamp
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.linear import S2FTLinear, sliced_layers
+from s2ft.layer.sharding import gathered, is_sharded, reshard
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:
@@ -63,6 +64,7 @@ def switch(model: nn.Module, adapter: str | None) -> None:
         if not layers:
             raise S2FTError(f"{type(model).__name__} holds no S²FT adapter; load one before switching")
         require_own(model, "switching", allowed=["switched"])
+        reshard(model)
         _refuse(model, layers, adapter)
         mark_shared(model)
         switch_layers(layers, adapter)
@@ -113,6 +115,8 @@ def _layer_problem(layer: S2FTLinear, adapter: str) -> str | None:
 def _is_finite(block: S2FTBlock) -> bool:
     """Whether the delta is finite; checked again only after it was changed, since on a GPU the check waits for it."""
     delta = block.weight
+    if is_sharded(delta):
+        return all_finite(gathered(delta))
     if delta.is_inference() or block.finite_at != stamp(delta):  # writes to an inference tensor are not counted
         if not all_finite(delta):
             return False
