@@ -4,6 +4,7 @@ app              `s2ft`: its commands
 leaving          how errors are reported, and the process ends
 options          options that several commands share, or that are declared elsewhere
 train            `s2ft train`
+data             `s2ft data`
 quickstart       `s2ft quickstart`
 quickstart_real  `s2ft quickstart-real`
 base             `s2ft base`

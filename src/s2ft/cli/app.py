@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import s2ft
-from s2ft.cli import bench, eval, reproduce, serve, study, train
+from s2ft.cli import bench, data, eval, reproduce, serve, study, train
 from s2ft.cli.base import base
 from s2ft.cli.env import env
 from s2ft.cli.export import export
@@ -57,6 +57,7 @@ app.command("inspect")(inspect)
 app.command("fuse")(fuse)
 app.command("export")(export)
 app.command("merge")(merge)
+app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 app.add_typer(study.app, name="study")
 

@@ -11,6 +11,7 @@ prompts   prompts: Alpaca's, and through the chat template
 tokens    token ids, with labels on the response only
 preferences  pairs of answers, judged answers, and prompts alone
 preference_tokens  their token ids
+masks     which part of an example is learned, for people to see
 packing   tests whether packed examples see each other
 folder    where files are in a folder like LLM-Adapters'
 """

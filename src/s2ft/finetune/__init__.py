@@ -7,6 +7,7 @@ Read `options`, then `train`.
     options     every option, once
     values      how an option's value is read, and what is refused
     inputs      checks that the files and folders of the options exist
+    preview     what a run would make of its data
     launch      can a run start? inputs, output, and what several processes support
     recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains

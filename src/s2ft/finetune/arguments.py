@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.objectives import OBJECTIVES
-from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, TrainOptions
+from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, DataOptions, TrainOptions
 from s2ft.finetune.trackers import NONE
 from s2ft.runtime.models import positions
 
@@ -75,7 +75,7 @@ def _holdout_settings(options: TrainOptions) -> dict[str, Any]:
     }
 
 
-def longest(options: TrainOptions, model: PreTrainedModel) -> int:
+def longest(options: DataOptions, model: PreTrainedModel) -> int:
     """`max_length`, or what the model can take.
 
     Raises:

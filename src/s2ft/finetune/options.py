@@ -24,6 +24,7 @@ from s2ft.finetune.values import (
     CommaNames,
     Name,
     Names,
+    Options,
     Positive,
     PositiveFloat,
     Rate,
@@ -73,8 +74,8 @@ def _known_optimizer(value: str) -> str:
     return value
 
 
-class TrainOptions(ObjectiveOptions, MethodOptions):
-    """All options of `s2ft train`. Make one with `parse_options`, which reports every problem at once."""
+class DataOptions(Options):
+    """Which data, for which model: what `s2ft data preview` takes, too."""
 
     model: Name = Field(description="Base model: a folder or a name on the Hub")
     data: Names = Field(
@@ -82,14 +83,6 @@ class TrainOptions(ObjectiveOptions, MethodOptions):
         "them, or org/name:config:split on the Hub; repeat to join several"
     )
     map: Columns = Field(None, description="Columns under the names that are known: instruction=question,output=reply")
-    data_weights: Weights = Field(
-        None,
-        description="How often the examples of each --data are taken: 1,0.5,3 takes all, a random half, all three times",
-    )
-    output: Name = Field(description="Folder for the adapter, its run card and checkpoints; must not exist or be empty")
-    method: Annotated[str, AfterValidator(_known_method)] = Field(
-        "s2ft", description=f"What trains: {', '.join(METHODS)}; all but s2ft are there to compare with"
-    )
     objective: Annotated[str, AfterValidator(_known_objective)] = Field(
         "sft",
         description="What is learned: " + ", ".join(f"{name} ({row.title})" for name, row in OBJECTIVES.items()),
@@ -97,6 +90,19 @@ class TrainOptions(ObjectiveOptions, MethodOptions):
     limit: Positive | None = Field(None, description="Use only the first N examples")
     max_length: Positive | None = Field(
         None, description=f"Tokens of an example that are used; {LONGEST} unless the model has fewer positions"
+    )
+
+
+class TrainOptions(ObjectiveOptions, MethodOptions, DataOptions):
+    """All options of `s2ft train`. Make one with `parse_options`, which reports every problem at once."""
+
+    data_weights: Weights = Field(
+        None,
+        description="How often the examples of each --data are taken: 1,0.5,3 takes all, a random half, all three times",
+    )
+    output: Name = Field(description="Folder for the adapter, its run card and checkpoints; must not exist or be empty")
+    method: Annotated[str, AfterValidator(_known_method)] = Field(
+        "s2ft", description=f"What trains: {', '.join(METHODS)}; all but s2ft are there to compare with"
     )
     packing: bool = Field(False, description="Put several short examples in one row; they do not attend to each other")
     epochs: PositiveFloat = Field(3.0, description="Passes over the data")

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from s2ft.data.examples import data_digest, load, prompt_format
+from s2ft.data.masks import CLOSED, OPENED, marked, spans
 from s2ft.data.packing import check_packing
 from s2ft.data.template import turn_end
 from s2ft.data.tokens import SOURCE, Tokens, hold_out, weigh
@@ -185,6 +186,9 @@ def _tokenized(
     objective = OBJECTIVES[options.objective]
     tokens, prompts = objective.tokenize(examples, tokenizer, max_length), prompt_format(examples)
     _warn_of_dropped(tokens, len(examples) // objective.read().together)
+    if "labels" in tokens.dataset.column_names:
+        shown = marked(spans(tokens.dataset[0], tokenizer))
+        log.info("the first example, learned between %s and %s:\n%s", OPENED, CLOSED, shown)
     if prompts == "chat":
         _tell_end(tokenizer)
         _warn_of_parted(tokens)
