@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BlenderbotConfig
 
 from live import same
 from s2ft import S2FTError
@@ -17,7 +17,10 @@ from s2ft.finetune.layout import layout
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import parse_options, read_config
 from s2ft.finetune.prepare import prepare
+from s2ft.finetune.recipe import settle_batch
+from s2ft.finetune.reward_functions import load_reward
 from s2ft.layer.linear import sliced_layers
+from s2ft.runtime.models import load_scorer
 from tiny_runs import interrupt_at, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,12 +39,24 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             {"prompt": one, "chosen": f"{rng.randrange(20)}", "rejected": f"{rng.randrange(99)}, no"} for one in asked
         ],
     }
-    records["judged"] = [{"prompt": one, "completion": "x", "label": n % 2 == 0} for n, one in enumerate(asked)]
+    records["judged"] = [{"prompt": one, "completion": f"{n * 7}", "label": n % 2 == 0} for n, one in enumerate(asked)]
     records["prompt"] = [{"prompt": one} for one in asked]
+    records["wrong"] = [{"question": one} for one in asked]
+    for record in records["pair"]:
+        record["chosen"] += " yes"
     paths = {kind: folder / f"{kind}.json" for kind in records}
     for kind, path in paths.items():
         path.write_text(json.dumps(records[kind]))
     return {kind: str(path) for kind, path in paths.items()}
+
+
+def grpo(folder: Path) -> dict[str, Any]:
+    """Rewards answers for their vowels, which a random model learns to write."""
+    path = folder / "rewards.py"
+    path.write_text(
+        "def vowels(prompts, completions, **_):\n    return [sum(map(text.count, 'aeiou')) for text in completions]\n"
+    )
+    return {"reward_function": f"{path}:vowels", "generations": 4, "completion_length": 6, "beta": 0.1}
 
 
 @pytest.fixture
@@ -57,17 +72,19 @@ def run(base, files, tmp_path):
             "data": files.get(OBJECTIVES[objective].kind),
         }
         settings |= {"model": base, "output": str(tmp_path / output), "objective": objective}
+        settings |= grpo(tmp_path) if objective == "grpo" and "reward_function" not in options else {}
         return train(parse_options({**settings, **options}))
 
     return call
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.keys() - {"sft"})
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "sft"])
 def test_a_run_lowers_the_loss_and_says_what_it_was(objective, run):
     result = run(objective)
     curve = [loss for _, loss in result.card["loss_curve"]]
     assert len(curve) == 6
-    assert curve[-1] < curve[0]
+    assert objective in ("grpo", "kto") or curve[-1] < curve[0]
+    assert all(tensor.any() for name, tensor in weights(result.output).items() if name.endswith("weight"))
     assert result.card["options"]["objective"] == objective
     assert result.card["data"]["examples"] == 24
     for name in OBJECTIVES[objective].measures:
@@ -76,13 +93,19 @@ def test_a_run_lowers_the_loss_and_says_what_it_was(objective, run):
     assert OBJECTIVES[objective].title in (result.output / "README.md").read_text()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.keys() - {"sft"})
+SLOW = {"kto", "orpo", "reward"}
+
+
+@pytest.mark.parametrize(
+    "objective", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OBJECTIVES if name != "sft"]
+)
 def test_a_resumed_run_ends_in_the_same_weights(objective, run, monkeypatch):
-    whole = run(objective, "whole", max_steps=4)
+    few = {"max_steps": 4, "limit": 4 if objective == "grpo" else 16}  # two steps an epoch
+    whole = run(objective, "whole", **few)
     with monkeypatch.context() as patched:
-        interrupt_at(patched, 2)
-        assert run(objective, "parts", max_steps=4).interrupted
-    resumed = run(objective, "parts", max_steps=4, resume=True)
+        interrupt_at(patched, 3)
+        assert run(objective, "parts", **few).interrupted
+    resumed = run(objective, "parts", resume=True, **few)
     assert same(weights(whole.output), weights(resumed.output))
 
 
@@ -153,10 +176,100 @@ def test_the_reference_of_dpo_is_the_base_and_gradients_are_full_autograds(layou
     check_gradients(dpo, policy, expected)
 
 
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_the_reference_of_kto_is_the_base(layout_name, trainer, base, tmp_path):
+    kto = trainer("kto", beta=0.2)
+    frozen, policy = plain_copies(kto, base, tmp_path / "moved")
+    batch = next(iter(kto.get_train_dataloader()))
+    others = {name: batch[f"KL_{name}"] for name in ("input_ids", "attention_mask", "completion_mask")}
+    assert not torch.equal(others["input_ids"], batch["input_ids"])
+    with layout(kto.model, layout_name):
+        theirs = kto.compute_ref_log_probs(kto.model, batch)
+        loss = kto.loss_of(kto.model, batch)
+        loss.backward()
+    with torch.no_grad():
+        reference, of_others = log_probabilities(frozen, batch), log_probabilities(frozen, others)
+        divergence = (log_probabilities(policy, others) - of_others).mean().clamp(min=0)
+    torch.testing.assert_close(theirs[0].double(), reference, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(theirs[1].double(), of_others, rtol=1e-5, atol=1e-4)
+    ratios = log_probabilities(policy, batch) - reference
+    good = torch.as_tensor(batch["label"])
+    losses = 1 - torch.sigmoid(0.2 * torch.where(good, ratios - divergence, divergence - ratios))
+    torch.testing.assert_close(loss.double(), losses.mean(), rtol=1e-4, atol=1e-5)
+    check_gradients(kto, policy, losses.mean())
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_orpo_learns_the_better_answer_and_its_odds(layout_name, trainer, base, tmp_path):
+    orpo = trainer("orpo", beta=0.2)
+    _, policy = plain_copies(orpo, base, tmp_path / "moved")
+    batch = next(iter(orpo.get_train_dataloader()))
+    with layout(orpo.model, layout_name):
+        loss = orpo.loss_of(orpo.model, batch)
+        loss.backward()
+    means = []
+    for name in ("chosen", "rejected"):
+        ids, labels = batch[f"{name}_input_ids"], batch[f"{name}_labels"]
+        row = {"input_ids": ids, "attention_mask": batch[f"{name}_attention_mask"], "completion_mask": labels != -100}
+        means.append(log_probabilities(policy, row) / (labels[:, 1:] != -100).sum(1))
+    seen = batch["chosen_attention_mask"][:, 1:]
+    whole = {**row, "input_ids": batch["chosen_input_ids"], "attention_mask": batch["chosen_attention_mask"]}
+    whole["completion_mask"] = batch["chosen_attention_mask"]
+    likelihood = -log_probabilities(policy, whole).sum() / seen.sum()
+    odds = [mean - torch.log1p(-mean.exp()) for mean in means]
+    expected = likelihood - 0.2 * F.logsigmoid(odds[0] - odds[1]).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    check_gradients(orpo, policy, expected)
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_the_head_of_a_reward_model_is_trained_and_comes_back(layout_name, run, base, files):
+    result = run("reward", layout=layout_name, max_steps=3)
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    plain.config.pad_token_id = 0
+    loaded = PeftModel.from_pretrained(plain, result.output).eval()
+    (head,) = (tensor for name, tensor in weights(result.output).items() if "score" in name)
+    assert torch.equal(head, result.model.get_base_model().score.modules_to_save["default"].weight)
+    ids = torch.randint(3, 250, (3, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, result.model.eval()(ids).logits)
+    readme = (result.output / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)" in readme
+    assert "pipeline_tag: text-classification" in readme
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_grpo_holds_on_to_the_base(layout_name, trainer, base, tmp_path):
+    """The reference log-probabilities of sampled answers are the frozen copy's."""
+    made = trainer("grpo", **grpo(tmp_path))
+    frozen, _ = plain_copies(made, base, tmp_path / "moved")
+    with layout(made.model, layout_name):
+        inputs = made._prepare_inputs(next(iter(made.get_train_dataloader())))
+    answers = inputs["completion_ids"]
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = frozen(ids, attention_mask=mask, position_ids=positions).logits[:, -answers.shape[1] - 1 : -1]
+    expected = logits.log_softmax(-1).gather(2, answers[..., None])[..., 0]
+    written = inputs["completion_mask"].bool()
+    torch.testing.assert_close(inputs["ref_per_token_logps"].double()[written], expected[written], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "ppo"}, "objective='ppo': unknown; choose from sft, dpo"),
+        ({"objective": "ppo"}, "objective='ppo': unknown; choose from sft, dpo, kto, orpo, grpo, reward"),
+        ({"objective": "kto", "batch_size": 1}, "batch_size=1: objective='kto' compares the examples of a batch"),
+        ({"objective": "grpo"}, "reward_function is missing: What grpo rewards: FILE.py:function"),
+        (
+            {"objective": "grpo", "reward_function": "r.py:f", "holdout": 3},
+            "holdout=3: the loss of objective='grpo' does not",
+        ),
+        (
+            {"objective": "reward", "evaluate": "gsm8k", "eval_data": "d"},
+            "evaluate=.*'reward' scores answers and gives none",
+        ),
+        ({"objective": "dpo", "reward_function": "r.py:f"}, "reward_function='r.py:f' is no option of objective=dpo"),
         ({"objective": "dpo", "packing": True}, "packing=True is no option of objective=dpo; it belongs to sft"),
         ({"beta": 0.1}, "beta=0.1 is no option of objective=sft; it belongs to dpo"),
         ({"objective": "dpo", "beta": -1}, "beta=-1: input should be greater than or equal to 0"),
@@ -176,9 +289,8 @@ def test_data_without_the_fields_is_refused_before_anything_is_loaded_or_written
     objective, run, files, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("s2ft.finetune.prepare.load_model", lambda *_: pytest.fail("the model was loaded"))
-    wrong = next(file for kind, file in files.items() if kind not in {OBJECTIVES[objective].kind, "answer"})
-    with pytest.raises(S2FTError, match=r"expected .*; found prompt"):
-        run(objective, data=wrong)
+    with pytest.raises(S2FTError, match=r"wrong.json:1: expected .*; found question"):
+        run(objective, data=files["wrong"])
     assert not (tmp_path / "out").exists()
 
 
@@ -196,3 +308,74 @@ def test_held_out_pairs_choose_the_weights(run):
     assert curve.keys() == {2, 4}
     assert result.card["training"]["best_loss"] == min(curve.values())
     assert result.card["data"]["examples"] == 19
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (None, "rewards.py", "reward_function='.*rewards.py' must be FILE.py:function"),
+        (None, "rewards.py:f", "rewards.py cannot be read: .*No such file"),
+        ("def g(**_): ...", "rewards.py:f", "rewards.py defines no function f; it has g"),
+        ("def f(**_): oh no", "rewards.py:f", "rewards.py cannot be read: invalid syntax"),
+    ],
+)
+def test_a_reward_function_that_is_not_there_is_named_before_anything_runs(text, name, message, run, tmp_path):
+    if text is not None:
+        (tmp_path / "rewards.py").write_text(text)
+    with pytest.raises(S2FTError, match=message):
+        run("grpo", reward_function=str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "f' returned .1.0.; it must return 3 numbers"),
+        ("return ['a', 'b', 'c']", "f' returned .'a', 'b', 'c'.; it must return 3 numbers"),
+        ("return 1 / 0", "f' raised ZeroDivisionError: division by zero"),
+        ("return [len(text) for text in completions]", None),
+    ],
+)
+def test_what_a_reward_function_returns_is_checked(body, message, tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text(f"def f(prompts, completions, **fields):\n    {body}\n")
+    function, asked = (
+        load_reward(f"{path}:f"),
+        {"prompts": ["p"] * 3, "completions": ["", "a", "bb"], "answer": [1, 2, 3]},
+    )
+    if message is None:
+        assert function(**asked) == [0, 1, 2]
+        assert function.__name__ == "f"
+    else:
+        with pytest.raises(S2FTError, match=message):
+            function(**asked)
+
+
+def test_a_step_holds_all_answers_to_a_prompt(files, tmp_path):
+    given = {
+        "model": "m",
+        "data": files["prompt"],
+        "output": "o",
+        "objective": "grpo",
+        **grpo(tmp_path),
+        "generations": 6,
+    }
+    options = parse_options(given)
+    settled = settle_batch(options, 6 * 24).options
+    assert (settled.batch_size * settled.gradient_accumulation) % 6 == 0
+    with pytest.raises(S2FTError, match=r"a step has 4 rows .*, which is no multiple of generations=6"):
+        settle_batch(options.model_copy(update={"batch_size": 4, "gradient_accumulation": 1}), 6 * 24)
+
+
+def test_a_strategy_that_needs_answers_is_refused_without_them(run):
+    with pytest.raises(
+        S2FTError, match="strategy='gradient' runs the model on answers to learn, and objective='reward' has"
+    ):
+        run("reward", strategy="gradient")
+
+
+def test_a_model_without_a_head_for_scores_is_named(files, tmp_path):
+    config = BlenderbotConfig(vocab_size=258, d_model=8, encoder_layers=1, decoder_layers=1)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(S2FTError, match="is a Blenderbot, for which transformers has no model with a score head"):
+        load_scorer(str(tmp_path), torch.float32)

@@ -20,7 +20,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch._C import _autograd
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl.experimental.orpo import ORPOTrainer
 
 from mixtures import mixture
 from private_names import private_names
@@ -215,7 +216,7 @@ STATE = ("model", "config", "adapter_name", "state_dict")
 
 
 def a_trainer_prepares_its_data_by_a_method() -> None:
-    for trainer in (DPOTrainer,):
+    for trainer in (DPOTrainer, KTOTrainer, RewardTrainer):
         takes(trainer, "_prepare_dataset", "self", "dataset", "processing_class", "args", "dataset_name")
 
 
@@ -241,8 +242,11 @@ USED: dict[str, Check] = {
     "_is_expert_parallel": experts_know_their_gate,
     "_hf_hook": an_offloading_hook_stands_on_the_module,
     "_prepare_dataset": a_trainer_prepares_its_data_by_a_method,
-    "_metrics": partial(what_a_trainer_will_log_stands_in, "_metrics", DPOTrainer),
-    "_total_train_tokens": partial(what_a_trainer_will_log_stands_in, "_total_train_tokens", DPOTrainer),
+    "_metrics": partial(what_a_trainer_will_log_stands_in, "_metrics", DPOTrainer, KTOTrainer, RewardTrainer),
+    "_total_train_tokens": partial(
+        what_a_trainer_will_log_stands_in, "_total_train_tokens", DPOTrainer, KTOTrainer, RewardTrainer
+    ),
+    "_stored_metrics": partial(what_a_trainer_will_log_stands_in, "_stored_metrics", ORPOTrainer),
     "_group_size": quantos_weights_know_their_group_size,
     **dict.fromkeys(
         ("_name_", "_value_", "_sort_order_", "_member_names_", "_member_map_", "_value2member_map_"),

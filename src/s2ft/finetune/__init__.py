@@ -26,6 +26,8 @@ Read `options`, then `train`.
     live        a run while it trains, in the terminal
     trainer     TRL's trainers with an orderly stop; supervised fine-tuning
     trainers    the trainers of the other objectives
+    orpo        ORPO's, which is an experiment of TRL
+    reward_functions  your functions that reward answers: found, run, checked
     checkpoints  which of a run's checkpoints are complete, and which are kept
     prepare     from options to a run that is ready to start
     train       fine-tuning in one call

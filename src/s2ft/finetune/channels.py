@@ -12,6 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from s2ft.common.errors import S2FTError
+from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.format.terms import DEFAULT_BUDGET
@@ -58,8 +60,15 @@ def choose_more(
 
 
 def _select(options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> Selection:
-    config = options.s2ft_config(seed=seed_from(examples.digest) if examples else 0)
+    objective = OBJECTIVES[options.objective]
+    config = options.s2ft_config(seed_from(examples.digest) if examples else 0, objective.task_type)
     needs_data = config.strategy is not None and SCORES[config.strategy].needs_data
+    if needs_data and not objective.learnable:
+        others = ", ".join(name for name, score in SCORES.items() if not score.needs_data)
+        raise S2FTError(
+            f"strategy={config.strategy!r} runs the model on answers to learn, and objective={options.objective!r} has none; "
+            f"take {others}"
+        )
     batches = _calibration(options, examples) if examples and needs_data else None
     return select(model, config, batches)
 

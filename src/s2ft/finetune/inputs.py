@@ -12,6 +12,7 @@ from typing import Any
 from s2ft.common.errors import gathered, raise_together
 from s2ft.data.sources import check_source
 from s2ft.evaluate.tasks import find_tasks, missing
+from s2ft.finetune.reward_functions import check_reward
 from s2ft.runtime.lookup import check_folder
 
 
@@ -25,6 +26,7 @@ def input_problems(values: Mapping[str, Any]) -> list[str]:
     model, tasks, questions = (values.get(name) for name in ("model", "evaluate", "eval_data"))
     checks: list[Callable[[], object]] = [partial(check_source, name) for name in _texts(values.get("data"))]
     checks += [partial(check_folder, name) for name in _texts(model)]
+    checks += [partial(check_reward, name) for name in _texts(values.get("reward_function"))]
     if isinstance(questions, str) and _texts(tasks):
         names = [word for text in _texts(tasks) for word in text.split(",")]
         checks.append(lambda: raise_together(missing(find_tasks(names), questions)))

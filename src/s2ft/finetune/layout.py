@@ -53,6 +53,14 @@ def choose_layout(loss: Loss, model: nn.Module, batch: Batch, wanted: str) -> Ch
     return Chosen(INDEXED, f"indexed: {tried}", trials[INDEXED])
 
 
+def untried(model: nn.Module, wanted: str) -> Chosen:
+    """For runs of which no batch can be tried: in place where that is possible, unless something else is wanted."""
+    if wanted != AUTO:
+        return Chosen(wanted, f"{wanted}, as asked", None)
+    obstacle = _obstacle(model)
+    return Chosen(INDEXED, f"indexed: {obstacle}", None) if obstacle else Chosen(IN_PLACE, "in place, untried", None)
+
+
 def layout(model: nn.Module, name: str) -> Any:
     """The context to train in."""
     return in_place(model) if name == IN_PLACE else nullcontext()
@@ -60,9 +68,7 @@ def layout(model: nn.Module, name: str) -> Any:
 
 def brief_layout(model: nn.Module, wanted: str) -> Any:
     """The context for a run that is too short to try layouts for: in place where that is possible."""
-    if wanted != AUTO:
-        return layout(model, wanted)
-    return layout(model, INDEXED if _obstacle(model) else IN_PLACE)
+    return layout(model, untried(model, wanted).layout)
 
 
 def _try(loss: Loss, model: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict[str, Trial]:

@@ -61,8 +61,8 @@ class S2FTOptions(Options):
         description="Modules to train a slice of, as in PEFT; by default what ratios names, else o_proj, out_proj, down_proj",
     )
 
-    def s2ft_config(self, seed: int | None = None) -> S2FTConfig:
-        """The method's configuration, with `seed` where none was given.
+    def s2ft_config(self, seed: int | None = None, task_type: str = "CAUSAL_LM") -> S2FTConfig:
+        """The method's configuration, with `seed` where none was given, for PEFT's `task_type`.
 
         Raises:
             S2FTError: with everything that the method does not allow.
@@ -72,7 +72,7 @@ class S2FTOptions(Options):
         values = {name: getattr(self, name) for name in S2FTOptions.model_fields}
         if self.seed is None and self.strategy == "random":
             values["seed"] = seed
-        return S2FTConfig(**values, task_type="CAUSAL_LM")
+        return S2FTConfig(**values, task_type=task_type)
 
 
 class LoraOptions(Options):
@@ -179,9 +179,11 @@ class Lora(Method):
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
         """PEFT's config, for targets that are linear layers."""
         from s2ft.finetune.lora import LORA_DROPOUT, check_targets, lora_config, lora_targets
+        from s2ft.finetune.objectives import OBJECTIVES
 
         targets = lora_targets(model) if options.target_modules is None else options.target_modules
         config = lora_config(options.lora_rank, options.lora_alpha, LORA_DROPOUT, targets, dora=self.dora)
+        config.task_type = OBJECTIVES[options.objective].task_type
         check_targets(config, model)
         return config
 

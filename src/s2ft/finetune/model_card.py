@@ -9,7 +9,7 @@ from s2ft.finetune.objectives import OBJECTIVES
 
 _TEXT = """---
 library_name: {library}
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 - {method}
 {peft_tag}{base_line}---
@@ -33,6 +33,8 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base)
 model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
 
+_PADDING = "\nmodel.config.pad_token_id = tokenizer.pad_token_id  # a score is read at the last token before it"
+
 _END = (
     "Its answers end with `{end}`, as the chat template writes it, which is not the tokenizer's end of text; so pass "
     "`eos_token_id=tokenizer.convert_tokens_to_ids({end!r})` to `generate`, unless the base's generation config names it."
@@ -54,6 +56,14 @@ def model_card(
     whole, title = METHODS[method].leaves_model, METHODS[method].title
     share = f"{trainable:,} of the model's {total:,} parameters ({trainable / total:.2%})"
     texts = _of_a_model(base, title, share) if whole else _of_an_adapter(base, title, share)
+    texts["task"] = "text-generation"
+    if not OBJECTIVES[objective].answers:
+        texts["task"] = "text-classification"
+        texts["code"] = texts["code"].replace("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+        texts["code"] = texts["code"].replace(
+            "from_pretrained(base)\nmodel", "from_pretrained(base, num_labels=1)\nmodel"
+        )
+        texts["code"] += _PADDING
     if method == "s2ft":
         texts["note"] = " PEFT knows the method once `s2ft` is imported:"
         texts["code"] = "import s2ft  # first: without it, PEFT stops at KeyError: 'S2FT'\n" + texts["code"]

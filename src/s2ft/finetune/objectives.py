@@ -2,11 +2,13 @@
 
     objective   a record of the data               is learned                                  reference
     sft         a prompt and its answer            the answer
-    dpo         a prompt, a better and a worse one better rather than worse (2305.18290)       the base
-    orpo        the same                           better, and rather than worse (2403.07691)
-    kto         a prompt, an answer, good or not   more of the good ones (2402.01306)          the base
+    dpo         a prompt, a better and a worse one the better rather than the worse            the base
+                                                   (arXiv 2305.18290)
+    orpo        the same                           the better, and rather than the worse
+                                                   (arXiv 2403.07691)
+    kto         a prompt, an answer, good or not   good ones rather than bad (arXiv 2402.01306) the base
     grpo        a prompt                           what rewards say of the model's own answers the base, where beta > 0
-                                                   (2402.03300)
+                                                   (arXiv 2402.03300)
     reward      a prompt, a better and a worse one a score for answers, on a head that is saved with the slices
 
 The reference is the model itself with its adapter disabled, so it takes no memory; in place, that writes the base's own values.
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from s2ft.data.examples import Kind
     from s2ft.data.tokens import Tokens
+    from s2ft.finetune.options import TrainOptions
     from s2ft.finetune.trainer import RunTrainer
 
 
@@ -73,7 +76,12 @@ class Objective:
     learnable: bool = True  # strategies can score channels on its data
     held_out: bool = True  # its loss on other data tells how good the weights are
     fewest_rows: int = 1  # of a batch
+    grouped: str | None = None  # the option that says how many rows of a batch an example becomes
     measures: tuple[str, ...] = ()  # TRL's, beside the loss, for the run card
+
+    def rows(self, options: TrainOptions) -> int:
+        """Rows of a batch that belong together, as an example becomes so many."""
+        return 1 if self.grouped is None else int(getattr(options, self.grouped))
 
     def read(self) -> Kind:
         """The kind of its records."""
@@ -118,6 +126,50 @@ OBJECTIVES: dict[str, Objective] = {
         needs_base=True,
         measures=("rewards/accuracies", "rewards/margins"),
     ),
+    "kto": Objective(
+        title="answers that were judged, by prospect theory",
+        kind="judged",
+        tokens=f"{_TOKENS}:tokenize_judged",
+        trainer=f"{_TRAINERS}:Kto",
+        options=frozenset({"beta"}),
+        rate=TWENTIETH,
+        needs_base=True,
+        fewest_rows=2,
+        measures=("rewards/chosen", "rewards/rejected", "kl"),
+    ),
+    "orpo": Objective(
+        title="preferences by the odds ratio, without a reference",
+        kind="pair",
+        tokens=f"{_TOKENS}:tokenize_pairs",
+        trainer="s2ft.finetune.orpo:Orpo",
+        options=frozenset({"beta"}),
+        rate=TWENTIETH,
+        measures=("rewards/accuracies", "log_odds_chosen"),
+    ),
+    "grpo": Objective(
+        title="rewards of the model's own answers",
+        kind="prompt",
+        tokens=f"{_TOKENS}:tokenize_prompts",
+        trainer=f"{_TRAINERS}:Grpo",
+        options=frozenset({"beta", "reward_function", "generations", "completion_length", "temperature"}),
+        rate=TWENTIETH,
+        needs_base=True,
+        grouped="generations",
+        foreseeable=False,
+        learnable=False,
+        held_out=False,
+        measures=("reward", "reward_std", "completions/mean_length"),
+    ),
+    "reward": Objective(
+        title="a score for answers",
+        kind="pair",
+        tokens=f"{_TOKENS}:tokenize_whole_pairs",
+        trainer=f"{_TRAINERS}:Reward",
+        task_type="SEQ_CLS",
+        answers=False,
+        learnable=False,
+        measures=("accuracy", "margin"),
+    ),
 }
 
 
@@ -145,6 +197,8 @@ def objective_problems(values: Mapping[str, Any], leaves_model: bool) -> Iterato
             f"method={values['method']!r} trains the base itself, which {given} needs as its reference; take a method that "
             "trains an adapter"
         )
+    if name == "grpo" and not values["reward_function"]:
+        yield f"reward_function is missing: {ObjectiveOptions.model_fields['reward_function'].description}"
     if not objective.held_out and values["holdout"] is not None:
         yield f"holdout={values['holdout']!r}: the loss of {given} does not tell how good its answers are; leave it out"
     if not objective.held_out and values["learning_rate"] == "auto":

@@ -39,7 +39,7 @@ from s2ft.finetune.arguments import longest, trainer_config
 from s2ft.finetune.card import Card
 from s2ft.finetune.channels import Examples, choose_more
 from s2ft.finetune.checkpoints import Checkpoints
-from s2ft.finetune.layout import INDEXED, Chosen, choose_layout
+from s2ft.finetune.layout import INDEXED, Chosen, choose_layout, untried
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import METHODS
@@ -48,6 +48,7 @@ from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
 from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
+from s2ft.finetune.reward_functions import load_reward
 from s2ft.finetune.search import plan_tries, search
 from s2ft.finetune.trackers import NONE
 from s2ft.finetune.trainer import Flow, RunTrainer
@@ -56,7 +57,7 @@ from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.format.terms import PURE
-from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.runtime.models import load_model, load_scorer, load_tokenizer
 from s2ft.runtime.precision import choose_precision
 from s2ft.runtime.processes import as_leader
 
@@ -114,7 +115,7 @@ def prepare(options: TrainOptions) -> Setup:
     Raises:
         S2FTError: for anything wrong with data, model or checkpoint.
     """
-    method, paused = METHODS[options.method], check_output(options)
+    method, objective, paused = METHODS[options.method], OBJECTIVES[options.objective], check_output(options)
     examples = _examples(options)
     digest = data_digest(examples)
     if paused is not None:
@@ -125,10 +126,10 @@ def prepare(options: TrainOptions) -> Setup:
     tokenizer, reasons = load_tokenizer(options.model), {}
     dtype, autocast, reasons["precision"] = method.precision(*choose_precision(options.precision))
     log.info("precision: %s", reasons["precision"])
-    model = load_model(options.model, dtype)
+    model = (load_model if objective.answers else load_scorer)(options.model, dtype)
     max_length = longest(options, model)
     data = _tokenized(options, examples, digest, tokenizer, max_length)
-    rows = data.rows(max_length if options.packing else None)
+    rows = data.rows(max_length if options.packing else None) * objective.rows(options)
 
     options, reasons["batch"] = settle_batch(options, rows)
     arguments = partial(trainer_config, max_length=max_length, autocast=autocast, **method.arguments(options, model))
@@ -256,6 +257,7 @@ def _trainer(
 ) -> RunTrainer:
     args = arguments(options, **more)
     set_seed(args.seed)  # an adapter may start from random values
+    rewards = {"reward_funcs": [*map(load_reward, options.reward_function)]} if options.reward_function else {}
     trainer = OBJECTIVES[options.objective].trainer_class()(
         model=model,
         args=args,
@@ -266,6 +268,7 @@ def _trainer(
         callbacks=list(callbacks),
         pure_bf16=options.precision == PURE,
         slice_rates=options.slice_rates,
+        **rewards,
     )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -278,6 +281,8 @@ def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: RunTra
     if not METHODS[options.method].foreseeable:
         return Chosen(INDEXED, "nothing is sliced", None)
     noted = None if paused is None else paused.layout
+    if not OBJECTIVES[options.objective].foreseeable:
+        return untried(trainer.model, noted or options.layout if sliced else INDEXED)
     with torch.random.fork_rng(devices=[]):  # looking at a batch must not move the order of the run's
         batch = next(iter(trainer.get_train_dataloader()))
     wanted = noted or options.layout if sliced else INDEXED

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from peft import PeftConfig
 from torch import nn
 
+from s2ft.common.errors import S2FTError
 from s2ft.finetune.arguments import total_steps
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.objectives import OBJECTIVES
@@ -46,15 +47,26 @@ def settle_batch(options: TrainOptions, rows: int) -> Settled:
     """Fills in `batch_size` and `gradient_accumulation` where they are not given.
 
     Args:
-        rows: Of the training data: examples, or what packing makes of them.
+        rows: Of the training data: examples, or what packing or sampling makes of them.
+
+    Raises:
+        S2FTError: if a step would not hold all rows that belong together.
     """
-    wanted = _wanted_step(options, rows)
+    objective = OBJECTIVES[options.objective]
+    group = objective.rows(options)
+    wanted = math.ceil(_wanted_step(options, rows) / group) * group
     size, accumulation = options.batch_size, options.gradient_accumulation
     if size is None:
-        size = AT_ONCE if accumulation is not None else max(1, min(AT_ONCE, wanted // process_count()))
+        most = AT_ONCE if accumulation is not None else max(1, min(AT_ONCE, wanted // process_count()))
+        size = max(objective.fewest_rows, most if group == 1 else math.gcd(group, AT_ONCE))
     if accumulation is None:
         accumulation = max(1, wanted // (size * process_count()))
     settled = options.model_copy(update={"batch_size": size, "gradient_accumulation": accumulation})
+    if examples_a_step(settled) % group:
+        raise S2FTError(
+            f"a step has {examples_a_step(settled)} rows (batch_size={size}, gradient_accumulation={accumulation}), which is "
+            f"no multiple of {objective.grouped}={group}; give batch_size and gradient_accumulation that make one"
+        )
     return Settled(settled, _batch_reason(options, rows, examples_a_step(settled)))
 
 

@@ -50,7 +50,8 @@ def save_result(
     A model is brought to the dtype that its base was stored in, and gets the tokenizer along.
     """
     method, output, counts = METHODS[options.method], Path(options.output), parameters(model)
-    end = turn_end(tokenizer) if card["data"]["format"] == "chat" else None
+    answers_chat = card["data"]["format"] == "chat" and OBJECTIVES[options.objective].answers
+    end = turn_end(tokenizer) if answers_chat else None
     end = None if end == tokenizer.eos_token_id else end
     if method.leaves_model:
         model.to(_stored_dtype(options.model))

@@ -36,7 +36,7 @@ from s2ft.training.rounding import round_steps
 
 Logs = dict[str, Any] | None
 
-_STATISTICS = ("_metrics", "_total_train_tokens")  # TRL's, of what it will log next
+_STATISTICS = ("_metrics", "_total_train_tokens", "_stored_metrics")  # TRL's, of what it will log next
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 

@@ -5,11 +5,15 @@ Data comes tokenised (`data/preference_tokens.py`) by the rule of supervised fin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from torch.utils.data import DataLoader
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
+from s2ft.common.errors import S2FTError
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.trainer import RunTrainer
 
@@ -33,6 +37,79 @@ class Dpo(RunTrainer, DPOTrainer):
         return dataset
 
 
+class Kto(RunTrainer, KTOTrainer):
+    """KTO; the divergence from the base is estimated on prompts with the answers of other prompts of their batch."""
+
+    config_class = KTOConfig
+
+    @staticmethod
+    def settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+        """Its beta."""
+        return {**RunTrainer.settings(options, max_length), **beta(options)}
+
+    @staticmethod
+    def lengths(dataset: Dataset) -> list[int]:
+        """A row to each prompt and its own answer."""
+        return [len(prompt) + len(answer) for prompt, answer in _columns(dataset, "prompt_ids", "completion_ids")]
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, *_: Any) -> Dataset:
+        answers, size = dataset["completion_ids"][:], args.per_device_train_batch_size
+        batches = (answers[start : start + size] for start in range(0, len(answers), size))
+        others = list(chain.from_iterable([batch[-1:] + batch[:-1] for batch in batches]))
+        return Dataset.from_dict({**dataset.to_dict(), "KL_completion_ids": others})
+
+
+class Reward(RunTrainer, RewardTrainer):
+    """A model that scores answers, read at their end."""
+
+    config_class = RewardConfig
+
+    @staticmethod
+    def lengths(dataset: Dataset) -> list[int]:
+        """Two rows to a pair, as long as its longer answer."""
+        return [2 * max(map(len, pair)) for pair in _columns(dataset, "chosen_ids", "rejected_ids")]
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        prompts = dataset["prompt_ids"]
+        answers = {name: dataset[name] for name in ("chosen_ids", "rejected_ids")}
+        joined = {name: [a + b for a, b in zip(prompts, column, strict=True)] for name, column in answers.items()}
+        return Dataset.from_dict(joined)
+
+
+class Grpo(RunTrainer, GRPOTrainer):
+    """GRPO: the model answers each prompt several times, and what rewards say of an answer is compared within its prompt's."""
+
+    config_class = GRPOConfig
+
+    @staticmethod
+    def settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
+        """How answers are sampled."""
+        return {
+            **beta(options),
+            "num_generations": options.generations,
+            "max_completion_length": options.completion_length,
+            "temperature": options.temperature,
+        }
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in TRL, which would go through too few prompts without a step, and resume later epochs in another order."""
+        prompts, enough = len(self.train_dataset), self.args.generation_batch_size // self.num_generations
+        if prompts < enough:
+            raise S2FTError(
+                f"a step samples answers to {enough} prompts, here are {prompts}; take fewer examples a step"
+            )
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        _draw_by_epoch(loader, self.args.seed)
+        return loader
+
+
+def _draw_by_epoch(loader: DataLoader[Any], seed: int) -> None:
+    """Has the order of each epoch follow from the seed and its number, which accelerate tells the sampler."""
+    batches: Any = loader.batch_sampler
+    sampler = batches.sampler if hasattr(batches, "sampler") else batches.batch_sampler.sampler
+    sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)
+
+
 def beta(options: TrainOptions) -> dict[str, float]:
     """The option where it is given, else TRL's default."""
     return {} if options.beta is None else {"beta": options.beta}
@@ -40,7 +117,9 @@ def beta(options: TrainOptions) -> dict[str, float]:
 
 def pair_lengths(dataset: Dataset) -> list[int]:
     """Tokens that each pair takes in a batch."""
-    columns = (dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    return [
-        2 * (len(prompt) + max(len(chosen), len(rejected))) for prompt, chosen, rejected in zip(*columns, strict=True)
-    ]
+    columns = _columns(dataset, "prompt_ids", "chosen_ids", "rejected_ids")
+    return [2 * (len(prompt) + max(len(chosen), len(rejected))) for prompt, chosen, rejected in columns]
+
+
+def _columns(dataset: Dataset, *names: str) -> Iterator[tuple[list[int], ...]]:
+    return zip(*(dataset[name] for name in names), strict=True)

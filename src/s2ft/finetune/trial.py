@@ -20,6 +20,7 @@ from s2ft.runtime.memory import held_bytes, own_tensors, saved_bytes
 from s2ft.runtime.timing import milliseconds
 
 Batch = Mapping[str, Tensor]  # on the model's device
+_TOKENS = ("input_ids", "chosen_input_ids", "rejected_input_ids")
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -50,7 +51,7 @@ def try_in_turns(
         for name, context in contexts.items():
             with context():
                 times[name].append(milliseconds(lambda: _forward_and_backward(loss, model, batch), device))
-    tokens = batch["input_ids"].numel()
+    tokens = sum(batch[name].numel() for name in _TOKENS if name in batch)
     return {name: Trial(median(times[name]), tokens, kept[name], held) for name in contexts}
 
 

@@ -6,15 +6,27 @@ Code that comes with a model is not run: unless it is told so, transformers asks
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from s2ft.common.errors import S2FTError, first_line
 from s2ft.runtime import gguf
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.lookup import check_folder
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
+
+HEADS = ("score", "classifier", "pre_classifier")  # of sequence classifiers
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -37,25 +49,56 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         S2FTError: if there is no such model, or its files are incomplete or of another kind.
     """
+    return _loaded(name, AutoModelForCausalLM, dtype, may_lack=())
+
+
+def load_scorer(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model `name` with a head that gives a text one score; a head that its files lack is drawn, always alike.
+
+    Raises:
+        S2FTError: as `load_model`, or if transformers has no such head for the model.
+    """
+    config = _config(name)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise S2FTError(
+            f"model={name!r} is a {type(config).__name__.removesuffix('Config')}, for which transformers has no model with a "
+            "score head (AutoModelForSequenceClassification); take another model"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _loaded(name, AutoModelForSequenceClassification, dtype, may_lack=HEADS, num_labels=1)
+
+
+def _loaded(name: str, kind: Any, dtype: torch.dtype, may_lack: tuple[str, ...], **settings: Any) -> PreTrainedModel:
+    """The model as a class of transformers reads it; weights may be missing only in the modules named."""
     check_folder(name)
     try:
         source, options = gguf.reading(name)
         options |= gguf.dequantising() if options else {"use_safetensors": True}  # the older .bin files are pickles
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
+        model, info = kind.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, **settings, **options
         )
     except Exception as error:  # OSError, ValueError, SafetensorError, ...: what a broken or foreign file leads to
         if is_out_of_memory(error):
             raise
         raise S2FTError(_unloadable(name, "model", error)) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if key.partition(".")[0] not in may_lack)
+    if missing:
         raise S2FTError(
             f"model={name!r} is incomplete: it lacks {len(missing)} of its weights, the first is {missing[0]}"
         )
     if "gguf_file" in options:
         gguf.make_plain(model, name)
-    return model
+    return cast("PreTrainedModel", model)
+
+
+def _config(name: str) -> PreTrainedConfig:
+    check_folder(name)
+    try:
+        source, options = gguf.reading(name)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise S2FTError(_unloadable(name, "configuration", error)) from error
 
 
 def empty_model(name: str) -> PreTrainedModel:
@@ -64,11 +107,9 @@ def empty_model(name: str) -> PreTrainedModel:
     Raises:
         S2FTError: if there is no such model.
     """
-    check_folder(name)
+    config = _config(name)
     try:
         with torch.device("meta"):
-            source, options = gguf.reading(name)
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
