@@ -56,7 +56,7 @@ def test_models_compute_the_same(family: str, dtype: torch.dtype, kernels: Any, 
         output = run(inputs_embeds=inputs).logits
         output.square().mean().backward()
         results.append((output, inputs.grad))
-    assert len(patches.forwards) == 3 * (NORMS[family] + 1) + 1  # every norm of a block, its MLP, and the last norm
+    assert len(patches.methods) == 3 * (NORMS[family] + 1) + 1  # every norm of a block, its MLP, and the last norm
     assert bool(kernels()) == ("liger" in request.node.callspec.id)
     patches.undo()
     for expected, ours in zip(*results, strict=True):
@@ -69,6 +69,6 @@ def test_in_place_gradients_are_those_of_full_autograd(family: str, dtype: torch
     model, ids = adapted(family, dtype), random_tokens(3, 11)
     expected = dense_gradients(dense(model), model, ids)
     with in_place(model) as layout:
-        assert layout.patches.forwards
+        assert layout.patches.methods
         ours = slice_gradients(model, ids)
     assert distance(ours, expected) < (2e-4 if dtype == torch.float32 else 0.08)

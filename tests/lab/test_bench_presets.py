@@ -15,6 +15,7 @@ from s2ft.lab.bench import bases, presets, training
 from s2ft.lab.bench.contestants import ABLATION, UPPER_HALF, Contestant
 from s2ft.lab.bench.presets import PRESETS, Cell
 from s2ft.lab.bench.training import bench_training, training_line
+from s2ft.lab.shapes import EXPERTS
 from s2ft.runtime.precision import choose_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,3 +210,21 @@ def test_the_command_takes_a_model_and_says_its_dtype(folder, tmp_path):
     read = json.loads((tmp_path / "a.json").read_text())
     assert len(read["rows"]) == 2 * 3
     assert read["settings"]["dtype"] == "fp32"
+
+
+TINY_MIXTURE = {
+    **EXPERTS, "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_experts": 4, "head_dim": 16,
+    "num_experts_per_tok": 2, "num_attention_heads": 4, "vocab_size": 48,
+}  # fmt: skip
+
+
+def test_experts_are_trained_by_s2ft_and_by_lora_of_the_same_size():
+    report = bench_training(replace(PRESETS["moe"], models={"tiny": TINY_MIXTURE}, cells=[OTHER]), budget="0.05")
+    rows = {(row["method"], row.get("variant")): row for row in report.rows}
+    assert list(rows) == [("floor", None), ("lora", None), ("s2ft", None), ("s2ft", "indexed")]
+    lora, ours = rows["lora", None], rows["s2ft", None]
+    assert 0.7 < ours["trainable"] / lora["trainable"] < 1.4
+    assert ours["saved_bytes"] < rows["s2ft", "indexed"]["saved_bytes"]
+    assert "by target_parameters" in report.settings["lora"]
+    with pytest.raises(S2FTError, match=r"methods='dora': unknown: dora; choose from floor, lora, s2ft"):
+        bench_training("moe", methods="dora")

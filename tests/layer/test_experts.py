@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mixtures import CONFIGS, mixture, text
-from s2ft import S2FTConfig, S2FTError
+from s2ft import S2FTConfig, S2FTError, in_place
 from s2ft.layer.experts import S2FTExperts
 from s2ft.layer.linear import sliced_layers
 from s2ft.layer.stacked import StackedLinear, find_experts, stacked_linear
+from s2ft.runtime.memory import own_tensors, saved_bytes
+from s2ft.training.in_place import enter
 
 GATED = {"gate_proj": 0.3, "up_proj": 0.3, "down_proj": 0.4}
 EVERY = {**dict.fromkeys(CONFIGS, GATED), "nemotron-h": {"up_proj": 0.3, "down_proj": 0.4}}
@@ -98,37 +100,69 @@ def test_whatever_runs_the_experts(implementation: str, dtype: torch.dtype) -> N
     assert (experts(x, index, weights).double() - expected).norm() / expected.norm() > 0.05
 
 
-def saved_bytes(module: torch.nn.Module, x: Tensor, *routed: Tensor) -> int:
-    """Distinct storage kept for backward, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or keep(t), lambda t: t):
-        y = module(x, *routed)
-    assert y.requires_grad
-    return sum(kept.values())
+def kept_by(experts: torch.nn.Module, *inputs: Tensor) -> int:
+    """Bytes that a pass keeps for backward."""
+    return saved_bytes(lambda: experts(*inputs), own_tensors(experts))
 
 
 def test_what_is_kept_for_backward_is_as_wide_as_the_slice() -> None:
     model = mixture("mixtral", torch.float32)
     x, index = torch.randn(64, 32, requires_grad=True), torch.stack([torch.randperm(4)[:2] for _ in range(64)])
     weights = torch.rand(64, 2)
-    base = saved_bytes(model.model.layers[0].mlp.experts, x, index, weights)
+    base = kept_by(model.model.layers[0].mlp.experts, x, index, weights)
     tuned = get_peft_model(model, S2FTConfig(target_parameters=["experts.down_proj"], ratios=1 / 3, seed=0))
-    ours = saved_bytes(tuned.base_model.model.model.layers[0].mlp.experts, x, index, weights)
+    ours = kept_by(tuned.base_model.model.model.layers[0].mlp.experts, x, index, weights)
     pairs, channels, matrices = 128, 8, 4 * 8 * 32
     routing = 8 * 4 * pairs  # token, expert, place and weight of each pair
     assert ours - base <= 4 * (3 * pairs * channels + matrices) + routing + 1024
 
 
-def test_room_for_the_largest_slice_only() -> None:
+def test_in_place_the_chosen_channels_alone_are_kept() -> None:
+    model = mixture("mixtral", torch.float32)
+    x, index = torch.randn(64, 32, requires_grad=True), torch.stack([torch.randperm(4)[:2] for _ in range(64)])
+    weights = torch.rand(64, 2)
+    base = kept_by(model.model.layers[0].mlp.experts, x, index, weights)
+    tuned = get_peft_model(model, S2FTConfig(target_parameters=["experts.down_proj"], ratios=1 / 3, seed=0))
+    experts = tuned.base_model.model.model.layers[0].mlp.experts
+    with in_place(tuned):
+        ours = kept_by(experts, x, index, weights)
+    pairs, channels = 128, 8
+    assert 4 * pairs * channels <= ours - base <= 4 * pairs * channels + 1024  # and where each delta has its place
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_in_place_gradients_are_the_same(family: str) -> None:
+    model, tokens = mixture(family), text()
+    tuned = adapted(model, ratios=EVERY[family])
+    before = {name: p.clone() for name, p in tuned.named_parameters()}
+
+    def step(direction: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        tuned.zero_grad()
+        x = model.get_input_embeddings()(tokens).requires_grad_()
+        y = tuned(inputs_embeds=x).logits
+        direction = torch.randn_like(y) if direction is None else direction
+        (y * direction).sum().backward()
+        found = {path: gradient.clone() for path, gradient in gradients_of(tuned).items()}
+        return y.detach(), direction, {**found, "input": x.grad}
+
+    outside, direction, expected = step()
+    layout = enter(tuned, activations=False)  # its norms compute in float32
+    try:
+        inside, _, found = step(direction)
+        assert {place.how for place in layout.placements if ".experts." in place.module} == {"gathered", "added"}
+        with tuned.disable_adapter(), torch.no_grad():
+            plain = tuned(tokens).logits
+    finally:
+        layout.leave()
+    torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))
+    with torch.no_grad():
+        torch.testing.assert_close(plain, model(tokens).logits, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in tuned.named_parameters())
+
+
+def test_how_experts_are_stacked_is_read_off_them() -> None:
     experts = find_experts(mixture("gpt-oss").model.layers[0].mlp.experts)
     assert experts is not None
     assert (experts.is_transposed, experts.is_interleaved, experts.is_gated) == (True, True, True)

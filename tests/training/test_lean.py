@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import build, tokens
+from mixtures import mixture
+from s2ft.runtime.memory import own_tensors, saved_bytes
 from s2ft.training.lean import NORM_KINDS, GatedActivation, RMSNorm, lean
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -71,7 +73,7 @@ def test_models_compute_the_same_and_come_back(family: str, dtype: torch.dtype) 
         output.float().square().mean().backward()
         results.append((output.detach(), inputs.grad))
         if patches is not None:
-            counts.append(len(patches.forwards))
+            counts.append(len(patches.methods))
             patches.undo()
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
     for plain, ours in zip(*results, strict=True):
@@ -98,7 +100,7 @@ def test_an_mlp_that_computes_something_else_is_left_alone() -> None:
     model = build("llama", torch.float32)
     model.model.layers[1].mlp = Doubled(model.model.layers[1].mlp)
     model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward  # somebody else's patch
-    patched = lean(model).forwards
+    patched = {module for module, _ in lean(model).methods}
     assert model.model.layers[1].mlp not in patched
     assert model.model.layers[0].mlp not in patched
     assert model.model.layers[2].mlp in patched
@@ -133,7 +135,7 @@ def test_norms_keep_their_rounding_their_eps_and_their_dtype(
     expected = [norm(x) for norm in norms]
     with_options = norms[0](x, scale=2.0)
     patches = lean(norms)
-    assert len(patches.forwards) == 2
+    assert len(patches.methods) == 2
     assert all(
         torch.equal(norm(x), theirs) and norm(x).dtype == theirs.dtype
         for norm, theirs in zip(norms, expected, strict=True)
@@ -159,7 +161,7 @@ def test_every_mlp_is_asked_by_itself() -> None:
     """Of one class and one shape, and yet: plain, scaled, with dropout, all zero, with an argument more, plain again."""
     mlps = nn.ModuleList([Mlp(), Mlp(factor=2.0), Mlp(dropout=0.3), Mlp(zero=True), Mlp(extra=True), Mlp()]).eval()
     state = torch.get_rng_state()
-    assert list(lean(mlps).forwards) == [mlps[0], mlps[5]]
+    assert list(lean(mlps).methods) == [(mlps[0], "forward"), (mlps[5], "forward")]
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in mlps.modules())
 
@@ -175,12 +177,12 @@ def test_undoing_leaves_what_others_have_put_there_since() -> None:
 
 
 def test_models_without_gates_and_without_values_are_left_alone() -> None:
-    assert lean(build("gpt2")).forwards == {}
+    assert lean(build("gpt2")).methods == {}
     with torch.device("meta"):
         config = LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
         )
-        assert lean(LlamaForCausalLM(config)).forwards == {}
+        assert lean(LlamaForCausalLM(config)).methods == {}
 
 
 def test_a_compiler_takes_them() -> None:
@@ -193,3 +195,21 @@ def test_a_compiler_takes_them() -> None:
     expected = torch.autograd.grad((F.silu(plain_norm(x, weight, 1e-5, False)) * up).sum(), (x, up))
     for ours, plain in zip(compiled, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_keep_gate_and_up_alone() -> None:
+    model = mixture("qwen3-moe", torch.float32, "grouped_mm").train()  # eager code has the activation in it
+    experts = model.model.layers[0].mlp.experts
+    x, index = torch.randn(40, 32, requires_grad=True), torch.stack([torch.randperm(5)[:3] for _ in range(40)])
+    weights = torch.rand(40, 3)
+    plain = experts(x, index, weights)
+    before = saved_bytes(lambda: experts(x, index, weights), own_tensors(model))
+    patches = lean(model)
+    torch.testing.assert_close(experts(x, index, weights), plain)
+    after = saved_bytes(lambda: experts(x, index, weights), own_tensors(model))
+    assert after == before - 4 * 120 * 20  # the activated gate of each pair's 20 channels
+    patches.undo()
+    assert "_apply_gate" not in vars(experts)
+    odd = mixture("gpt-oss", torch.float32)  # another gate
+    lean(odd)
+    assert "_apply_gate" not in vars(odd.model.layers[0].mlp.experts)

@@ -56,6 +56,8 @@ class TrainingPreset(StrEnum):
 
     cpu = "cpu"
     llama = "7b"
+    moe = "moe"
+    moe_gpu = "moe-gpu"
 
 
 class TrainingDtype(StrEnum):
@@ -76,7 +78,8 @@ BENCHMARKS = {
             "preset": Option(
                 TrainingPreset | None,
                 None,
-                "cpu: a small Llama; 7b: LLaMA2-7B, LLaMA3-8B, on a GPU [default: cpu; for a --model the GPU, if any]",
+                "cpu: a small Llama; 7b: LLaMA2-7B, LLaMA3-8B, on a GPU; moe, moe-gpu: the experts' down of a small mixture, "
+                "of 8 blocks of Qwen3-30B-A3B [default: cpu; for a --model the GPU, if any]",
                 "cpu",
             ),
             "model": Option(str | None, None, "A model instead: a folder, a GGUF file, or a name on the Hub"),

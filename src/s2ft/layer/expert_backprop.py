@@ -3,6 +3,7 @@
     Spread    x → each pair's channels            saves x where rows of gate and up are trained, else nothing but the routing
     Gate      act(gate) · up · routing weight     saves gate and up; the rest is computed again
     Collect   channels → y                        saves the channels, as a dense slice does
+    InWeight  y → y, where it holds the slice     saves the channels alone
 
 Frozen matrices are picked from the base's parameter, and picked again for backward, so that no copy of them is kept.
 """
@@ -130,3 +131,28 @@ class Collect(Function):
         if ctx.needs_input_grad[2]:
             grad_weights = grouped_outer(channels, grad, routing.ends)
         return grad_y, grad_channels, grad_weights, None, None
+
+
+class InWeight(Function):
+    """Gives the deltas in the weight of down their gradient; y has what they add already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,  # [tokens, hidden]
+        channels: Tensor,  # [pairs, m]
+        deltas: Tensor,  # [experts, m, hidden]
+        routing: Routing,
+    ) -> Tensor:  # [tokens, hidden]
+        """Returns y as it is."""
+        ctx.save_for_backward(channels)
+        ctx.routing = routing
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, Tensor, None]:  # grad_y: [tokens, hidden]
+        """Returns grad_y as it is, and the gradient of the deltas."""
+        (channels,) = ctx.saved_tensors
+        grad = ctx.routing.gathered(grad_y.to(channels.dtype))
+        return grad_y, None, grouped_outer(channels, grad, ctx.routing.ends), None

@@ -4,14 +4,16 @@
 
 G, U and D are expert e's gate, up and down on the channels that any slice holds, and V the slices' deltas: a small expert
 beside each expert, as wide as its slice, with the same tokens and routing weights wₑ. Where gate and up are not trained,
-h = h₀ and V h is all. The base keeps its own code for experts (transformers' eager, batched_mm, grouped_mm, ...); the chosen
-channels are computed once more, at their share of a forward pass.
+h = h₀ and V h is all; in place, where D holds V already (`layer/slot.py`), nothing is added, and h is kept for V's gradient.
+The base keeps its own code for experts (transformers' eager, batched_mm, grouped_mm, ...); the chosen channels are computed
+once more, at their share of a forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.layer.adapted import Shared
-from s2ft.layer.expert_backprop import Collect, Gate, Spread
+from s2ft.layer.backprop import BeforeBackward
+from s2ft.layer.expert_backprop import Collect, Gate, InWeight, Spread
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.pack import MixedBatch, find_slice
 from s2ft.layer.routing import Routing, Table
@@ -135,11 +138,25 @@ class S2FTExperts(nn.Module):
             S2FTError: if the state does not allow it, such as training while the model is switched.
         """
         running = next(iter(self.slice_layers.values())).running(adapter_names)
+        before = self._hold(running, x)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         routed = (*args, *kwargs.values())
         if running and adapter_names is not None:
             return self._add_by_row(y, x, routed, MixedBatch(adapter_names))
-        return self._add(y, x, routed, dict.fromkeys(running))
+        y = self._add(y, x, routed, dict.fromkeys(running))
+        if before is not None and torch.is_grad_enabled() and y.requires_grad:
+            y = BeforeBackward.apply(y, before)
+        return y
+
+    def _hold(self, running: Sequence[str], x: Tensor) -> Callable[[], None] | None:
+        """Inside `in_place`, makes down hold what it should; what must be called ahead of backward."""
+        layer = self.slice_layers.get(DOWN)
+        if layer is None or layer.slot is None:
+            return None
+        linear, own = layer.get_base_layer(), [name for name in running if name in layer.s2ft_block]
+        delta = layer.block(own[0]).weight if own else None
+        layer.slot.hold(linear, delta, anew=self.training or torch.is_grad_enabled())
+        return partial(layer.slot.before_backward, linear, delta)
 
     def _add(
         self,
@@ -148,23 +165,29 @@ class S2FTExperts(nn.Module):
         routed: Sequence[Tensor],  # [tokens, top] each
         adapters: Sequence[str] | dict[str, None],
     ) -> Tensor:  # [tokens, hidden]
-        """Returns y plus what these adapters' slices add."""
-        found = [(name, find_slice(layer, one)) for name, layer in self.slice_layers.items() for one in adapters]
+        """Returns y plus what these adapters' slices add, but for those that stand in the weights."""
+        layers = self.slice_layers
+        found = [(name, find_slice(layer, one)) for name, layer in layers.items() for one in adapters]
         parts = [Part(name, held) for name, held in found if held is not None]
-        if not parts:
+        in_weight = DOWN in layers and layers[DOWN].slot is not None
+        beside = [part for part in parts if part.name != DOWN or not in_weight]
+        if not parts or not (beside or torch.is_grad_enabled()):
             return y
-        some = next(iter(self.slice_layers.values()))
-        x = x.to(some.compute_dtype(x))
+        x = x.to(next(iter(layers.values())).compute_dtype(x))
         routing, table = Routing.of(self.experts, x, *routed), self._table(parts)
         ups, downs = self._deltas(parts, table, x.dtype)
-        rows = expert_rows(self.experts, x, routing, table.rows)
-        frozen = Gate.apply(rows, routing.weights, self.experts.activation)
-        channels = frozen
+        with torch.set_grad_enabled(bool(beside) and torch.is_grad_enabled()):
+            rows = expert_rows(self.experts, x, routing, table.rows)
+            frozen = channels = Gate.apply(rows, routing.weights, self.experts.activation)
+            if ups is not None:
+                rows = rows + Spread.apply(x, ups, None, routing)
+                channels = Gate.apply(rows, routing.weights, self.experts.activation)
         if ups is not None:
-            channels = Gate.apply(rows + Spread.apply(x, ups, None, routing), routing.weights, self.experts.activation)
             down = self.experts.matrix(DOWN).mT  # [experts, channels, hidden]
             y = Collect.apply(y, channels - frozen, down, table.channels, routing)
-        if downs is not None:
+        if downs is not None and in_weight:
+            y = InWeight.apply(y, channels.detach(), downs, routing)
+        elif downs is not None:
             y = Collect.apply(y, channels, downs, None, routing)
         return y
 

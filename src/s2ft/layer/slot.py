@@ -35,7 +35,8 @@ class Slot:
 
     def __init__(self, linear: nn.Module, stash: Stash) -> None:
         self.stash = stash
-        stash.find_start()
+        if weight_matrix(linear).ndim == 2:  # the channels of stacked experts lie apart
+            stash.find_start()
         self._written: tuple[int, int] | None = None  # the stamp of the delta that was written; None: the own values
         self._is_open = True
         stash.write(weight_matrix(linear))  # to the parameter: autograd refuses graphs that were made before
@@ -82,7 +83,7 @@ class Slot:
         self.hold(linear, delta, anew=training or needs_grad)
         y = base(x)
         if needs_grad:
-            before = partial(self._before_backward, linear, delta)
+            before = partial(self.before_backward, linear, delta)
             if delta is not None and delta.requires_grad:
                 return self._with_gradient(x, y, delta, before)
             y = BeforeBackward.apply(y, before)
@@ -117,7 +118,8 @@ class Slot:
         traced: Tensor = SliceGradient.apply(y, kept.to(y.dtype), delta, picks, before, may_change(y))
         return traced
 
-    def _before_backward(self, linear: nn.Module, delta: Tensor | None) -> None:
+    def before_backward(self, linear: nn.Module, delta: Tensor | None) -> None:
+        """Makes the slot hold what it held in the forward pass."""
         self.hold(linear, delta)
         self.expire()  # an optimizer that writes to `data` may follow
 

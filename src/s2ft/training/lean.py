@@ -32,6 +32,8 @@ NORM_KINDS = ("llama", "olmo", "gemma")
 Forward = Callable[..., Tensor]  # of a module, which it takes first
 Recognise = Callable[[nn.Module], Forward | None]
 
+_GATE = "_apply_gate"  # what transformers calls for the activation of stacked experts
+
 _FORWARD: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -119,21 +121,21 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @dataclass(eq=False)
 class Patches:
-    """Modules whose `forward` is replaced, on the instance."""
+    """Modules whose `forward`, or experts whose gate, is replaced, on the instance."""
 
-    forwards: dict[nn.Module, Callable[..., Tensor]] = field(default_factory=dict)
+    methods: dict[tuple[nn.Module, str], Callable[..., Tensor]] = field(default_factory=dict)
 
-    def add(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
-        """Replaces the module's forward."""
-        module.forward = forward
-        self.forwards[module] = forward
+    def add(self, module: nn.Module, name: str, method: Callable[..., Tensor]) -> None:
+        """Replaces the module's method of this name."""
+        setattr(module, name, method)
+        self.methods[module, name] = method
 
     def undo(self) -> None:
-        """Gives every module its own forward back, unless it was replaced again since."""
-        for module, forward in self.forwards.items():
-            if vars(module).get("forward") is forward:
-                del module.forward
-        self.forwards.clear()
+        """Gives every module its own methods back, unless they were replaced again since."""
+        for (module, name), method in self.methods.items():
+            if vars(module).get(name) is method:
+                delattr(module, name)
+        self.methods.clear()
 
 
 def lean(model: nn.Module) -> Patches:
@@ -143,10 +145,10 @@ def lean(model: nn.Module) -> Patches:
     scales of its own, gives something else and is left alone too.
     """
     patches = Patches()
-    for module, recognise in _candidates(model):
-        forward = _ask(module, recognise)
-        if forward is not None:
-            patches.add(module, partial(forward, module))
+    for module, name, recognise in _candidates(model):
+        method = _ask(module, recognise)
+        if method is not None:
+            patches.add(module, name, partial(method, module))
     return patches
 
 
@@ -159,17 +161,19 @@ def _ask(module: nn.Module, recognise: Recognise) -> Forward | None:
         return None
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Recognise]]:
-    """Modules that may compute a gated activation or an RMSNorm, and that nobody has patched."""
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, str, Recognise]]:
+    """Methods that may compute a gated activation or an RMSNorm, and that nobody has patched."""
     mlps = {s.path: s for s in read_structures(model).structures if s.kind == "mlp"}
     for path, module in model.named_modules():
-        if "forward" in vars(module):
+        if {"forward", _GATE} & vars(module).keys():
             continue
-        if path in mlps:
+        if hasattr(module, _GATE):
+            yield module, _GATE, _recognise_gate
+        elif path in mlps:
             names = {p.name: p.module.removeprefix(f"{path}.") for p in mlps[path].projections}
-            yield module, partial(_recognise_mlp, names=names)
+            yield module, "forward", partial(_recognise_mlp, names=names)
         elif type(module).__name__.endswith(RMS_NORM):
-            yield module, _recognise_norm
+            yield module, "forward", _recognise_norm
 
 
 def _recognise_norm(norm: nn.Module) -> Forward | None:
@@ -212,6 +216,21 @@ def _recognise_mlp(mlp: nn.Module, names: dict[str, str]) -> Forward | None:
     forward = partial(_mlp_forward, names=names, activation=activation)
     small = _sample(2, features(up)[0], like=weight_of(up))
     return forward if all(_same(mlp(x), forward(mlp, x)) for x in (small, 8 * small)) else None
+
+
+def _recognise_gate(experts: nn.Module) -> Forward | None:
+    """The lean gate of stacked experts that computes what theirs does: act(gate) · up."""
+    activation = _name(getattr(experts, "act_fn", None))
+    rows = _sample(4, 2 * 8, like=next(experts.parameters()))
+    if activation is None or rows.is_meta:
+        return None
+    gate = partial(_gate, activation=activation)
+    return gate if all(_same(getattr(experts, _GATE)(x), gate(experts, x)) for x in (rows, 8 * rows)) else None
+
+
+def _gate(experts: nn.Module, rows: Tensor, activation: Activation) -> Tensor:  # [pairs, 2 n] → [pairs, n]
+    gated: Tensor = GatedActivation.apply(*rows.chunk(2, dim=-1), activation)
+    return gated
 
 
 def _mlp_forward(mlp: nn.Module, *args: Any, names: dict[str, str], activation: Activation, **kwargs: Any) -> Tensor:

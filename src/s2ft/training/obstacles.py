@@ -16,7 +16,8 @@ from s2ft.layer.linears import linear_layer, weight_of, why_not_plain
 from s2ft.selection.families import BEFORE_HEADS, HEAD_NORMS, POSITIONS, SHARED_NORM
 from s2ft.selection.units import EXPERTS, Projection, Structure
 
-_EXPERTS = "a slice of stacked experts is added around them"
+_ROWS_OF_EXPERTS = "gate and up of stacked experts are added around them"
+_ORDER_OF_EXPERTS = "each expert has chosen channels of its own"
 Norms = dict[str, list[nn.Module]]  # module → the norms over its output, which are permuted with it
 
 
@@ -32,8 +33,9 @@ def find_obstacles(
         for path, module in model.named_modules()
         if (linear := linear_layer(module)) is not None and (reason := _why_unwritable(linear, counts, live))
     }
-    unwritable |= {p.module: _EXPERTS for s in structures if s.kind == EXPERTS for p in s.projections}
-    unmovable = dict(unwritable)
+    stacked = {p.module: p.side for s in structures if s.kind == EXPERTS for p in s.projections}
+    unwritable |= {path: _ROWS_OF_EXPERTS for path, side in stacked.items() if side == "out"}
+    unmovable = {**dict.fromkeys(stacked, _ORDER_OF_EXPERTS), **unwritable}
     norms: Norms = {}
     for structure in structures:
         if structure.kind == EXPERTS:

@@ -1,20 +1,21 @@
-"""The frozen models of the training benchmark: Llamas with random weights, or a model of the user's."""
+"""The frozen models of the training benchmark: random weights of given shapes, or a model of the user's."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from s2ft.runtime.models import empty_model, load_model
 from s2ft.runtime.precision import choose_precision
 
 log = logging.getLogger("s2ft")
 
-Source = Mapping[str, int] | str  # arguments of LlamaConfig; or a folder, a GGUF file, a name on the Hub
+Source = Mapping[str, Any] | str  # shapes (`lab/shapes.py`); or a folder, a GGUF file, a name on the Hub
 
 
 def shell(source: Source) -> PreTrainedModel:
@@ -26,7 +27,7 @@ def shell(source: Source) -> PreTrainedModel:
     if isinstance(source, str):
         return empty_model(source)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**source))
+        return AutoModelForCausalLM.from_config(_config(source))
 
 
 def frozen_base(source: Source, device: str, dtype: torch.dtype, liger: bool) -> PreTrainedModel:
@@ -35,7 +36,7 @@ def frozen_base(source: Source, device: str, dtype: torch.dtype, liger: bool) ->
         base = load_model(source, dtype).to(device)
     else:
         with torch.device(device):
-            base = AutoModelForCausalLM.from_config(LlamaConfig(**source), dtype=dtype)
+            base = AutoModelForCausalLM.from_config(_config(source), dtype=dtype)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -46,6 +47,11 @@ def frozen_base(source: Source, device: str, dtype: torch.dtype, liger: bool) ->
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return base.requires_grad_(False).train()
+
+
+def _config(shapes: Mapping[str, Any]) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.for_model(**{"model_type": "llama", **shapes})
+    return config
 
 
 def settle_dtype(wanted: str, device: str) -> tuple[torch.dtype, str]:

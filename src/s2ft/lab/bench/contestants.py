@@ -5,6 +5,8 @@
     s2ft     inside the layout that `s2ft train` takes; variants of it are in `ABLATION` and `UPPER_HALF`
     rivals   the other methods of `finetune/methods.py`, with as many trainable parameters where a method has a choice
 
+On a mixture of experts, `ON_EXPERTS` are S²FT and LoRA on the same parameters: the experts' down.
+
 Rivals get their cheapest setting: weights, gradients and optimizer states in the base's dtype, no dropout, torch's fused
 AdamW. The deltas of S²FT are fp32, as always. `AS_TRAINED` holds rivals as they are usually run, and as `s2ft train` runs
 them: what they train is fp32 too, under autocast.
@@ -129,6 +131,35 @@ def s2ft(
         yield Contestant(model, _adamw(model))
 
 
+DOWN_OF_EXPERTS = "experts.down_proj"
+
+
+@contextmanager
+def s2ft_on_experts(
+    base: PreTrainedModel,
+    parameters: int,
+    inside: Callable[[nn.Module], AbstractContextManager[Any]] = in_place,
+) -> Iterator[Contestant]:
+    """S²FT on the experts' down."""
+    config = S2FTConfig(ratios=parameters / _size_on_experts(base), target_parameters=[DOWN_OF_EXPERTS], seed=0)
+    with _adapted(base, config) as model, inside(model):
+        yield Contestant(model, _adamw(model))
+
+
+@contextmanager
+def lora_on_experts(base: PreTrainedModel, parameters: int) -> Iterator[Contestant]:
+    """PEFT's LoRA on the experts' down, by `target_parameters`: its rank for every expert."""
+    shapes = [parameter.shape for name, parameter in base.named_parameters() if name.endswith(DOWN_OF_EXPERTS)]
+    rank = max(1, round(parameters / sum(count * (rows + columns) for count, rows, columns in shapes)))
+    config = LoraConfig(r=rank, target_modules=[], target_parameters=[DOWN_OF_EXPERTS])
+    with _adapted(base, config, autocast_adapter_dtype=False) as model:
+        yield Contestant(model, _adamw(model))
+
+
+def _size_on_experts(base: PreTrainedModel) -> int:
+    return sum(parameter.numel() for name, parameter in base.named_parameters() if name.endswith(DOWN_OF_EXPERTS))
+
+
 def _config(base: PreTrainedModel, parameters: int, layers: str | None, coupled: bool | None) -> S2FTConfig:
     share = parameters / base.num_parameters()
     if coupled is None:
@@ -165,6 +196,10 @@ CONTESTANTS: dict[str, Prepare] = {
     **{name: partial(rival, name=name) for name in RIVALS},
     "s2ft": s2ft,
 }
+
+ON_EXPERTS: dict[str, Prepare] = {"floor": floor, "lora": lora_on_experts, "s2ft": s2ft_on_experts}
+
+BESIDE_EXPERTS: dict[str, Prepare] = {"indexed": partial(s2ft_on_experts, inside=nullcontext)}
 
 AS_TRAINED: dict[str, Prepare] = {name: partial(rival, name=name, fp32=True) for name in ("full", "lora", "dora")}
 

@@ -18,7 +18,7 @@ from s2ft.finetune.methods import METHODS
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.bench.bases import Source, shell
 from s2ft.lab.registry import TrainingDtype
-from s2ft.lab.shapes import LLAMA2_7B, LLAMA3_8B, SMALL
+from s2ft.lab.shapes import EXPERTS, LLAMA2_7B, LLAMA3_8B, QWEN3_30B_A3B_8_BLOCKS, SMALL
 from s2ft.runtime.lookup import check_folder, check_hub
 from s2ft.runtime.models import positions
 from s2ft.selection.select import select
@@ -56,6 +56,7 @@ class Preset:
     dtype: str = "auto"
     methods: Sequence[str] | None = None  # None: all, and S²FT on the upper half
     ablation: bool = False  # variants of S²FT and of the others, at the main cell
+    experts: bool = False  # S²FT and LoRA train the experts' down alone
 
     @property
     def budget(self) -> float:
@@ -81,6 +82,21 @@ PRESETS = {
         cells=[Cell(batch, length, 10, 3) for batch in (1, 2, 4, 8) for length in (512, 1024)],
         take_turns=False,
         device="cuda",
+    ),
+    "moe": Preset(
+        models={"qwen3-moe-4-blocks": EXPERTS},
+        cells=[Cell(2, 256, 9, 2), Cell(1, 128, 3, 1)],
+        take_turns=True,
+        device="cpu",
+        dtype="fp32",
+        experts=True,
+    ),
+    "moe-gpu": Preset(
+        models={"qwen3-30b-a3b-8-blocks": QWEN3_30B_A3B_8_BLOCKS},
+        cells=[Cell(batch, 1024, 10, 3) for batch in (1, 4)],
+        take_turns=False,
+        device="cuda",
+        experts=True,
     ),
 }
 

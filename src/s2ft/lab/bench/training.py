@@ -27,7 +27,9 @@ from s2ft.lab.bench.bases import frozen_base, settle_dtype
 from s2ft.lab.bench.contestants import (
     ABLATION,
     AS_TRAINED,
+    BESIDE_EXPERTS,
     CONTESTANTS,
+    ON_EXPERTS,
     UPPER_HALF,
     Contestant,
     Prepare,
@@ -103,6 +105,7 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
     """
     preset = usual_preset(model) if preset is None else PRESETS[preset] if isinstance(preset, str) else preset
     preset = replace(adjusted(preset, model, length, batch, methods, budget), dtype=str(dtype))
+    contestants = ON_EXPERTS if preset.experts and contestants is CONTESTANTS else contestants
     check(preset, liger, contestants)
     there, left_out = _installed(
         {name: run for name, run in contestants.items() if name in (preset.methods or contestants)}
@@ -158,7 +161,7 @@ def _plan(preset: Preset, methods: Mapping[str, Prepare], dtype: torch.dtype) ->
     for budget in preset.other_budgets:
         named.append(Run({"method": "s2ft", "variant": f"{100 * budget:g}%"}, methods["s2ft"], budget))
     if preset.methods is None:
-        named += runs(UPPER_HALF)
+        named += runs(BESIDE_EXPERTS if preset.experts else UPPER_HALF)
     if not preset.take_turns:
         return [Group([run], preset.cells) for run in named]
     groups = [Group(named, preset.cells)]
@@ -276,7 +279,9 @@ def _settings(preset: Preset, liger: bool, left_out: dict[str, str], settled: tu
         "dtypes": f"weights, gradients and optimizer states {dtype}; deltas of S²FT and their states fp32; no dropout"
         + (autocast if dtype == "bf16" else ""),
         "optimizer": "torch's fused AdamW; galore: galore-torch's AdamW, its SVD every 200 steps falls in the warm-up",
-        "lora": "on all linear layers; the rank that trains as many parameters, dora likewise",
+        "lora": "on the experts' down, by target_parameters; the rank that trains as many parameters"
+        if preset.experts
+        else "on all linear layers; the rank that trains as many parameters, dora likewise",
         "galore_rank": defaults["galore_rank"].default,
         "lisa": {"layers": defaults["lisa_layers"].default, "interval": defaults["lisa_interval"].default},
     }
