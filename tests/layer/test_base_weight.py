@@ -21,14 +21,16 @@ def test_sums_are_computed_in_float32_at_least_and_rounded_once(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("part", [1, 70, 10_000], ids=["row by row", "in parts", "at once"])  # bytes
 @pytest.mark.parametrize(
     ("channels", "start"),
     [([2, 3, 4, 5], 2), ([4, 2, 5, 3], 2), ([7, 1, 4, 0], None)],
     ids=["side by side", "in another order", "apart"],
 )
 def test_a_stash_writes_the_same_wherever_its_channels_lie(
-    dtype: torch.dtype, dim: int, channels: list[int], start: int | None
+    dtype: torch.dtype, dim: int, channels: list[int], start: int | None, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("s2ft.layer.base_weight._PART", part)
     linear = nn.Linear(8, 9, bias=False, dtype=dtype).requires_grad_(False)
     own, at = linear.weight.clone(), torch.tensor(channels)
     delta = torch.randn_like(own.index_select(dim, at), dtype=torch.float32)

@@ -16,7 +16,7 @@ from live import layers, same
 from s2ft import S2FTConfig, S2FTError
 from s2ft.layer import base_weight
 from s2ft.layer.adapted import AdaptedLayer
-from s2ft.layer.base_weight import put_slice, take_slice
+from s2ft.layer.columns import put_slice, take_slice
 from s2ft.layer.linear import S2FTLinear
 from s2ft.tuner.switching import park
 

@@ -3,6 +3,7 @@
 Read `block`, then `linear`; then `slot` (training in place) and `mixed` (many adapters in one batch).
 
     linears       linear layers: which modules are, how their weights are laid out, where they are in a model
+    columns       some rows or columns of a matrix: taken, put and added
     block         one adapter's slice of one layer: the delta V and its channels
     backprop      partial back-propagation: the autograd functions
     linear        a linear layer with slices: forward, merge (PEFT's tuner layer)

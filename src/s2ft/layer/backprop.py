@@ -18,6 +18,8 @@ from torch._C._autograd import _get_creation_meta as _creation
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
+from s2ft.layer.columns import add_columns
+
 
 class SelectTap(Function):
     """Selects the activations of a slice on the input side; saves the indices alone."""
@@ -37,7 +39,7 @@ class SelectTap(Function):
     def backward(ctx: Any, grad_x: Tensor, grad_selected: Tensor) -> tuple[Tensor, None]:  # shaped like the outputs
         """Returns grad_x with grad_selected added at the indices, in place."""
         (indices,) = ctx.saved_tensors
-        return grad_x.index_add_(-1, indices, grad_selected), None
+        return add_columns(grad_x, indices, grad_selected), None
 
 
 class ProjectTap(Function):
@@ -113,7 +115,7 @@ class AddAt(Function):
         """Adds the product to y[..., indices], in place."""
         ctx.save_for_backward(indices)
         ctx.mark_dirty(y)
-        return y.index_add_(-1, indices, product)
+        return add_columns(y, indices, product)
 
     @staticmethod
     @once_differentiable

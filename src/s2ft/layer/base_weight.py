@@ -17,12 +17,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from s2ft.format.slices import put, take
 from s2ft.layer.block import S2FTBlock
+from s2ft.layer.columns import put_slice, take_slice
 from s2ft.layer.linears import weight_matrix, weight_of
 from s2ft.layer.sharding import Part, gathered, written
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PART = 1 << 19  # bytes: sums larger than that malloc gets from the system anew each time, page by page
 
 
 @dataclass(eq=False)
@@ -52,12 +52,32 @@ class Stash:
         """
         if self.own.device != weight.device:
             self.apply(lambda kept: kept.to(weight.device))
-        values = self.own if delta is None else add_delta(self.own, delta.detach().to(weight.device))
+        delta = None if delta is None else delta.detach().to(weight.device)
         if self.start is None:
-            put_slice(weight, self.dim, self.channels, values.to(weight.dtype))
+            self._put(weight, delta)
             return
         part = weight.narrow(self.dim, self.start, len(self.channels))
+        is_plain = self.order is None and weight.dtype == self.own.dtype and not torch.compiler.is_compiling()
+        if delta is not None and is_plain:
+            torch.add(self.own, delta, out=part)  # as `add_delta`, in one operation
+            return
+        values = self.own if delta is None else add_delta(self.own, delta)
         part.copy_(values if self.order is None else values.index_select(self.dim, self.order))
+
+    def _put(self, weight: Tensor, delta: Tensor | None) -> None:
+        """Writes channels that are not contiguous."""
+        own, channels = self.own, self.channels
+        if delta is None:
+            put_slice(weight, self.dim, channels, own.to(weight.dtype))
+        elif own.nbytes <= _PART or weight.ndim != 2 or weight.device.type != "cpu":
+            put_slice(weight, self.dim, channels, add_delta(own, delta).to(weight.dtype))
+        else:
+            rows = max(1, _PART // (own.itemsize * own.shape[1]))
+            for start in range(0, len(own), rows):
+                part = slice(start, start + rows)
+                values = add_delta(own[part], delta[part]).to(weight.dtype)
+                into, at = (weight[part], channels) if self.dim == 1 else (weight, channels[part])
+                put_slice(into, self.dim, at, values)
 
     def pick(self, activations: Tensor, copy: bool = False) -> Tensor:  # [*, in_features] or [*, out_features] → [*, s]
         """Returns activations[..., channels], as a view if the channels are contiguous and sorted.
@@ -165,32 +185,6 @@ def add_delta(base: Tensor, delta: Tensor) -> Tensor:
     return (base + delta).to(base.dtype)  # two tensors of half precision, too, torch adds in float32
 
 
-def take_slice(
-    weight: Tensor,  # [out_features, in_features], or [experts, out, in]
-    dim: int,
-    indices: Tensor,  # [s], int64
-) -> Tensor:  # [out_features, s] for dim 1, [s, in_features] for dim 0
-    """The channels' values, as a copy; columns on a CPU by `gather` of integers, which is up to twice as fast."""
-    if not _lies_in_columns(weight, dim):
-        return take(weight, dim, indices)
-    bits = _INTEGERS[weight.itemsize]
-    return weight.view(bits).gather(dim, _every_entry(weight, dim, indices)).view(weight.dtype)
-
-
-def put_slice(
-    weight: Tensor,  # [out_features, in_features], or [experts, out, in]
-    dim: int,
-    indices: Tensor,  # [s], int64
-    values: Tensor,  # [out_features, s] for dim 1, [s, in_features] for dim 0
-) -> None:
-    """Writes the channels' values; columns on a CPU by `scatter_` of integers, up to twice as fast."""
-    if _lies_in_columns(weight, dim):
-        bits = _INTEGERS[weight.itemsize]
-        weight.view(bits).scatter_(dim, _every_entry(weight, dim, indices), values.view(bits))
-    else:
-        put(weight, dim, indices, values)
-
-
 def shared_weights(model: nn.Module) -> set[int]:
     """The addresses (`data_ptr()`) of the parameters that several modules of the model share."""
     seen: set[int] = set()
@@ -200,14 +194,3 @@ def shared_weights(model: nn.Module) -> set[int]:
             if type(parameter.data) is Tensor and (address := parameter.data_ptr()):
                 (shared if address in seen else seen).add(address)
     return shared
-
-
-def _lies_in_columns(weight: Tensor, dim: int) -> bool:
-    return weight.ndim == 2 and weight.device.type == "cpu" and weight.stride(dim) == 1
-
-
-def _every_entry(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """The index of each entry of the slice, for `gather` and `scatter_`: a view, which takes no memory."""
-    if dim == 1:
-        return indices.expand(weight.shape[0], -1)
-    return indices[:, None].expand(-1, weight.shape[1])
