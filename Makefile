@@ -57,7 +57,7 @@ build/lowest/ready: pyproject.toml constraints-lowest.txt
 
 # Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (6 GB)
 test-quantised: build/quantised/ready
-	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/format/test_digest.py tests/tuner/test_together.py
+	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/format/test_digest.py tests/layer/test_frozen.py tests/tuner/test_quantised.py
 
 build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 	$(PYTHON) -m venv build/quantised

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,21 +87,25 @@ def test_nothing_of_a_quantised_model_is_changed_by_its_digest(kind: str) -> Non
 
 def test_what_nobody_can_dequantise_has_no_digest_and_still_trains() -> None:
     class Unknown(Grid):
-        pass
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.linear and args[0].dim() == 2:
+                raise TypeError("this kernel takes batches only")
+            return super().__torch_function__(func, types, args, kwargs)
 
     Unknown.__module__ = "elsewhere"
     model = plain()
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = nn.Parameter(Unknown(layer.mlp.down_proj.weight.data), requires_grad=False)
-    config = get_peft_model(model, S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, seed=0)).peft_config["default"]
-    assert {path.rpartition(".")[2] for path in config.base_digest} == {"o_proj"}
-
-
-def test_scores_of_weights_name_what_the_weight_is() -> None:
     with pytest.raises(
-        S2FTError, match=r"the weight of model\.layers\.0\.self_attn\.q_proj is a Grid, as quantisation"
+        S2FTError, match=r"the weight of model\.layers\.0\.mlp\.down_proj is a Unknown, as quantisation"
     ):
-        select(stand_in(plain()), S2FTConfig(ratios=0.5, strategy="weight"))
+        select(model, S2FTConfig(ratios=0.5, strategy="weight"))
+    tuned = get_peft_model(model, S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, seed=0))
+    assert {path.rpartition(".")[2] for path in tuned.peft_config["default"].base_digest} == {"o_proj"}
+    ids = torch.randint(3, 60, (2, 5))
+    tuned(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.any() for parameter in tuned.parameters() if parameter.requires_grad)
 
 
 def test_sharded_weights_are_gathered_for_scores_and_digests() -> None:

@@ -202,8 +202,8 @@ def merge(model: PeftModel) -> None:
     model.merge_adapter(["a"])
 
 
-def quantise(model: PeftModel) -> None:
-    layers(model)[-1].base_layer.weight.data = layers(model)[-1].base_layer.weight.data.to(torch.float8_e4m3fn)
+def partition(model: PeftModel) -> None:
+    layers(model)[-1].base_layer.weight.data = layers(model)[-1].base_layer.weight.data.flatten()[:7]
 
 
 def nan(model: PeftModel) -> None:
@@ -221,7 +221,7 @@ def offload(model: PeftModel) -> None:
         (None, "d", r"adapter 'd' is not loaded; loaded are 'a', 'b', 'c'"),
         (merge, "b", r"adapters a are merged into the base; call `unmerge_adapter\(\)`"),
         (merge, None, r"adapters a are merged"),
-        (quantise, "b", r"down_proj: its weight is quantised \(Linear\)"),
+        (partition, "b", r"down_proj: its weight holds 7 of its values only"),
         (nan, "b", r"the adapter 'b' holds values that are not finite"),
         (offload, "b", r"device meta"),
     ],

@@ -21,4 +21,5 @@ Read `block`, then `linear`; then `slot` (training in place) and `mixed` (many a
     mixed         one batch, many adapters: the plan and the products
     mixed_triton  the same products on a GPU, in Triton
     dequantise    the values of a quantised weight
+    frozen        a frozen quantised layer, which saves nothing for backward
 """

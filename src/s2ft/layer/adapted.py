@@ -32,7 +32,7 @@ from s2ft.format.slices import all_finite
 from s2ft.layer.base_weight import BaseWeight, add_delta, shared_weights
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.columns import take_slice
-from s2ft.layer.linears import why_not_plain
+from s2ft.layer.linears import is_quantised, why_not_plain
 from s2ft.layer.sharding import everywhere, gathered, why_not_writable, written
 from s2ft.layer.turns import Turns
 
@@ -144,8 +144,11 @@ class AdaptedLayer(BaseTunerLayer):
             raise S2FTError(f"the layer cannot be merged into: {problem}")
 
     def why_unwritable(self, names: Sequence[str]) -> str | None:
-        """Why the base weight cannot take these adapters' slices."""
-        reason = why_not_writable(self.get_base_layer()) if any(name in self.s2ft_block for name in names) else None
+        """Why the base weight cannot take these adapters' slices; a quantised one need not, they are added beside it."""
+        linear = self.get_base_layer()
+        if is_quantised(linear) or not any(name in self.s2ft_block for name in names):
+            return None
+        reason = why_not_writable(linear)
         return f"its weight {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
     def _merges_finite(self, name: str) -> bool:
@@ -154,6 +157,8 @@ class AdaptedLayer(BaseTunerLayer):
             return True
         block, linear = self.block(name), self.get_base_layer()
         delta = gathered(block.weight).detach()
+        if self.base_weight.is_beside:
+            return all_finite(delta)
         with written(linear, "merging") as part:
             device = part.matrix.device
             channels, delta = part.of(block.dim, block.indices.to(device), delta.to(device))

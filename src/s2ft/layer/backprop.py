@@ -20,6 +20,8 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from s2ft.layer.columns import add_columns
 
+FROZEN = "FrozenProductBackward"  # the node of `layer/frozen.py`, which keeps no hold on its output
+
 
 class SelectTap(Function):
     """Selects the activations of a slice on the input side; saves the indices alone."""
@@ -181,10 +183,13 @@ class BeforeBackward(Function):
 def may_change(y: Tensor) -> bool:  # y: [*, out_features]
     """Whether the base layer's output may be added to in place.
 
-    Not while a compiler runs, nor where a hook's own Function made it, nor where autograd refuses: quantised layers give a leaf
-    that requires its gradient, or a view that was made inside a Function, without gradients, or of what is not in the graph.
+    Not while a compiler runs, nor where another's own Function made it, nor where autograd refuses: quantised layers give a
+    leaf that requires its gradient, or a view that was made inside a Function, without gradients, or of what is not in the
+    graph.
     """
-    if torch.compiler.is_compiling() or not y.is_contiguous() or isinstance(y.grad_fn, BackwardCFunction):
+    if torch.compiler.is_compiling() or not y.is_contiguous():
+        return False
+    if isinstance(y.grad_fn, BackwardCFunction) and y.grad_fn.name() != FROZEN:
         return False
     if y.requires_grad and y.is_leaf:
         return False

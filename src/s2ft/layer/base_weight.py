@@ -6,6 +6,9 @@
 
 Each slice in the weight has a `Stash` of the values that it replaced; a sum is never undone by a subtraction. If another
 module uses the weight too (a tied embedding), it keeps the original: the layer gets a copy while it holds adapters.
+
+A quantised weight is never written to, since rounding it anew would change other channels too: what it should hold is
+noted, and the layer computes it beside (`is_beside`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.columns import put_slice, take_slice
-from s2ft.layer.linears import weight_matrix, weight_of
+from s2ft.layer.linears import is_quantised, weight_matrix, weight_of
 from s2ft.layer.sharding import Part, gathered, written
 
 _PART = 1 << 19  # bytes: sums larger than that malloc gets from the system anew each time, page by page
@@ -103,6 +106,7 @@ class BaseWeight:
     def __init__(self) -> None:
         self.adapters: tuple[str, ...] = ()  # added by `hold`, in order; also those without a slice of this layer
         self.is_shared = False  # another module uses the weight too
+        self.is_beside = False  # the weight is quantised, and the layer adds the slices of `adapters` to its output
         self._stashes: list[Stash] = []  # in the order of writing
         self._shared: nn.Parameter | None = None  # the original, while the layer has a copy of a shared weight
 
@@ -125,9 +129,10 @@ class BaseWeight:
         try:
             if names[: len(self.adapters)] != self.adapters:
                 self.restore(linear)
+            self.is_beside = bool(names) and is_quantised(linear)
             for name in names[len(self.adapters) :]:
                 block = adapters[name]
-                if block is not None:
+                if block is not None and not self.is_beside:
                     self.put(linear, block)
                 self.adapters = (*self.adapters, name)
         except BaseException:
@@ -156,7 +161,7 @@ class BaseWeight:
 
     def restore(self, linear: nn.Module) -> None:
         """Gives the weight its own values back."""
-        self.adapters = ()
+        self.adapters, self.is_beside = (), False
         if self._shared is not None:
             present = weight_of(linear)
             self._shared.data = self._shared.data.to(present.device, present.dtype)

@@ -1,34 +1,107 @@
-"""The values of a quantised weight, and a name for how it is quantised; used by digests.
+"""The values of a quantised weight, a name for how it is quantised, and the plain model that a quantised one stands for.
 
-For bitsandbytes (through PEFT), torchao and optimum-quanto.
+bitsandbytes (through PEFT), torchao and optimum-quanto have functions for it. Of any other layer, GPTQ's and AWQ's among them,
+the values are what it makes of the unit vectors.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from s2ft.layer.linears import features, weight_of
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.layer.linears import features, is_quantised, linear_layer, weight_of, why_not_plain
+from s2ft.layer.sharding import read_matrix, why_not_readable
 
 _GRID = ("quant_type", "qtype", "blocksize", "block_size", "_group_size", "axis")  # attributes that say how
+_PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit: whether it repacks its weight in evaluation
+_HAS_UNIT_VECTORS: WeakKeyDictionary[nn.Module, bool] = (
+    WeakKeyDictionary()
+)  # asked once, since it takes a whole product
+
+
+def why_unreadable(layer: nn.Module) -> str | None:
+    """Why `values_of` cannot read the layer's weight, such as "is a DTensor"; None where it can."""
+    if weight_of(layer).is_meta:
+        return "has no values (device meta)"
+    if not is_quantised(layer):
+        return why_not_readable(layer)
+    return None if _is_readable(layer) else why_not_plain(layer)
+
+
+def _is_readable(layer: nn.Module) -> bool:
+    """Of a quantised layer."""
+    if not _is_known(layer) and layer not in _HAS_UNIT_VECTORS:
+        _HAS_UNIT_VECTORS[layer] = dequantised(layer) is not None
+    return _HAS_UNIT_VECTORS.get(layer, True)
+
+
+def values_of(layer: nn.Module) -> Tensor:  # [out_features, in_features]
+    """The layer's own values in floating point: its weight, gathered where it is sharded, dequantised where it is quantised.
+
+    Raises:
+        S2FTError: if they are not known: on device meta, or packed in a way that nobody can read.
+    """
+    if reason := why_unreadable(layer):
+        raise S2FTError(f"the weight {reason}, and cannot be read")
+    values = dequantised(layer) if is_quantised(layer) else read_matrix(layer, "reading it")
+    assert values is not None  # or there would be a reason
+    return values
 
 
 def dequantised(layer: nn.Module) -> Tensor | None:  # [out_features, in_features], a copy
-    """The layer's weight in floating point; None if that is not known: on device meta, sharded, or packed in another way."""
-    weight: Any = layer.weight
-    if weight.is_meta or getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+    """The values of a quantised layer; None if they are not known: on device meta, sharded, or packed in an unknown way.
+
+    Their dtype is what the library computes in, where it says so.
+    """
+    weight: Any = weight_of(layer)
+    if weight.is_meta or not is_quantised(layer):
         return None
-    kind, library = type(weight).__name__, type(weight.data).__module__.partition(".")[0]
-    values: Tensor | None = None
-    if (kind == "Params4bit" and weight.quant_state is not None) or (kind == "Int8Params" and hasattr(layer, "state")):
-        values = dequantize_bnb_weight(weight, getattr(layer, "state", None))
-    elif library in ("torchao", "optimum"):
+    values: Tensor | None
+    if not _is_known(layer):
+        values = _of_unit_vectors(layer)
+    elif hasattr(weight.data, "dequantize") and type(weight.data) is not Tensor:
         values = weight.dequantize()
+    else:
+        values = dequantize_bnb_weight(weight, getattr(layer, "state", None))
     inputs, outputs = features(layer)
     return values if values is not None and tuple(values.shape) == (outputs, inputs) else None
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether its library has a function that dequantises it as it is."""
+    weight: Any = weight_of(layer)
+    if type(weight).__name__ == "Params4bit":
+        return weight.quant_state is not None and not _is_repacked(layer)
+    is_int8 = type(weight).__name__ == "Int8Params" and hasattr(layer, "state")
+    return is_int8 or type(weight.data).__module__.partition(".")[0] in ("torchao", "optimum")
+
+
+@torch.no_grad()
+def _of_unit_vectors(layer: nn.Module) -> Tensor | None:  # [out_features, in_features]
+    """What the layer makes of each unit vector, without its bias: the columns of its weight. None if it takes none."""
+    dtype = next((t.dtype for t in _tensors(layer) if t.is_floating_point() and t.itemsize > 1), torch.float32)
+    bias = getattr(layer, "bias", None)
+    layer.bias = None  # type: ignore[assignment]
+    try:
+        columns: Tensor = layer(torch.eye(features(layer)[0], dtype=dtype, device=weight_of(layer).device))
+    except Exception:  # whatever a foreign kernel raises for a dtype or a device that it does not take
+        return None
+    finally:
+        layer.bias = bias  # type: ignore[assignment]
+    return columns.T.contiguous()
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    yield from layer.parameters(recurse=False)
+    yield from layer.buffers(recurse=False)
 
 
 def grid(layer: nn.Module) -> str:
@@ -44,3 +117,73 @@ def grid(layer: nn.Module) -> str:
         str(getattr(source, name)) for source in sources for name in _GRID if getattr(source, name, None) is not None
     ]
     return re.sub(r"[^\w.]+", "-", "-".join([type(weight).__name__, *words])).strip("-")
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for the CPU, and unpacks those that it has repacked.
+
+    Where the CPU multiplies bf16, a forward pass in evaluation mode and without gradients repacks the weight, rounds its scales
+    to bf16, and from then on no gradient passes through the layer, in training mode either.
+    """
+    for module in model.modules():
+        if getattr(module, _PACKS, False):
+            setattr(module, _PACKS, False)
+            if _is_repacked(module):
+                module.state_dict()  # which unpacks it first
+
+
+def _is_repacked(layer: nn.Module) -> bool:
+    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → linear layer, of all that are quantised; below adapters too."""
+    return {path: m for path, m in model.named_modules() if _is_quantised_linear(m)}
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    return linear_layer(module) is module and is_quantised(module)
+
+
+def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes a quantised model plain, layer by layer: each gets an `nn.Linear` with its dequantised values in `dtype`.
+
+    Raises:
+        S2FTError: if a layer cannot be read. The model then computes what it did before; some layers may be plain already.
+    """
+    found = quantised_layers(model)
+    raise_together(f"{path} has no values (device meta)" for path, m in found.items() if weight_of(m).is_meta)
+    for path, layer in found.items():
+        parent = model.get_submodule(path.rpartition(".")[0])
+        with _at(path):
+            setattr(parent, path.rpartition(".")[2], _plain(layer, dtype))
+    _forget_quantisation(model)
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    values, bias = values_of(layer), getattr(layer, "bias", None)
+    with torch.device("meta"):
+        plain = nn.Linear(*features(layer), bias=bias is not None)
+    plain.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return plain.train(layer.training)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """What transformers notes on a quantised model, which would be saved with it, or keep it from being moved and trained."""
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "quantization_config"):
+            del module.config.quantization_config
+        for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(module).pop(name, None)
+        if "is_quantized" in vars(module):
+            module.is_quantized = False
+
+
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    try:
+        yield
+    except S2FTError as error:
+        raise S2FTError(f"{path}: {error}") from error

@@ -93,7 +93,7 @@ class ExpertSlice(S2FTLinear):
         if self.layout is not None:
             return self.running_in_place(adapter_names)
         if self.runs_base_alone(adapter_names):
-            return []
+            return self.standing_beside()
         if adapter_names is not None:
             self.refuse_mixed_on_merged()
             return list(adapter_names)

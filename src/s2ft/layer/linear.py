@@ -26,6 +26,7 @@ from s2ft.layer.adapted import AdaptedLayer, Shared
 from s2ft.layer.backprop import may_change
 from s2ft.layer.base_weight import BaseWeight
 from s2ft.layer.block import S2FTBlock
+from s2ft.layer.frozen import through_frozen
 from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weight_matrix, weight_of
 from s2ft.layer.mixed import add_mixed
 from s2ft.layer.pack import LooseSlice, forget
@@ -88,7 +89,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
             raise S2FTError(
                 f"the slice {str(trained)!r} reaches past the {size} channels of the layer's {trained.side}put side"
             )
-        dtype = torch.float64 if self.get_base_layer().weight.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         self.s2ft_block[adapter_name] = S2FTBlock(trained, across, dtype, zero=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._activate(self.active_adapters, inference_mode)
@@ -117,25 +118,34 @@ class S2FTLinear(nn.Module, AdaptedLayer):
             S2FTError: if the layer's state does not allow it, such as training while it is switched.
         """
 
-        def base(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
 
+        def base(x: Tensor) -> Tensor:
+            linear = self.get_base_layer()  # another method's adapter may lie between
+            return through_frozen(linear, run, x) if linear is self.base_layer else run(x)
+
         if self.layout is not None:
             return self._forward_in_place(base, x, adapter_names)
+        running = self.active_adapters
         if self.runs_base_alone(adapter_names):
-            return base(x)
-        if adapter_names is not None:
+            running = self.standing_beside()
+            if not running:
+                return base(x)
+        elif adapter_names is not None:
             return self._mixed_batch_forward(base, x, adapter_names)
-        return self._with_slices(
-            base, x, [self.block(name) for name in self.active_adapters if name in self.s2ft_block]
-        )
+        return self._with_slices(base, x, [self.block(name) for name in running if name in self.s2ft_block])
 
     def runs_base_alone(self, adapter_names: Sequence[str] | None) -> bool:
-        """Whether a pass outside `in_place` adds nothing to the base layer's output; raises `S2FTError` if it cannot run."""
+        """Whether a pass outside `in_place` adds nothing to what the base layer holds; raises `S2FTError` if it cannot run."""
         if self.is_switched and (adapter_names is not None or self.training):
             self.check_switched_forward(adapter_names)
         return bool((adapter_names is None and (self.is_switched or self.merged)) or self.disable_adapters)
+
+    def standing_beside(self) -> list[str]:
+        """The adapters that the base weight would hold, if it could be written to."""
+        return list(self.base_weight.adapters) if self.base_weight.is_beside and not self.disable_adapters else []
 
     def _with_slices(
         self,

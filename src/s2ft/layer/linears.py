@@ -16,7 +16,7 @@ def linear_layer(module: nn.Module) -> nn.Module | None:
     is_linear = isinstance(module, nn.Linear | Conv1D) or (
         hasattr(module, "in_features")
         and hasattr(module, "out_features")
-        and isinstance(getattr(module, "weight", None), Tensor)
+        and any(isinstance(getattr(module, name, None), Tensor) for name in ("weight", "qweight"))
     )
     return module if is_linear else None
 
@@ -37,23 +37,39 @@ def is_plain(module: nn.Module) -> bool:
 def why_not_plain(module: nn.Module) -> str | None:
     """What the layer's weight is instead of a plain tensor of its values, such as "is quantised (Linear4bit)"."""
     weight = weight_of(module)
-    kind = type(weight.data).__name__
     if hasattr(weight, "ds_id"):
         return "is partitioned by DeepSpeed ZeRO-3"
-    if kind == "DTensor":
+    if _is_distributed(weight):
         return "is a DTensor, sharded over devices (FSDP2 or tensor parallel)"
-    if not weight.is_floating_point() or weight.dtype.itemsize == 1 or hasattr(weight, "quant_state"):
+    if _is_packed(weight):
         return f"is quantised ({type(module).__name__}), stored as {weight.dtype}"
     if type(weight.data) is not Tensor:  # its dtype and shape may be those of the dequantised values
-        return f"is a {kind}, as quantisation libraries make them"
+        return f"is a {type(weight.data).__name__}, as quantisation libraries make them"
     if weight.numel() != features(module)[0] * features(module)[1]:
         return f"holds {weight.numel():,} of its values only (partitioned, as by FSDP, or packed)"
     return None
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the layer's weight is stored in another form by a quantisation library; a part of a sharded one is not."""
+    weight = weight_of(module)
+    if hasattr(weight, "ds_id") or _is_distributed(weight):
+        return False
+    return _is_packed(weight) or type(weight.data) is not Tensor
+
+
+def _is_distributed(weight: Tensor) -> bool:
+    return type(weight.data).__name__ == "DTensor"
+
+
+def _is_packed(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or weight.dtype.itemsize == 1 or hasattr(weight, "quant_state")
+
+
 def weight_of(module: nn.Module) -> Tensor:  # [out_features, in_features]; of a Conv1D [in_features, out_features]
-    """The layer's weight, as it is."""
-    return cast(Tensor, module.weight)
+    """The layer's weight, as it is; GPTQ's and AWQ's layers call theirs `qweight`, in a shape of its own."""
+    weight = getattr(module, "weight", None)
+    return cast(Tensor, weight if isinstance(weight, Tensor) else module.qweight)
 
 
 def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], a view

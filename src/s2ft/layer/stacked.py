@@ -169,6 +169,8 @@ def _is_sorted(module: nn.Module) -> bool:
 
 def _why_unreadable(module: nn.Module) -> str | None:
     kind = type(module).__name__
+    if any(not p.is_floating_point() or p.itemsize == 1 for p in module.parameters(recurse=False)):
+        return f"{kind} holds quantised experts, and s2ft reads the values of linear layers only"
     if not hasattr(module, "has_gate") and not _is_sorted(module):
         return f"{kind} runs its experts by code of its own, not by transformers' experts interface"
     if getattr(module, "has_post_expert_norm", False):

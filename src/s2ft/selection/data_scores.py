@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.layer.expert_backprop import Gate
 from s2ft.layer.experts import expert_rows
-from s2ft.layer.linears import as_matrix, features, weight_of
+from s2ft.layer.linears import as_matrix, features, is_quantised, weight_of
 from s2ft.layer.routing import Routing
 from s2ft.layer.stacked import Experts, StackedLinear
 from s2ft.selection.units import EXPERTS, Projection, Structure
@@ -83,23 +84,40 @@ def by_gradient(structures: list[Structure], model: nn.Module, batches: Iterable
     sums = _zeros(structures)
     idle = set(sums)
 
-    def collect(layer: nn.Module, uses: list[tuple[Structure, Projection]]) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:  # the layer's weight, as it lies there
-            assert parameter.grad is not None
-            gradient = as_matrix(layer, parameter.grad)
-            parameter.grad = None
-            for structure, projection in uses:
-                idle.discard(structure.key)
-                sums[structure.key] += unit_sums(channel_squares(gradient, projection), structure, projection)
-
-        return add
+    def add(uses: list[tuple[Structure, Projection]], gradient: Tensor) -> None:  # [out_features, in_features]
+        for structure, projection in uses:
+            idle.discard(structure.key)
+            sums[structure.key] += unit_sums(channel_squares(gradient, projection), structure, projection)
 
     with ExitStack() as stack:
         for layer, uses in _uses_by_layer(structures, model):
-            _on_gradient(layer, collect(layer, uses), stack)
+            _on_weight_gradient(layer, partial(add, uses), stack)
         _backward(model, batches)
     _check_reached(name for name in sums if name in idle)
     return {name: root(total) for name, total in sums.items()}
+
+
+def _on_weight_gradient(layer: nn.Module, add: Callable[[Tensor], None], stack: ExitStack) -> None:
+    """Calls `add` with each gradient of the layer's weight, [out_features, in_features], which is then freed.
+
+    A quantised weight can have none: it is made of the layer's input and of the gradient of its output.
+    """
+
+    def take(parameter: Tensor) -> None:  # the layer's weight, as it lies there
+        assert parameter.grad is not None
+        gradient, parameter.grad = as_matrix(layer, parameter.grad), None
+        add(gradient)
+
+    def watch(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        x = args[0].detach().flatten(0, -2)
+        y = y if y.requires_grad else y.detach().requires_grad_()  # nothing below it wants a gradient
+        y.register_hook(lambda grad: add(grad.flatten(0, -2).T @ x.to(grad.dtype)))
+        return y
+
+    if is_quantised(layer):
+        stack.callback(layer.register_forward_hook(watch).remove)
+    else:
+        _on_gradient(layer, take, stack)
 
 
 def by_saliency(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> Scores:

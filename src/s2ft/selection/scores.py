@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError, raise_together
+from s2ft.layer.dequantise import keep_trainable
 from s2ft.layer.linears import weight_of, why_not_plain
 from s2ft.layer.sharding import is_sharded
 from s2ft.selection.data_scores import by_activation, by_gradient, by_product, by_saliency
@@ -49,7 +50,7 @@ class Score:
     """A way to score, and what it reads."""
 
     scorer: Scorer
-    needs: tuple[str, ...] = ()  # of "weights" (plain floating-point ones), "activations" and "gradients"
+    needs: tuple[str, ...] = ()  # of "weights" (whole ones; quantised ones are dequantised), "activations", "gradients"
 
     @property
     def needs_data(self) -> bool:
@@ -84,7 +85,7 @@ def score_units(
         seed: Of the random strategy.
 
     Raises:
-        S2FTError: if the strategy needs data and there is none, or it needs weights that are not floating point.
+        S2FTError: if the strategy needs data and there is none, or it needs weights that are not whole.
     """
     score = SCORES[strategy]
     if score.needs_data and batches is None:
@@ -157,7 +158,7 @@ def _check_weights(structures: list[Structure], model: nn.Module) -> None:
     reading = [name for name, score in SCORES.items() if "weights" in score.needs]
     others = [repr(name) for name, score in SCORES.items() if "weights" not in score.needs]
     raise S2FTError(
-        f"{reason}; the strategies {', '.join(reading)} read plain weights. Choose strategy={' or '.join(others)}"
+        f"{reason}; the strategies {', '.join(reading)} read whole weights. Choose strategy={' or '.join(others)}"
     )
 
 
@@ -182,6 +183,7 @@ def _unreadable(structures: list[Structure], model: nn.Module) -> str | None:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter that wants a gradient; both, and any gradients held, are put back afterwards."""
+    keep_trainable(model)
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     model.eval()

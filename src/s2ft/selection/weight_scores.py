@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
-from s2ft.layer.linears import weight_of
-from s2ft.layer.sharding import read_matrix, why_not_readable
+from s2ft.layer.dequantise import values_of
+from s2ft.layer.dequantise import why_unreadable as why_layer_unreadable
 from s2ft.layer.stacked import linear_at
 from s2ft.selection.units import Projection, Structure
 
@@ -66,8 +66,10 @@ def random_scores(seed: int, name: str, units: int) -> NDArray[np.float32]:  # [
 def unit_weights(projection: Projection, model: nn.Module) -> Tensor:  # [projection.units, width, across]
     """The weights of each unit in one projection; `across` is the size of the layer's other side.
 
+    A view, or of a quantised layer a dequantised copy.
+
     Raises:
-        S2FTError: if the layer's weight is quantised, partitioned, or has no values here.
+        S2FTError: if the layer's weight is partitioned, or has no values here.
 
     Example:
         >>> projection = Projection("o_proj", "0", "in", units=2, width=3)
@@ -76,17 +78,15 @@ def unit_weights(projection: Projection, model: nn.Module) -> Tensor:  # [projec
     """
     if reason := why_unreadable(projection, model):
         raise S2FTError(reason)
-    matrix = read_matrix(linear_of(projection, model), "a score of weights")
+    matrix = values_of(linear_of(projection, model))
     rows = _part(matrix, projection) if projection.side == "out" else _part(matrix, projection).T
     return rows.reshape(projection.units, projection.width, rows.shape[1])
 
 
 def why_unreadable(projection: Projection, model: nn.Module) -> str | None:
     """Why the projection's weight cannot be scored; None where it can."""
-    layer = linear_of(projection, model)
-    if reason := why_not_readable(layer):
-        return f"the weight of {projection.module} {reason}"
-    return f"{projection.module} has no values (device meta)" if weight_of(layer).is_meta else None
+    reason = why_layer_unreadable(linear_of(projection, model))
+    return None if reason is None else f"the weight of {projection.module} {reason}"
 
 
 def unit_sums(
@@ -125,7 +125,7 @@ def _sum_over_projections(
 ) -> Tensor:  # [units], float64
     total = torch.zeros(structure.units, dtype=torch.float64)
     for projection in structure.projections:
-        matrix = read_matrix(linear_of(projection, model), "a score of weights")
+        matrix = values_of(linear_of(projection, model))  # a quantised layer's, for the moment
         total += unit_sums(squares(matrix, projection), structure, projection)
     return total
 

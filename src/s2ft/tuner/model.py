@@ -37,6 +37,7 @@ from s2ft.layer.adapted import (
     require_own,
     suspended,
 )
+from s2ft.layer.dequantise import dequantise, keep_trainable, quantised_layers
 from s2ft.layer.experts import wrap_experts
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.sharding import reshard
@@ -95,6 +96,8 @@ class S2FTModel(BaseTuner):
             if (incoming := INCOMING.get()) is not None:
                 check_and_adopt(model, self.peft_config[adapter_name], adapter_name, incoming)
                 raise_together(foreign_base(model, self.peft_config[adapter_name], incoming))
+        if not config.inference_mode:
+            keep_trainable(model)
         stop_below(model)
 
     def _wrap_experts(self, model: nn.Module, config: S2FTConfig) -> None:
@@ -124,6 +127,7 @@ class S2FTModel(BaseTuner):
         """As in every module. What trains may have changed, and with it how far backward must go."""
         super().train(mode)
         if mode:
+            keep_trainable(self.model)
             stop_below(self.model)
         return self
 
@@ -274,6 +278,7 @@ class S2FTModel(BaseTuner):
                 end_switch(layers)
                 return super()._unload_and_optionally_merge(merge, *args, **kwargs)
             self._refuse_merging(layers, kwargs.get("adapter_names"))
+            self._make_plain(layers)
             with all_or_nothing(layers):
                 for layer in layers:  # what is merged is to stay, also while adapters are disabled
                     layer.enable_adapters(True)
@@ -281,6 +286,16 @@ class S2FTModel(BaseTuner):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "All adapters are already merged")
                 return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    def _make_plain(self, layers: list[AdaptedLayer]) -> None:
+        """Dequantises a quantised model, so that it can be merged for good; its adapters stand beside the weights no longer."""
+        if not quantised_layers(self.model):
+            return
+        for layer in layers:
+            layer.take_out()
+        dequantise(self.model, getattr(self.model, "dtype", torch.float32))
+        for layer in layers:
+            layer.settle()
 
     @staticmethod
     def _check_target_module_exists(config: S2FTConfig, key: str) -> Any:  # bool, or PEFT's mark of an excluded one

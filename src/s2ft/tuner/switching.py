@@ -32,7 +32,8 @@ from s2ft.layer.sharding import gathered, is_sharded, reshard
 def switch(model: nn.Module, adapter: str | None) -> None:
     """Makes `model` run one of its loaded adapters at no cost per token; None makes it run its base.
 
-    The adapter's slices are written into the base weights, after the adapter before is taken out, bit for bit.
+    The adapter's slices are written into the base weights, after the adapter before is taken out, bit for bit. Quantised
+    weights are not written to: there the slices are added to the layer's output, at their cost per token.
     `model.set_adapter(name)` ends the switched state: adapters run, train and mix beside the base again.
 
     Args:
@@ -40,8 +41,8 @@ def switch(model: nn.Module, adapter: str | None) -> None:
         adapter: The name of a loaded S²FT adapter. Its deltas may lie on another device than the model (see `park`).
 
     Raises:
-        S2FTError: before any weight is touched, if the name is not loaded, the adapter's values are not finite, adapters
-            are merged, or a base layer is quantised. Whatever else is raised half-way, the model is as it was before.
+        S2FTError: before any weight is touched, if the name is not loaded, the adapter's values are not finite, or adapters
+            are merged. Whatever else is raised half-way, the model is as it was before.
 
     Example:
         >>> from peft import get_peft_model
