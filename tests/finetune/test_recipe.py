@@ -94,6 +94,7 @@ def test_the_rate_falls_with_the_root_of_channels_and_steps():
 def test_the_papers_rates_are_one_word_away_and_a_given_rate_stays(method):
     paper = settle_rate(options(method=method, recipe="paper"), 200, 39 if method == "s2ft" else None).options
     expected = {"s2ft": 2e-4, "full": 1e-5, "lora": 5e-5, "dora": 5e-5, "galore": 1e-5, "lisa": 1e-5}
+    expected["paca"] = 2e-4  # as for S²FT
     assert paper.learning_rate == expected[method] == METHODS[method].learning_rate
     assert settle_rate(options(method=method, learning_rate=3), 200, None).options.learning_rate == 3
 

@@ -10,6 +10,7 @@ quickstart_real  `s2ft quickstart-real`
 base             `s2ft base`
 env              `s2ft env`
 serve            `s2ft serve`
+compare          `s2ft compare`
 eval             `s2ft eval`
 reproduce        `s2ft reproduce`
 inspect          `s2ft inspect`

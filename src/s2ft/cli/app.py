@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import s2ft
-from s2ft.cli import bench, data, eval, reproduce, serve, study, train
+from s2ft.cli import bench, compare, data, eval, reproduce, serve, study, train
 from s2ft.cli.base import base
 from s2ft.cli.env import env
 from s2ft.cli.export import export
@@ -51,6 +51,7 @@ app.command("base")(base)
 app.command("env")(env)
 app.command("train", help=train.HELP)(train.command)
 app.command("eval", help=eval.HELP)(eval.evaluate)
+app.command("compare", help=compare.HELP)(compare.command)
 app.command("serve", help=serve.HELP)(serve.serve)
 app.command("reproduce", help=reproduce.HELP)(reproduce.reproduce)
 app.command("inspect")(inspect)

@@ -46,18 +46,20 @@ def with_options(
     return command
 
 
-def model_options(model: type[BaseModel], without: Sequence[str] = ()) -> list[inspect.Parameter]:
+def model_options(
+    model: type[BaseModel], without: Sequence[str] = (), required: str = "required"
+) -> list[inspect.Parameter]:
     """An option for each field, those first that have to be given.
 
     Values stay the text that was typed, so that the model says all that is wrong with them at once.
     """
     fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
-    return [_of_field(name, field) for name, field in fields if name not in without]
+    return [_of_field(name, field, required) for name, field in fields if name not in without]
 
 
-def _of_field(name: str, field: FieldInfo) -> inspect.Parameter:
+def _of_field(name: str, field: FieldInfo, required: str) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
-    default = "required" if field.is_required() else f"default: {field.default}"
+    default = required if field.is_required() else f"default: {field.default}"
     text = f"{field.description}" + ("" if field.default in (None, []) else f" [{default}]")
     if field.annotation is bool:
         return parameter(name, bool | None, text, None, f"{flag}/--no-{flag[2:]}")

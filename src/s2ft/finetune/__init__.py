@@ -2,6 +2,7 @@
 
 Read `options`, then `train`.
 
+    method      what is asked of each method
     methods     S²FT and what it is compared with: where a method is added
     objectives  what is learned from which data: where an objective is added
     options     every option, once
@@ -14,6 +15,9 @@ Read `options`, then `train`.
     rates       a learning rate for each slice
     reselect    channels that are exchanged during the run
     lora        LoRA and DoRA: config, targets, rank
+    peft_methods  PEFT's own methods, with the keys of their own configs
+    paca        PaCA: columns drawn in each layer by itself
+    contest     one run for each of several methods
     lisa        LISA, as a callback
     galore      GaLore: import, targets, checkpoints
     trial       one batch before the run: its time and memory

@@ -9,7 +9,7 @@ from pathlib import Path
 from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.outputs import check_place
 from s2ft.finetune.inputs import input_problems
-from s2ft.finetune.methods import METHODS
+from s2ft.finetune.methods import find_method
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.trackers import check_trackers
 from s2ft.format.terms import PURE
@@ -26,7 +26,7 @@ SHARDING = {  # accelerate's name → what it does
 def check_run(options: TrainOptions) -> None:
     """Raises `S2FTError` with all that is wrong as far as can be said without loading anything."""
     problems = gathered(
-        METHODS[options.method].check,
+        find_method(options.method).check,
         partial(check_processes, options),
         partial(check_place, options.output),
         partial(check_trackers, options.report_to or []),

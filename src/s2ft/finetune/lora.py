@@ -65,7 +65,7 @@ def check_head(config: PeftConfig, model: PreTrainedModel) -> None:
     """Raises `S2FTError` where an adapter would lie on the output layer, whose weight TRL's loss reads past it."""
     head = model.get_output_embeddings()
     path = next((path for path, module in model.named_modules() if module is head), None)
-    if path is None:
+    if path is None or getattr(config, "target_modules", None) is None:
         return
     sliced = getattr(config, "slices", None)
     if path in sliced if sliced is not None else check_target_module_exists(config, path):
@@ -88,12 +88,13 @@ def equal_rank(model: nn.Module, parameters: int, dora: bool = False) -> int:
         >>> equal_rank(LlamaForCausalLM(config), 4 * (4 * (16 + 16) + 3 * (16 + 24)))
         4
     """
-    sizes = [features(linear) for linear in _linears(model)]
+    sizes = [features(linear) for linear in linears(model).values()]
     magnitudes = sum(out for _, out in sizes) if dora else 0
     return max(1, round((parameters - magnitudes) / sum(into + out for into, out in sizes)))
 
 
-def _linears(model: nn.Module) -> list[nn.Module]:
-    """PEFT's "all-linear": every linear layer but the head."""
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's "all-linear": every linear layer but the head, by its path."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return [module for module in model.modules() if linear_layer(module) is module and module is not head]
+    paths = [path for path, module in model.named_modules() if linear_layer(module) is module and module is not head]
+    return {path: model.get_submodule(path) for path in paths}

@@ -6,6 +6,8 @@
     full            every weight                                transformers    a model
     galore          every weight, moments projected             galore-torch    a model
     lisa            every weight, a few blocks at a time        `lisa.py`       a model
+    paca            random columns of every linear layer        `paca.py`       an adapter of S²FT
+    peft:NAME       whatever PEFT's NAME trains                 PEFT            an adapter
 
 To add a method, write a subclass of `Method` (and of `Options`, if it has options of its own) and enter it in `METHODS`.
 `--method` and its help, the options that other methods refuse, the paper's learning rate, checkpoints, cards and the training
@@ -16,24 +18,24 @@ The command line's help reads this file, so what is slow to import (torch, PEFT,
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from s2ft.finetune.values import Avoided, Layers, Options, Positive, Ratios, Targets
+from s2ft.finetune.method import ADAMW, Method
+from s2ft.finetune.peft_methods import PREFIX, PeftMethod
+from s2ft.finetune.values import Avoided, ConfigKeys, Layers, Options, Positive, Ratios, Targets
 from s2ft.format.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel, TrainerCallback
 
     from s2ft.finetune.channels import Examples
     from s2ft.finetune.options import TrainOptions
     from s2ft.format.config import S2FTConfig
-
-ADAMW = frozenset({"optim", "weight_decay"})  # options of methods that leave the optimizer open
 
 
 class S2FTOptions(Options):
@@ -95,58 +97,23 @@ class LisaOptions(Options):
     lisa_interval: Positive = Field(20, description="Steps before lisa draws other blocks")
 
 
-class MethodOptions(LisaOptions, GaloreOptions, LoraOptions, S2FTOptions):
+class PacaOptions(Options):
+    """Options of PaCA."""
+
+    paca_rank: Positive = Field(32, description="Columns of each linear layer that paca trains")
+
+
+class PeftOptions(Options):
+    """Options of PEFT's own methods."""
+
+    peft_config: ConfigKeys = Field(
+        None,
+        description="Keys of the config of method=peft:NAME, as key=value,... or, nested, as YAML: {r: 8, bias: all}",
+    )
+
+
+class MethodOptions(PeftOptions, PacaOptions, LisaOptions, GaloreOptions, LoraOptions, S2FTOptions):
     """The options of all methods; the help lists them from the last class to the first."""
-
-
-class Method:
-    """A way to fine-tune; what stands here is what most methods do."""
-
-    title: str  # in logs and cards
-    learning_rate: float  # the S²FT paper's, for commonsense
-    options: frozenset[str]  # those that not every method takes
-    leaves_model = False  # a whole model rather than an adapter
-    foreseeable = True  # one batch, tried before the run, tells what each step takes
-    autocast = False  # keeps what it trains in fp32 and computes in bf16 (as in the S²FT paper)
-
-    def check(self) -> None:
-        """Raises `S2FTError` if a package is missing."""
-
-    def peft_config(
-        self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None
-    ) -> PeftConfig | None:
-        """The adapter's config; None if the model's own weights are trained.
-
-        Args:
-            examples: The training data, for methods that look at it first.
-        """
-        return None
-
-    def of_size(self, model: PreTrainedModel, parameters: int) -> dict[str, Any]:
-        """Options with which about so many parameters are trained; none where the method leaves no choice."""
-        return {}
-
-    def arguments(self, options: TrainOptions, model: PreTrainedModel) -> dict[str, Any]:
-        """`TrainingArguments` of the method: its optimizer."""
-        return {}
-
-    def callbacks(self, options: TrainOptions, model: PreTrainedModel) -> list[TrainerCallback]:
-        """What happens around steps."""
-        return []
-
-    def resuming(self) -> AbstractContextManager[Any]:
-        """Open while a checkpoint is read."""
-        return nullcontext()
-
-    def precision(self, computed: torch.dtype, reason: str) -> tuple[torch.dtype, bool, str]:
-        """For a computation in this dtype: the dtype of the base, whether autocast is on, and the reason in words."""
-        import torch
-
-        if computed != torch.bfloat16 or not self.autocast:
-            return computed, False, reason
-        if not self.leaves_model:
-            return computed, True, f"{reason}; fp32 adapter under bf16 autocast"
-        return torch.float32, True, f"{reason}; fp32 weights under bf16 autocast"
 
 
 class S2FT(Method):
@@ -154,6 +121,7 @@ class S2FT(Method):
 
     title = "S²FT"
     learning_rate = 2e-4
+    ours = True
     options = frozenset({*S2FTOptions.model_fields, "calibration", "layout", "slice_rates", "reselect"}) | ADAMW
 
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
@@ -162,7 +130,7 @@ class S2FT(Method):
 
         return choose_channels(options, model, examples)
 
-    def of_size(self, model: PreTrainedModel, parameters: int) -> dict[str, Any]:
+    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A budget."""
         return {"budget": parameters / model.num_parameters()}
 
@@ -187,7 +155,7 @@ class Lora(Method):
         check_targets(config, model)
         return config
 
-    def of_size(self, model: PreTrainedModel, parameters: int) -> dict[str, Any]:
+    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The nearest rank on all linear layers; alpha is twice the rank, as in the paper."""
         from s2ft.finetune.lora import equal_rank
 
@@ -260,6 +228,27 @@ class Lisa(Full):
         return [schedule]
 
 
+class Paca(Method):
+    """PaCA: columns of every linear layer, drawn at random (arXiv 2503.01905)."""
+
+    title = "PaCA"
+    learning_rate = 2e-4
+    ours = True
+    options = frozenset({*PacaOptions.model_fields, "seed", "layout"}) | ADAMW
+
+    def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
+        """A config of S²FT that names the columns."""
+        from s2ft.finetune.paca import paca_config
+
+        return paca_config(model, options.paca_rank, options.seed or 0)
+
+    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The nearest number of columns."""
+        from s2ft.finetune.paca import equal_columns
+
+        return {"paca_rank": equal_columns(model, parameters)}
+
+
 METHODS: dict[str, Method] = {
     "s2ft": S2FT(),
     "full": Full(),
@@ -267,7 +256,30 @@ METHODS: dict[str, Method] = {
     "dora": Dora(),
     "galore": Galore(),
     "lisa": Lisa(),
+    "paca": Paca(),
 }
+
+
+def find_method(name: str) -> Method:
+    """The method of this name, one of PEFT's own too.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name.startswith(PREFIX):
+        return PeftMethod(name.removeprefix(PREFIX))
+    raise ValueError(f"unknown; choose from {', '.join(METHODS)}, or {PREFIX}NAME for any other of PEFT's methods")
+
+
+def method_problem(name: str) -> str | None:
+    """Why there is no method of this name; None if there is."""
+    try:
+        find_method(name)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def foreign_options(method: str) -> set[str]:
@@ -275,6 +287,7 @@ def foreign_options(method: str) -> set[str]:
 
     Example:
         >>> sorted(foreign_options("s2ft"))
-        ['galore_rank', 'lisa_interval', 'lisa_layers', 'lora_alpha', 'lora_rank']
+        ['galore_rank', 'lisa_interval', 'lisa_layers', 'lora_alpha', 'lora_rank', 'paca_rank', 'peft_config']
     """
-    return set().union(*(other.options for other in METHODS.values())) - METHODS[method].options
+    known = set().union(*(other.options for other in METHODS.values()), PeftOptions.model_fields)
+    return known - find_method(method).options

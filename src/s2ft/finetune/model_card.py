@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2ft.finetune.methods import METHODS
+from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
 
 _TEXT = """---
@@ -53,7 +53,8 @@ def model_card(
 
     `end` is the token that ends an answer, where that is not the tokenizer's end of text.
     """
-    whole, title = METHODS[method].leaves_model, METHODS[method].title
+    how = find_method(method)
+    whole, title = how.leaves_model, how.title
     share = f"{trainable:,} of the model's {total:,} parameters ({trainable / total:.2%})"
     texts = _of_a_model(base, title, share) if whole else _of_an_adapter(base, title, share)
     texts["task"] = "text-generation"
@@ -64,7 +65,7 @@ def model_card(
             "from_pretrained(base)\nmodel", "from_pretrained(base, num_labels=1)\nmodel"
         )
         texts["code"] += _PADDING
-    if method == "s2ft":
+    if how.ours:
         texts["note"] = " PEFT knows the method once `s2ft` is imported:"
         texts["code"] = "import s2ft  # first: without it, PEFT stops at KeyError: 'S2FT'\n" + texts["code"]
         texts["size"] = f"It changes {share}, and refuses any base but its own."

@@ -114,7 +114,7 @@ OBJECTIVES: dict[str, Objective] = {
         kind="answer",
         tokens="s2ft.data.tokens:tokenize",
         trainer="s2ft.finetune.trainer:Trainer",
-        options=frozenset({"packing"}),
+        options=frozenset({"packing", "samples"}),
     ),
     "dpo": Objective(
         title="direct preference optimization",

@@ -15,8 +15,9 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from s2ft.common.errors import S2FTError, raise_together
-from s2ft.finetune.methods import METHODS, MethodOptions, S2FTOptions, foreign_options
+from s2ft.finetune.methods import METHODS, MethodOptions, S2FTOptions, find_method, foreign_options
 from s2ft.finetune.objectives import OBJECTIVES, ObjectiveOptions, foreign_to_objective, objective_problems
+from s2ft.finetune.peft_methods import PREFIX
 from s2ft.finetune.trackers import NONE, TRACKERS, known_trackers
 from s2ft.finetune.values import (
     AUTO_RATE,
@@ -44,8 +45,7 @@ AT_ONCE = 4  # the default of batch_size, at most
 
 
 def _known_method(value: str) -> str:
-    if value not in METHODS:
-        raise ValueError(f"unknown; choose from {', '.join(METHODS)}")
+    find_method(value)
     return value
 
 
@@ -58,7 +58,7 @@ def _known_objective(value: str) -> str:
 def _rates() -> str:
     """The other methods' learning rates, by size: "5e-5 (lora, dora), 1e-5 (full, galore, lisa)"."""
     rates = {
-        name: f"{method.learning_rate:g}".replace("e-0", "e-") for name, method in METHODS.items() if name != "s2ft"
+        name: f"{method.learning_rate:g}".replace("e-0", "e-") for name, method in METHODS.items() if not method.ours
     }
     return ", ".join(
         f"{rate} ({', '.join(name for name in rates if rates[name] == rate)})" for rate in dict.fromkeys(rates.values())
@@ -102,7 +102,9 @@ class TrainOptions(ObjectiveOptions, MethodOptions, DataOptions):
     )
     output: Name = Field(description="Folder for the adapter, its run card and checkpoints; must not exist or be empty")
     method: Annotated[str, AfterValidator(_known_method)] = Field(
-        "s2ft", description=f"What trains: {', '.join(METHODS)}; all but s2ft are there to compare with"
+        "s2ft",
+        description=f"What trains: {', '.join(METHODS)}, or peft:NAME for another of PEFT's methods; all but s2ft are there "
+        "to compare with",
     )
     packing: bool = Field(False, description="Put several short examples in one row; they do not attend to each other")
     epochs: PositiveFloat = Field(3.0, description="Passes over the data")
@@ -216,7 +218,7 @@ def _option_problems(values: Mapping[str, Any]) -> list[str]:
     return [
         *_method_problems(values, set()),
         *_foreign_to_objective(values, set()),
-        *objective_problems(options.model_dump(), METHODS[options.method].leaves_model),
+        *objective_problems(options.model_dump(), find_method(options.method).leaves_model),
         *_weight_problems(options),
         *_evaluation_problems(options),
         *_reselect_problems(options),
@@ -278,12 +280,13 @@ def _method_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
     ]
     if method != "s2ft" and values.get("precision") == PURE:
         foreign.append(f"precision={PURE!r} belongs to method=s2ft; take auto, bf16 or fp32 with method={method}")
-    if METHODS[method].leaves_model and values.get("learning_rate") == AUTO_RATE:
+    if find_method(method).leaves_model and values.get("learning_rate") == AUTO_RATE:
         foreign.append(
             f"learning_rate={AUTO_RATE!r} tries rates one after the other, and with method={method} each would change the "
             "model's own weights; give a rate, or take a method that trains an adapter"
         )
-    return foreign + (_config_problems(values, wrong) if method == "s2ft" else [])
+    readable = {name: value for name, value in values.items() if name not in wrong}
+    return foreign + (_config_problems(values, wrong) if method == "s2ft" else find_method(method).problems(readable))
 
 
 def _weight_problems(options: TrainOptions) -> list[str]:
@@ -315,7 +318,7 @@ def _reselect_problems(options: TrainOptions) -> list[str]:
 
 
 def _foreign(name: str, value: Any, method: str) -> str:
-    takers = [other for other, taker in METHODS.items() if name in taker.options]
+    takers = [other for other, taker in METHODS.items() if name in taker.options] or [f"{PREFIX}NAME"]
     return f"{name}={value!r} is no option of method={method}; it belongs to {', '.join(takers)}"
 
 

@@ -42,7 +42,7 @@ from s2ft.finetune.checkpoints import Checkpoints
 from s2ft.finetune.layout import INDEXED, Chosen, choose_layout, untried
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.lora import check_head
-from s2ft.finetune.methods import METHODS
+from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
@@ -115,7 +115,7 @@ def prepare(options: TrainOptions) -> Setup:
     Raises:
         S2FTError: for anything wrong with data, model or checkpoint.
     """
-    method, objective, paused = METHODS[options.method], OBJECTIVES[options.objective], check_output(options)
+    method, objective, paused = find_method(options.method), OBJECTIVES[options.objective], check_output(options)
     examples = _examples(options)
     digest = data_digest(examples)
     if paused is not None:
@@ -202,7 +202,7 @@ def _tokenized(
 
 def _adapter(options: TrainOptions, paused: Paused | None, model: PreTrainedModel, data: Data) -> PeftConfig | None:
     """The config of the method's adapter, or of the checkpoint's; None if the model's own weights are trained."""
-    method = METHODS[options.method]
+    method = find_method(options.method)
     if paused is None or method.leaves_model:
         config = as_leader(method.peft_config(settle_strategy(options), model, data.examples))
     else:
@@ -258,18 +258,19 @@ def _trainer(
     args = arguments(options, **more)
     set_seed(args.seed)  # an adapter may start from random values
     rewards = {"reward_funcs": [*map(load_reward, options.reward_function)]} if options.reward_function else {}
-    trainer = OBJECTIVES[options.objective].trainer_class()(
-        model=model,
-        args=args,
-        train_dataset=data.tokens.dataset,
-        eval_dataset=data.held_out,
-        processing_class=data.tokenizer,
-        peft_config=config,
-        callbacks=list(callbacks),
-        pure_bf16=options.precision == PURE,
-        slice_rates=options.slice_rates,
-        **rewards,
-    )
+    with find_method(options.method).building():
+        trainer = OBJECTIVES[options.objective].trainer_class()(
+            model=model,
+            args=args,
+            train_dataset=data.tokens.dataset,
+            eval_dataset=data.held_out,
+            processing_class=data.tokenizer,
+            peft_config=config,
+            callbacks=list(callbacks),
+            pure_bf16=options.precision == PURE,
+            slice_rates=options.slice_rates,
+            **rewards,
+        )
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(LiveView())
@@ -278,7 +279,7 @@ def _trainer(
 
 def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: RunTrainer, sliced: bool) -> Chosen:
     """The layout that is taken, and what one batch took in it."""
-    if not METHODS[options.method].foreseeable:
+    if not find_method(options.method).foreseeable:
         return Chosen(INDEXED, "nothing is sliced", None)
     noted = None if paused is None else paused.layout
     if not OBJECTIVES[options.objective].foreseeable:

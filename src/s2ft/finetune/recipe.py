@@ -16,7 +16,7 @@ from torch import nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.arguments import total_steps
-from s2ft.finetune.methods import METHODS
+from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import AT_ONCE, PAPER, PAPER_STEP, TrainOptions
 from s2ft.format.config import S2FTConfig
@@ -108,7 +108,7 @@ def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Set
     if isinstance(options.learning_rate, float):
         return Settled(options, "as asked")
     if options.recipe == PAPER or channels is None:
-        rate, reason = METHODS[options.method].learning_rate, "the paper's, for commonsense"
+        rate, reason = find_method(options.method).learning_rate, "the paper's, for commonsense"
     else:
         steps = planned_steps(options, rows)
         rate = rate_of(channels, steps)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +19,7 @@ from s2ft.data.template import turn_end
 from s2ft.finetune.card import Card, final_mean, write_card
 from s2ft.finetune.checkpoints import step_of
 from s2ft.finetune.estimate import Estimate
-from s2ft.finetune.methods import METHODS
+from s2ft.finetune.methods import find_method
 from s2ft.finetune.model_card import model_card
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions, to_yaml
@@ -33,7 +35,7 @@ from s2ft.selection.coverage import parameter_counts
 
 def section(options: TrainOptions) -> str:
     """The run card's section on what was trained: "adapter" or "model"."""
-    return "model" if METHODS[options.method].leaves_model else "adapter"
+    return "model" if find_method(options.method).leaves_model else "adapter"
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
@@ -49,7 +51,7 @@ def save_result(
 
     A model is brought to the dtype that its base was stored in, and gets the tokenizer along.
     """
-    method, output, counts = METHODS[options.method], Path(options.output), parameters(model)
+    method, output, counts = find_method(options.method), Path(options.output), parameters(model)
     answers_chat = card["data"]["format"] == "chat" and OBJECTIVES[options.objective].answers
     end = turn_end(tokenizer) if answers_chat else None
     end = None if end == tokenizer.eos_token_id else end
@@ -96,19 +98,26 @@ def whole_command(options: TrainOptions) -> str:
         >>> whole_command(TrainOptions(model="org/base", data=["a b.json"], output="out", ratios={"o_proj": 0.1}, packing=True))
         "s2ft train --model org/base --data 'a b.json' --output out --ratios o_proj=0.1 --packing"
     """
+    return shlex.join(command_words(options))
+
+
+def command_words(options: TrainOptions) -> list[str]:
+    """The words of that command line."""
     words = ["s2ft", "train"]
     fields = TrainOptions.model_fields
     for name in sorted(fields, key=lambda name: not fields[name].is_required()):
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is not None and value != fields[name].default and name != "resume":
+        if value is not None and value != fields[name].default:
             words += _typed(flag, value, repeats=fields[name].annotation == list[str])
-    return shlex.join(words)
+    return words
 
 
 def _typed(flag: str, value: Any, repeats: bool) -> list[str]:
     """An option as it is typed."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, dict) and any(isinstance(item, dict | list) for item in value.values()):
+        return [flag, yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()]
     if isinstance(value, dict):
         return [flag, ",".join(f"{key}={item}" for key, item in value.items())]
     if isinstance(value, list) and repeats:
@@ -160,7 +169,7 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
         "loss_curve": _points(state.log_history, "loss"),
         "rate_curve": _points(state.log_history, "learning_rate"),
         "layers": layer_changes(setup.trainer.model),
-        "command": whole_command(options),
+        "command": whole_command(options.model_copy(update={"resume": False})),
     }
     if setup.data.held_out is not None:
         card["held_out_curve"] = _points(state.log_history, "eval_loss")

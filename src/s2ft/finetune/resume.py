@@ -22,7 +22,7 @@ from s2ft.common.outputs import entries
 from s2ft.common.reading import read_json
 from s2ft.finetune.checkpoints import is_unfinished, whole_checkpoints
 from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
-from s2ft.finetune.methods import METHODS
+from s2ft.finetune.methods import METHODS, find_method
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config_file import method_of
@@ -155,7 +155,7 @@ def _newest(output: Path, options: TrainOptions) -> Paused:
     paused = Paused.read(checkpoints[-1])
     if paused.method != options.method:  # asked first: other methods leave other files, which would be missed in vain
         raise S2FTError(f"method={options.method!r}, but {paused.checkpoint} was made with method={paused.method!r}")
-    method = METHODS[options.method]
+    method = find_method(options.method)
     with method.resuming():  # its optimizer may hold more than tensors
         check_whole(paused, method.leaves_model)
     _check_best(paused.checkpoint)

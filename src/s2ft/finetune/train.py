@@ -23,7 +23,7 @@ from s2ft.finetune.checkpoints import remove_unfinished, step_of
 from s2ft.finetune.estimate import Estimate, estimate
 from s2ft.finetune.launch import check_run
 from s2ft.finetune.layout import layout
-from s2ft.finetune.methods import METHODS
+from s2ft.finetune.methods import find_method
 from s2ft.finetune.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.finetune.prepare import Setup, prepare
 from s2ft.finetune.recipe import mean_channels, too_short
@@ -82,7 +82,7 @@ def _run(setup: Setup) -> TrainResult:
     foreseen = _estimate(setup, steps)
     scorer = Scorer(setup.data.tokenizer, setup.questions, output / "answers")
     samples = Samples(setup.data.asked, setup.data.tokenizer, options.samples if leads() else 0)
-    if METHODS[options.method].leaves_model:  # the base's weights will be gone
+    if find_method(options.method).leaves_model:  # the base's weights will be gone
         scorer.score_base(trainer.model)
         samples.ask_base(trainer.model)
     with setup.flow.listening():
@@ -136,14 +136,14 @@ def _train(setup: Setup) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     checkpoint = None if setup.checkpoint is None else str(setup.checkpoint)
-    method, watched = METHODS[setup.options.method], tracking(setup.options.report_to or [])
+    method, watched = find_method(setup.options.method), tracking(setup.options.report_to or [])
     with watched, method.resuming(), layout(setup.trainer.model, setup.options.layout):
         metrics: dict[str, float] = setup.trainer.train(resume_from_checkpoint=checkpoint).metrics
     return metrics
 
 
 def _method_in_words(setup: Setup) -> str:
-    title, config = METHODS[setup.options.method].title, setup.config
+    title, config = find_method(setup.options.method).title, setup.config
     if not isinstance(config, S2FTConfig):
         return title
     if config.strategy == "random":

@@ -5,8 +5,10 @@ The command line hands over the text that was typed, a YAML file numbers and lis
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 AUTO_RATE = "auto"  # the learning rate that short runs find
@@ -22,7 +24,7 @@ class Options(BaseModel):
     def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses true and false where pydantic would read them as 1 and 0."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if annotation is not bool and _holds_boolean(value):
+        if annotation is not bool and "Any" not in str(annotation) and _holds_boolean(value):
             wanted = "a number" if any(kind in str(annotation) for kind in ("int", "float")) else "text"
             raise ValueError(f"{wanted} is wanted, not true/false")
         return value
@@ -91,6 +93,22 @@ def _rate(value: Any) -> Any:
     return value
 
 
+def config_keys(value: Any) -> Any:
+    """Reads "r=8,bias=all" and "{r: 8, bias: all}" as mappings; the values as YAML reads them."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if not text.startswith("{"):
+        pairs = [word.partition("=") for word in re.split(r",(?![^\[]*\])", text)]  # no comma inside of [ ]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError("must be key=value, joined by commas, or a YAML mapping: {r: 8}")
+        text = "{" + ", ".join(f"{key.strip()}: {rest}" for key, _, rest in pairs) + "}"
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"is no YAML: {getattr(error, 'problem', error)}") from None
+
+
 def _layers(value: Any) -> Any:
     """Reads "3" as 3 and "1,2" as [1, 2]; ranges such as "8-15" and "last:50%" stay text."""
     if not isinstance(value, str):
@@ -132,6 +150,7 @@ CommaNames = Annotated[list[str], BeforeValidator(_words), AfterValidator(_named
 Columns = Annotated[dict[str, str] | None, BeforeValidator(_columns), AfterValidator(_both_named)]
 Weights = Annotated[list[PositiveFloat] | None, BeforeValidator(_words)]
 Ratios = Annotated[float | dict[str, float] | None, BeforeValidator(_ratios)]
+ConfigKeys = Annotated[dict[str, Any] | None, BeforeValidator(config_keys)]
 Layers = Annotated[int | list[int] | str | None, BeforeValidator(_layers)]
 Avoided = Annotated[list[str] | None, BeforeValidator(_words), AfterValidator(_without_nul)]
 Targets = Annotated[str | list[str] | None, BeforeValidator(_word_or_words), AfterValidator(_named)]

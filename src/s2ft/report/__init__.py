@@ -6,4 +6,5 @@ charts  lines and scatter plots as SVG
 maps    which channels an adapter changes, as small pictures
 pages   the templates, and what all pages share
 run     the page of one run
+runs    several runs beside each other: a table, and a page
 """

@@ -30,16 +30,22 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
     left_out = {_storage(tensor) for tensor in own}
     kept: WeakSet[_Saved] = WeakSet()  # weak: what a part of the graph saved is dropped with that part
 
-    def pack(tensor: Tensor) -> _Saved:  # of any shape
+    def pack(tensor: Tensor) -> _Saved | Tensor:  # of any shape
+        if tensor.layout is not torch.strided:  # a sparse one has no storage of its own; its indices are not counted
+            return tensor
         saved = _Saved(tensor.detach())  # without its graph, or the graph would keep itself alive
         kept.add(saved)
         return saved
 
-    with saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with saved_tensors_hooks(pack, _unpack):
         output = forward()  # keeps the graph alive until the count
     sizes = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in kept}
     del output
     return sum(size for storage, size in sizes.items() if storage not in left_out)
+
+
+def _unpack(saved: _Saved | Tensor) -> Tensor:  # as it was packed
+    return saved.tensor if isinstance(saved, _Saved) else saved
 
 
 class _Saved:
@@ -50,8 +56,8 @@ class _Saved:
 
 
 def own_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers of `model`."""
-    return list(chain(model.parameters(), model.buffers()))
+    """Parameters and buffers of `model`, but for sparse ones, which have no storage."""
+    return [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.layout is torch.strided]
 
 
 def _storage(tensor: Tensor) -> int:

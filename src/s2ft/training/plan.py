@@ -66,6 +66,11 @@ class Plan:
         self.slices = slices
         self.structures = read_structures(model).structures
         self.unmovable, self.unwritable, self.norms = find_obstacles(model, self.structures, live)
+        self.forbid(filter(self._crossed, self.structures), "a slice is on the other side than the heads and channels")
+
+    def _crossed(self, structure: Structure) -> bool:
+        """Whether a slice is of what a projection reads rather than of the heads that it computes, or the other way round."""
+        return any(p.module in self.slices and self.slices[p.module].side != p.side for p in structure.projections)
 
     def forbid(self, structures: Iterable[Structure], reason: str) -> None:
         """Keeps these structures in their order, for this reason."""

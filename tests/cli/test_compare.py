@@ -1,0 +1,129 @@
+"""`s2ft compare` as it is typed: runs that are there, and runs that it trains, one for each method."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from s2ft.cli.app import main
+from s2ft.finetune import contest
+from s2ft.finetune.lora import equal_rank
+from s2ft.finetune.options import parse_options
+from s2ft.runtime.models import empty_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = [
+    "--max-steps",
+    "3",
+    "--gradient-accumulation",
+    "1",
+    "--log-every",
+    "1",
+    "--precision",
+    "fp32",
+    "--holdout",
+    "4",
+]
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[list[str]]:
+    """The commands that would run in processes of their own, and run in this one."""
+    commands: list[list[str]] = []
+
+    def in_this_process(words: list[str], check: bool) -> SimpleNamespace:
+        commands.append(words[3:])
+        before, sys.argv = sys.argv, ["s2ft", *words[3:]]
+        try:
+            main()
+        except SystemExit as left:
+            return SimpleNamespace(returncode=int(left.code or 0))
+        finally:
+            sys.argv = before
+        raise AssertionError
+
+    monkeypatch.setattr(contest, "subprocess", SimpleNamespace(run=in_this_process))
+    return commands
+
+
+def test_an_interrupted_comparison_says_how_it_goes_on_and_a_failed_run_is_named(
+    s2ft, base, data, tmp_path, monkeypatch
+):
+    codes = iter((130, 2, 2))
+    monkeypatch.setattr(
+        contest, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=next(codes)))
+    )
+    words = ["compare", "--methods", "full,lora", "--model", base, "--data", data, "--output", str(tmp_path / "out")]
+    code, printed, _ = s2ft(*words)
+    assert (code, printed) == (130, "the same command goes on from here\n")
+    code, _, errors = s2ft(*words)
+    assert code == 2
+    assert "not trained, as said above: full, lora" in errors
+
+
+def test_what_is_finished_is_kept_and_the_page_has_all(s2ft, trained, base, data, tmp_path):
+    out, rows = tmp_path / "out", tmp_path / "rows.json"
+    words = ["compare", "--methods", "s2ft,lora,peft:miss", "--budget", "0.06", "--model", base, "--data", data]
+    words += ["--output", str(out), "--json", str(rows), "--learning-rate", "0.01", *SHORT]
+    code, printed, errors = s2ft(*words)
+    assert code == 0, errors
+    found = {row["run"]: row for row in json.loads(rows.read_text())}
+    assert list(found) == ["s2ft", "lora", "peft-miss"]
+    assert all(0.03 < row["share"] < 0.09 for row in found.values())
+    assert all(row["held_out_loss"] is not None for row in found.values())
+    assert "not alike" not in printed
+    assert (out / "comparison.html").read_text().count('r="6"') == 9
+    rank = equal_rank(empty_model(base), round(0.06 * empty_model(base).num_parameters()))
+    assert json.loads((out / "lora" / "run.json").read_text())["options"]["lora_rank"] == rank
+    assert len(trained) == 3
+    assert s2ft(*words)[0] == 0
+    assert len(trained) == 3  # nothing was trained again
+    code, _, errors = s2ft(*words, "--epochs", "7")
+    assert code == 2
+    assert re.search(r"--epochs=7\.0, but \S+ was trained with --epochs=3\.0; name another output", errors)
+    code, printed, _ = s2ft("compare", str(out / "s2ft"), str(out / "lora"), "--html", str(tmp_path / "two.html"))
+    assert code == 0
+    assert re.search(r"lora\s.*\d\.\d\d GB", printed)
+    assert (tmp_path / "two.html").is_file()
+
+
+def test_a_paused_run_goes_on(base, data, tmp_path, monkeypatch):
+    options = parse_options({"model": base, "data": data, "output": str(tmp_path / "out"), "layers": [1]})
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: started.append(words) or SimpleNamespace(returncode=0))
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-2" / "run.json").write_text("{}")
+    assert contest.standing(options) == "paused"
+    assert contest.run(options) == 0
+    assert started[0][-1] == "--resume"
+    assert started[0][0] == sys.executable
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "runs: name at least two folders, or methods to train"),
+        (["a"], "name at least two folders"),
+        (["a", "b", "--epochs", "2"], "epochs: without methods, runs are compared as they are"),
+        (["a", "--methods", "lora"], "compare them with 'a' afterwards"),
+        (["a", "b"], "'a' holds no run.json"),
+        (["--methods", "lora,lora"], "names lora more than once"),
+        (["--methods", "lora,peft:nope"], "none of PEFT's methods"),
+        (["--methods", "lora", "--lisa-layers", "2"], "lisa-layers='2' is an option of none"),
+        (["a", "b", "--html", "x.htm"], "must end in .html"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(s2ft, trained, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.json").write_text('[{"prompt": "1", "completion": "2"}]')
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    words = [*words, *(["--model", "m", "--data", "d.json", "--output", "o"] if words[:1] == ["--methods"] else [])]
+    code, _, errors = s2ft("compare", *words)
+    assert code == 2
+    assert re.search(said, errors), errors
+    assert trained == []

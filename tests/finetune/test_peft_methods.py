@@ -1,0 +1,204 @@
+"""PEFT's own methods as `--method peft:NAME`, and PaCA: what they train, how their size is found, what is refused."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from s2ft import S2FTError
+from s2ft.finetune.lora import linears
+from s2ft.finetune.methods import find_method
+from s2ft.finetune.options import parse_options
+from s2ft.finetune.paca import equal_columns, paca_config
+from s2ft.finetune.peft_methods import known_names, nearest_size
+from s2ft.runtime.models import empty_model
+from tiny_base import tiny_model
+from tiny_runs import train, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PATHS = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-3}
+FITTING = {  # what a model as small as the tests' needs
+    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
+    "c3a": {"block_size": 8},
+    "fourierft": {"n_frequency": 40},
+    "gralora": {"r": 4},
+    "miss": {"r": 4},
+    "psoft": {"r": 4},
+    "road": {"group_size": 16},
+    "shira": {"r": 2},
+    "trainable_tokens": {"token_indices": [5, 6], "target_modules": ["embed_tokens"]},
+    "vblora": {"vector_length": 16},
+    "waveft": {"n_frequency": 40},
+}
+
+
+@pytest.fixture
+def run(base, data, tmp_path):
+    def call(method: str, output: str = "out", **options):
+        settings = {
+            "max_steps": 3,
+            "gradient_accumulation": 1,
+            "learning_rate": 1e-2,
+            "log_every": 1,
+            "precision": "fp32",
+        }
+        settings |= {"model": base, "data": data, "output": str(tmp_path / output)}
+        return train(parse_options({"method": method, **settings, **options}))
+
+    return call
+
+
+def check_trains(run, base, name: str, keys: dict) -> None:
+    """It learns, and what it leaves loads by PEFT alone to the same output."""
+    result = run(f"peft:{name}", peft_config=keys)
+    losses = [loss for _, loss in result.card["loss_curve"]]
+    assert losses[-1] != losses[0]
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output).eval()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, result.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert "import s2ft" not in (result.output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["miss", "shira"])
+def test_a_method_of_pefts_trains_and_loads(run, base, name):
+    check_trains(run, base, name, FITTING.get(name, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", known_names())
+def test_every_method_of_pefts_trains_and_loads(run, base, name):
+    if name in NOT_HERE:
+        pytest.skip(NOT_HERE[name])
+    check_trains(run, base, name, FITTING.get(name, {}))
+
+
+NOT_HERE = {
+    "adamss": "needs scikit-learn",
+    "trainable_tokens": "TRL refuses tokens of a head that shares their weights",
+}
+
+
+@pytest.mark.parametrize("name", ["lora", "miss", "boft", "c3a", "shira"])
+def test_the_size_for_a_number_of_parameters_is_the_nearest(base, name):
+    """Against every size, counted on a model with values."""
+    method, wanted = find_method(f"peft:{name}"), random.randrange(1000, 4000)
+    given = method.of_size(empty_model(base), wanted)["peft_config"]
+
+    def count(size: int) -> int | None:
+        try:
+            model = get_peft_model(tiny_model(), method.config({method.size_key: size}))
+        except ValueError:
+            return None
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    counts = {size: found for size in (*range(1, 9), 16, 32) if (found := count(size)) is not None}
+    nearest = min(abs(found - wanted) for found in counts.values())
+    assert abs(count(given[method.size_key]) - wanted) == nearest
+
+
+def test_a_size_that_is_given_or_that_a_method_lacks_stays(base):
+    model = empty_model(base)
+    assert find_method("peft:miss").of_size(model, 500, {"r": 7}) == {"peft_config": {"r": 7}}
+    assert find_method("peft:ln_tuning").of_size(model, 500) == {}
+    assert find_method("peft:miss").of_size(model, 640, {"target_modules": ["o_proj"]})["peft_config"]["r"] == 10
+
+
+def test_sizes_are_tried_until_none_is_nearer():
+    tried = []
+
+    def count(size: int) -> int | None:
+        tried.append(size)
+        return None if size % 3 == 0 else 10 * size
+
+    assert nearest_size(count, 52) == 4  # 6, between 4 and 8, is refused
+    assert max(tried) == 8
+    assert nearest_size(lambda size: 256, 10_000) == 1  # whatever the size
+    assert nearest_size(lambda size: None, 10) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "peft:mis"}, r"method='peft:mis': it is none of PEFT's methods; did you mean peft:miss\?"),
+        ({"method": "peft:prompt_tuning"}, "cannot be trained here: it trains tokens before the prompt"),
+        ({"method": "peft:s2ft"}, "that is method=s2ft"),
+        ({"method": "peft:miss", "peft_config": "rank=4"}, "peft_config=rank=4: miss has no rank; it has bias"),
+        ({"method": "peft:gralora", "peft_config": "r=5"}, "peft_config=r=5: r should be divisible by gralora_k"),
+        ({"method": "peft:miss", "peft_config": "r"}, "peft_config='r': must be key=value"),
+        ({"method": "peft:miss", "peft_config": "{r: [}"}, "peft_config='{r: .}': is no YAML"),
+        (
+            {"method": "peft:miss", "learning_rate": None},
+            "learning_rate is missing: none is known for method=peft:miss",
+        ),
+        ({"method": "lora", "peft_config": "r=4"}, "is no option of method=lora; it belongs to peft:NAME"),
+        ({"method": "peft:oft", "lora_rank": "4"}, "lora_rank='4' is no option of method=peft:oft"),
+        ({"method": "best"}, "unknown; choose from s2ft, .*paca, or peft:NAME"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(options, said):
+    with pytest.raises(S2FTError, match=said):
+        parse_options({**PATHS, **options})
+
+
+def test_keys_are_read_as_yaml_reads_them():
+    text = "r=4,bias=none,init_weights=false,target_modules=[q_proj,v_proj]"
+    found = parse_options({**PATHS, "method": "peft:miss", "peft_config": text}).peft_config
+    assert found == {"r": 4, "bias": "none", "init_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    assert parse_options({**PATHS, "method": "peft:miss", "peft_config": "{r: 4, bias: none}"}).peft_config["r"] == 4
+
+
+def test_what_does_not_go_onto_a_model_is_refused_by_name(run, tmp_path):
+    with pytest.raises(S2FTError, match=r"method='peft:miss' does not go onto this model: .*in_features"):
+        run("peft:miss", peft_config={"r": 64})
+    assert not (tmp_path / "out").exists()
+
+
+# PaCA
+
+
+def test_paca_trains_random_columns_of_each_layer(run, base):
+    result = run("paca", paca_rank=3, max_steps=2, seed=random.randrange(1000))
+    layers = linears(AutoModelForCausalLM.from_pretrained(base))
+    slices = result.model.peft_config["default"].slices
+    assert set(slices) == set(layers)
+    assert result.card["adapter"]["trainable_parameters"] == 3 * sum(one.out_features for one in layers.values())
+    assert len(set(slices.values())) > len(slices) // 2  # drawn for each layer by itself
+    assert "import s2ft" in (result.output / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output).eval()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, result.model.eval()(ids).logits)
+
+
+def test_paca_in_place_ends_in_the_weights_that_it_has_around_the_layer(run):
+    results = [run("paca", layout, paca_rank=3, layout=layout, max_steps=2) for layout in ("in-place", "indexed")]
+    left, right = (weights(result.output) for result in results)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_of_paca_adds_its_columns():
+    model = nn.Sequential(nn.Linear(13, 5, dtype=torch.float64))
+    config = paca_config(model, rank=4, seed=random.randrange(1000))
+    config.task_type, config.init_weights = None, False
+    weight, bias, x = model[0].weight.clone(), model[0].bias.clone(), torch.randn(3, 13, dtype=torch.float64)
+    adapted = get_peft_model(model, config)
+    (block,) = (module for module in adapted.modules() if type(module).__name__ == "S2FTBlock")
+    columns = block.indices.tolist()
+    assert len(set(columns)) == 4
+    wanted = x @ weight.T + bias + x[:, columns] @ block.weight.double().T
+    torch.testing.assert_close(adapted(x), wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_pacas_columns_for_a_number_of_parameters():
+    model, rank = tiny_model(), random.randrange(1, 9)
+    parameters = sum(len(np.arange(layer.out_features)) * rank for layer in linears(model).values())
+    assert equal_columns(model, parameters) == rank
+    assert find_method("paca").of_size(model, parameters) == {"paca_rank": rank}
