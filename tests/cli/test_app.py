@@ -36,6 +36,7 @@ COMMANDS = (
     "bench training",
     "bench parallel",
     "bench evaluation",
+    "bench serve",
     "study selection",
     "study generalization",
     "study fusion",

@@ -126,6 +126,19 @@ BENCHMARKS = {
         },
         has_picture=False,
     ),
+    "serve": Entry(
+        "Ask `s2ft serve` by many clients at once, check each answer, and compare with one at a time and a merged model.",
+        {
+            "model": Option(
+                str | None, None, "A folder, a GGUF file, or a name on the Hub [default: the embedded model]"
+            ),
+            "clients": Option(int, 64, "Requests at once"),
+            "adapters": Option(int, 8, "Adapters beside the base; they are random"),
+            "seconds": Option(float, 300.0, "How long the load lasts; each of the others a fifth of it"),
+            "vllm": Option(str | None, None, "A Python with s2ft and vLLM, to compare: build/engines/vllm/bin/python"),
+        },
+        has_picture=False,
+    ),
     "evaluation": Entry(
         "Time the answers to 200 GSM8K questions by `s2ft eval`'s engine, beside transformers' `generate`, with the embedded "
         "base.",

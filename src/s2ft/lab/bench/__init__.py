@@ -11,5 +11,8 @@ switch         how long a switch takes, beside LoRA and one copy
 fusion         how long fusing two adapters takes, on files
 parallel       what many adapters in one batch cost, beside LoRA
 families       which of transformers' models are trained, and how exactly
+serve          many clients ask `s2ft serve`, and what is compared with it
+clients        those who ask
+servers        servers in processes of their own
 evaluation     how fast answers are generated, beside plain `generate`
 """
