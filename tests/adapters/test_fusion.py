@@ -26,6 +26,7 @@ from s2ft.adapters.overlap import draw
 from s2ft.cli.app import app
 from s2ft.cli.fuse import table
 from s2ft.cli.tables import print_table
+from s2ft.format.saved import SavedConfig
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
 
@@ -273,7 +274,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(S2FTConfig, "save_pretrained", fail)
+    monkeypatch.setattr(SavedConfig, "save_pretrained", fail)
     with pytest.raises(OSError, match="no space"):
         s2ft.fuse(pair, output=tmp_path / "ab")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -327,7 +328,7 @@ def test_equal_whole_modules_are_kept(base: nn.Module, tmp_path: Path) -> None:
 
 def test_an_open_adapter_is_what_a_read_one_is(pair: list[Path]) -> None:
     opened, read = open_adapter(pair[0]), read_adapter(pair[0])
-    assert opened.config == read.config
+    assert opened.config == read.saved
     assert opened.shapes == {module: tuple(delta.shape) for module, delta in read.deltas.items()}
     assert all(torch.equal(opened.delta(module), delta) for module, delta in read.deltas.items())
 

@@ -20,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
 from torch import Tensor
 
 from s2ft.format.slices import Slice
@@ -71,6 +70,8 @@ def _on_shared(
     draw: str,
 ) -> Tensor:  # as delta, with n channels
     """One adapter's entries on the shared channels, thinned to `density`; zero on those that it does not hold."""
+    from peft.utils.merge_utils import prune  # here, since a sum needs no PEFT, whose import takes seconds
+
     held = torch.isin(place, shared).nonzero().flatten()
     entries = delta.index_select(dim, held)
     if density < 1:
@@ -88,6 +89,8 @@ def _resolve(tasks: Tensor, weights: Sequence[float], method: str) -> Tensor:  #
     weighted = tasks * torch.tensor(weights, dtype=tasks.dtype)[:, None, None]
     if method == "dare":
         return weighted.sum(0)
+    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
+
     return disjoint_merge(weighted, calculate_majority_sign_mask(tasks))
 
 

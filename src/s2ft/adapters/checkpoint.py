@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 
 import torch
 import transformers
-from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -27,6 +26,7 @@ from s2ft.adapters.file import AdapterFile
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.reading import check_regular, read_json
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.format.folder import CONFIG_FILE
 from s2ft.format.slices import Slice
 from s2ft.layer.linears import as_matrix, features
 from s2ft.layer.stacked import StackedLinear, linear_at
@@ -216,7 +216,7 @@ def settings_files(folder: Path) -> Iterator[Path]:
 
 def _is_setting(name: str) -> bool:
     """Whether it is neither an index of weights nor an adapter's config, with which the folder would count as an adapter."""
-    return name != CONFIG_NAME and not name.endswith(".index.json")
+    return name != CONFIG_FILE and not name.endswith(".index.json")
 
 
 def _folder(name: str, revision: str | None, weights: bool) -> Path:

@@ -10,6 +10,7 @@ from torch import nn
 from s2ft.common.errors import raise_together
 from s2ft.format.config import S2FTConfig
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.format.saved import SavedConfig
 from s2ft.format.slices import Runs, Slice
 from s2ft.layer.dequantise import dequantised, grid
 from s2ft.layer.linears import features
@@ -25,7 +26,7 @@ HEADED = {
 """Tasks with a head → the class that loads a model with one, and how PEFT knows it: by the end of its name."""
 
 
-def check_fits(model: nn.Module, config: S2FTConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_fits(model: nn.Module, config: SavedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises `S2FTError` unless an adapter's slices are of layers of this model, and of the base they were made for.
 
     Args:
@@ -73,7 +74,7 @@ def _known(digests: dict[str, str | None]) -> dict[str, str] | None:
     return {path: digest for path, digest in digests.items() if digest is not None} or None
 
 
-def _check_modules(model: nn.Module, config: S2FTConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+def _check_modules(model: nn.Module, config: SavedConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
     """Every module that a slice names is there, is linear, and has the slice's channels and the delta's width."""
     raise_together(
         problem
@@ -103,7 +104,7 @@ def _named(linear: nn.Module, channel: int, size: int) -> str:
     return f"channel {channel} (expert {channel // (size // count)}; there are experts 0 to {count - 1})"
 
 
-def _digests(model: nn.Module, config: S2FTConfig) -> dict[str, str | None]:
+def _digests(model: nn.Module, config: SavedConfig) -> dict[str, str | None]:
     """Module → digest of the base slice that the config's slice changes; None where it has no plain values."""
     digests: dict[str, str | None] = {}
     for path, text in (config.slices or {}).items():

@@ -15,15 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from s2ft.format.config import S2FTConfig
+from s2ft.format.folder import CONFIG_FILE, WEIGHTS_FILE
 from s2ft.format.names import delta_name, is_base_copy, is_slice_part
+from s2ft.format.saved import SavedConfig
 from s2ft.format.slices import Slice
 from s2ft.format.weight_file import WeightFile
+
+if TYPE_CHECKING:
+    from s2ft.format.config import S2FTConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +36,17 @@ class Adapter:
     """An adapter in memory, without its base model."""
 
     folder: Path
-    config: S2FTConfig
+    saved: SavedConfig
     slices: dict[str, Slice]  # module → its trained channels
     deltas: dict[str, Tensor]  # module → [out_features, s] on the input side, [s, in_features] on the output side
     others: dict[str, Tensor]  # what PEFT keeps beside, under the file's own names
+
+    @cached_property
+    def config(self) -> S2FTConfig:
+        """The config as one of PEFT's, which is imported for it."""
+        from s2ft.format.config import S2FTConfig
+
+        return S2FTConfig.of(self.saved)
 
     @property
     def parameters(self) -> int:
@@ -44,7 +56,7 @@ class Adapter:
     @property
     def file_bytes(self) -> int:
         """Size on disk, config included."""
-        return sum((self.folder / name).stat().st_size for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+        return sum((self.folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +64,7 @@ class AdapterFile:
     """An adapter that stays on disk: it is checked, and its tensors are read one module at a time."""
 
     folder: Path
-    config: S2FTConfig
+    config: SavedConfig
     slices: dict[str, Slice]  # module → its trained channels
     shapes: dict[str, tuple[int, ...]]  # module → shape of its delta
     kept: tuple[str, ...]  # names of what PEFT keeps beside
@@ -95,14 +107,14 @@ def open_adapter(folder: str | Path) -> AdapterFile:
     return AdapterFile(folder, config, slices, shapes, _kept(config, weights), weights)
 
 
-def _checked(folder: Path) -> tuple[S2FTConfig, WeightFile]:
-    return S2FTConfig.from_folder(folder), WeightFile(folder)
+def _checked(folder: Path) -> tuple[SavedConfig, WeightFile]:
+    return SavedConfig.from_folder(folder), WeightFile(folder)
 
 
-def _slices(config: S2FTConfig) -> dict[str, Slice]:
+def _slices(config: SavedConfig) -> dict[str, Slice]:
     return {module: Slice.parse(text) for module, text in (config.slices or {}).items()}
 
 
-def _kept(config: S2FTConfig, weights: WeightFile) -> tuple[str, ...]:
+def _kept(config: SavedConfig, weights: WeightFile) -> tuple[str, ...]:
     """Names of what PEFT keeps beside the slices."""
     return tuple(name for name in weights if not is_slice_part(name) and not is_base_copy(name, config.slices))

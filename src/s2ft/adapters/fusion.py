@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,9 +28,10 @@ from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.files import new_folder
 from s2ft.common.outputs import check_free
 from s2ft.format.checksum import checksum
-from s2ft.format.config import S2FTConfig
 from s2ft.format.digest import agree, bases_differ_knowingly, digest_parts, join_digests
+from s2ft.format.folder import WEIGHTS_FILE
 from s2ft.format.names import delta_name, indices_name
+from s2ft.format.saved import SavedConfig
 from s2ft.format.slices import Slice, all_finite
 
 _KNOWN_OR_SAME = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
@@ -84,7 +84,7 @@ class Fusion:
     method: str
     density: float
     seed: int
-    config: S2FTConfig
+    config: SavedConfig
     slices: dict[str, Slice]
 
     @cached_property
@@ -124,7 +124,7 @@ class Fusion:
         check_free(output)
         tensors = self.tensors()
         with new_folder(output) as aside:
-            save_file(tensors, aside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
             self.config.note(tensors)
             self.config.save_pretrained(str(aside))
         return output
@@ -138,7 +138,7 @@ class Source(Protocol):
         """What messages call it."""
 
     @property
-    def config(self) -> S2FTConfig:
+    def config(self) -> SavedConfig:
         """Resolved."""
 
     @property
@@ -267,11 +267,11 @@ def _other_problems(sources: Sequence[Source]) -> Iterator[str]:
                 yield f"{name} is kept whole by {first.name} and {source.name}, and differs; whole modules are not summed"
 
 
-def _fused_config(sources: Sequence[Source], slices: dict[str, Slice]) -> S2FTConfig:
+def _fused_config(sources: Sequence[Source], slices: dict[str, Slice]) -> SavedConfig:
     """What all configs agree on, and elsewhere the field's default."""
     configs = [source.config for source in sources]
     values: dict[str, Any] = {}
-    for field in fields(S2FTConfig):
+    for field in fields(configs[0]):
         given = [getattr(config, field.name) for config in configs]
         if field.name in _KNOWN_OR_SAME:
             values[field.name] = next((value for value in given if value), given[0])

@@ -17,7 +17,6 @@ from torch import nn
 from s2ft.adapters.file import Adapter
 from s2ft.common.extras import from_extra
 from s2ft.layer.linears import layer_index, layer_stack
-from s2ft.training.plan import planned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +55,7 @@ def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChang
     Args:
         base: A model like the adapter's base (device meta will do); rows then say how the in-place layout holds each slice.
     """
-    held = {} if base is None else {place.module: place.how for place in planned(base, adapter.slices)}
+    held = {} if base is None else _placements(base, adapter)
     rows = [
         ModuleChange(
             module=path,
@@ -74,9 +73,16 @@ def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChang
     return sorted(rows, key=lambda row: -1 if row.layer is None else row.layer)
 
 
+def _placements(base: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """Module → how the in-place layout holds its slice."""
+    from s2ft.training.plan import planned  # here, since it imports transformers
+
+    return {place.module: place.how for place in planned(base, adapter.slices)}
+
+
 def summary(adapter: Adapter, base: nn.Module | None = None) -> dict[str, Any]:
     """The adapter as a whole, and its rows, ready for JSON."""
-    config, rows = adapter.config, changes(adapter, base)
+    config, rows = adapter.saved, changes(adapter, base)
     return {
         "adapter": str(adapter.folder),
         "base_model": config.base_model_name_or_path,

@@ -26,7 +26,7 @@ from s2ft.finetune.methods import METHODS, find_method
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config_file import method_of
-from s2ft.format.registration import NAME
+from s2ft.format.terms import METHOD
 from s2ft.runtime.processes import process_count
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -189,7 +189,7 @@ def check_whole(paused: Paused, is_model: bool) -> None:
     for name in states:
         if Path(name).suffix in (".pt", ".pth"):
             _check_state(checkpoint, name)
-    if not is_model and method_of(checkpoint) == NAME:
+    if not is_model and method_of(checkpoint) == METHOD:
         open_adapter(checkpoint)  # what is neither a slice nor declared would be loaded into the base
 
 

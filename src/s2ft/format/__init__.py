@@ -2,7 +2,8 @@
 
 terms         the method's own words: projections, strategies
 choice        how much, which, where: fields that need no library to be checked
-config        `S2FTConfig`: how much, which, where
+saved         an adapter's config as its file has it, without PEFT
+config        `S2FTConfig`: the same as one of PEFT's, how much, which, where
 unknown       answers to unknown keywords, LoRA's among them
 slices        the chosen channels of one layer, and how they are written
 digest        recognises the base that an adapter was made for

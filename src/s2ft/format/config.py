@@ -8,42 +8,24 @@ config is saved beside the deltas.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from s2ft.common.errors import S2FTError, first_line, raise_together
-from s2ft.format.checksum import Noted
-from s2ft.format.choice import choice_problems, pattern_problems
-from s2ft.format.config_file import (
-    FORMAT_VERSION,
-    check_method,
-    is_foreign,
-    kind_problems,
-    name_problems,
-    read_fields,
-    readable,
-    version_problem,
-)
+from s2ft.format.config_file import read_fields, readable
 from s2ft.format.registration import peft_type, register_config
-from s2ft.format.terms import ALLOCATIONS, STRATEGIES, SUBSETS, TOWERS
+from s2ft.format.saved import HOW_TO_LOAD, SavedConfig
+from s2ft.format.terms import METHOD
 from s2ft.format.unknown import explain_unknown
-from s2ft.format.validation import check_adapter
-
-HOW_TO_LOAD = (
-    "An adapter of the method S2FT: `pip install s2ft`, and `import s2ft` before PEFT or transformers load it."
-)
 
 
 @explain_unknown
 @dataclass
-class S2FTConfig(PeftConfig):
+class S2FTConfig(SavedConfig, PeftConfig):
     """Configuration of structured sparse fine-tuning.
 
     Args:
@@ -101,72 +83,11 @@ class S2FTConfig(PeftConfig):
         s2ft.common.errors.S2FTError: ratios=1.5 is outside (0, 1]
     """
 
-    ratios: float | dict[str, float] | None = field(default=None, metadata={"help": "Fraction of heads or channels"})
-    budget: float | None = field(default=None, metadata={"help": "Fraction of the model's parameters"})
-    strategy: str | None = field(default=None, metadata={"help": " | ".join(STRATEGIES)})
-    subset: str = field(default="largest", metadata={"help": " | ".join(SUBSETS)})
-    seed: int | None = field(default=None, metadata={"help": "Seed of the random strategy"})
-    allocation: str = field(default="uniform", metadata={"help": " | ".join(ALLOCATIONS)})
-    layers: int | str | list[int] | None = field(default=None, metadata={"help": "Blocks to train"})
-    avoid: list[str] | None = field(default=None, metadata={"help": "Adapters whose channels are not to be chosen"})
-    targets: str | None = field(default=None, metadata={"help": " | ".join(TOWERS)})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to train a slice of"}
-    )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters of experts to train"})
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone"}
-    )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to train"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole"})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Embedding rows to train"}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "False draws random deltas"})
-    slices: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: the chosen channels"})
-    base_digest: dict[str, str] | None = field(default=None, metadata={"help": "Filled in: digest of the base slices"})
-    checksums: dict[str, str] | None = field(
-        default=None, metadata={"help": "Filled in: checksums of the saved tensors"}
-    )
-
-    how_to_load: str = field(default=HOW_TO_LOAD, metadata={"help": "For those who find PEFT's KeyError: 'S2FT'"})
-    format_version: str = field(default=FORMAT_VERSION, metadata={"help": "Filled in: version of the file format"})
-
     def __post_init__(self) -> None:
-        super().__post_init__()
+        PeftConfig.__post_init__(self)
         self.peft_type = peft_type()
-        self._noted = Noted()
         self._filled_in: list[str] = []  # the fields that the user left open and a model has filled in since
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
-        self._join_parameters()
-        self.avoid = [self.avoid] if isinstance(self.avoid, str) else self.avoid
-        if isinstance(self.slices, dict) and self.slices and self.target_modules in (None, "", set()):
-            self.target_modules = set(self.slices)  # PEFT refuses empty ones
-        raise_together(self._problems())
-
-    def _join_parameters(self) -> None:
-        """PEFT's `target_parameters` join the modules: a parameter of experts is sliced and saved as a layer is."""
-        if not self.target_parameters:
-            return
-        named = {self.target_parameters} if isinstance(self.target_parameters, str) else set(self.target_parameters)
-        if isinstance(self.target_modules, str) and self.target_modules:
-            raise S2FTError(
-                f"target_parameters={sorted(named)} and target_modules={self.target_modules!r}, a pattern, are both given; "
-                "give a list of modules beside parameters, or a pattern that names both"
-            )
-        self.target_modules, self.target_parameters = {*(self.target_modules or ()), *named}, None
-
-    def _problems(self) -> Iterator[str]:
-        yield from choice_problems(self)
-        yield from _layer_list_problems(self)
-        yield from pattern_problems("exclude_modules", self.exclude_modules)
-        for name in ("slices", "base_digest", "checksums"):
-            if not _is_text_by_module(getattr(self, name)):
-                yield f"{name} is not a mapping from modules to text; it is filled in, not written by hand"
-        yield from filter(None, [version_problem(self.format_version)])
+        self.settle()
 
     @classmethod
     def from_pretrained(
@@ -186,54 +107,28 @@ class S2FTConfig(PeftConfig):
         return cls.from_folder(folder, found)
 
     @classmethod
-    def from_folder(cls, folder: Path, found: Mapping[str, Any] | None = None) -> S2FTConfig:
-        """The config of an adapter of this method in a local folder, checked together with its weights.
-
-        Args:
-            found: What its file holds, if that has been read already.
-
-        Raises:
-            S2FTError: as `from_pretrained`, or if the adapter is another method's.
-        """
-        found = read_fields(folder) if found is None else found
-        check_method(folder, found)
-        try:
-            config: S2FTConfig = cls.from_peft_type(**cls.check_kwargs(**found))
-            problems = [*kind_problems(config), *name_problems(config)]
-        except S2FTError as error:
-            problems = error.problems
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            problems = [first_line(error)]
-        raise_together(f"{folder / CONFIG_NAME}: {problem}" for problem in problems)
-        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            check_adapter(folder, config)
+    def of_fields(cls, found: Mapping[str, Any]) -> S2FTConfig:
+        """A config of what a file holds; fields that are not known are left out (PEFT's way)."""
+        config: S2FTConfig = cls.from_peft_type(**cls.check_kwargs(**found))
         return config
+
+    @classmethod
+    def of(cls, saved: SavedConfig) -> S2FTConfig:
+        """The same config as one of PEFT's."""
+        return cls(**{one.name: getattr(saved, one.name) for one in fields(saved)})
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The fields of a config file that this version knows (PEFT's hook, for files here and on the Hub)."""
         return kwargs if is_foreign(kwargs) else readable(kwargs, [one.name for one in fields(cls)])
 
-    def note(self, tensors: Mapping[str, Tensor]) -> None:
-        """Remembers what is about to be saved beside the config, for its checksums."""
-        self._noted = Noted.of(tensors)
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; with the checksums of the tensors that are saved beside, and the same bytes in every process."""
-        self.checksums, self._noted = self._noted.checksums(), Noted()  # none for a config that is saved by itself
-        self.how_to_load, self.format_version = HOW_TO_LOAD, FORMAT_VERSION
-        super(S2FTConfig, self._in_order()).save_pretrained(save_directory, **kwargs)
+        self.make_final()
+        super(SavedConfig, self.in_order()).save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")  # PEFT has written it, without a word on this method
         if card.is_file() and "import s2ft" not in (text := card.read_text(encoding="utf-8", errors="replace")):
             card.write_text(f"{text.rstrip()}\n\n## How to load\n\n{HOW_TO_LOAD}\n", encoding="utf-8")
-
-    def _in_order(self) -> S2FTConfig:
-        """A copy with sorted lists for sets, whose order would differ from process to process."""
-        ordered = copy(self)
-        for item in fields(self):
-            if isinstance(value := getattr(self, item.name), set):
-                setattr(ordered, item.name, sorted(value))
-        return ordered
 
     def left_open(self, name: str) -> bool:
         """Whether the user left a field open that a model has filled in since."""
@@ -264,22 +159,10 @@ class S2FTConfig(PeftConfig):
         return self
 
 
-def _layer_list_problems(config: S2FTConfig) -> Iterator[str]:
-    if config.layers is not None and config.layers_to_transform is not None:
-        given = f"layers={config.layers!r} and layers_to_transform={config.layers_to_transform!r}"
-        yield f"{given} are both given; give one"
-    if isinstance(config.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, name) is not None:
-                yield f"{name} cannot be used when target_modules={config.target_modules!r} is a string (a pattern)"
-    if config.layers_pattern and not config.layers_to_transform and config.layers_to_transform != 0:
-        yield f"layers_pattern={config.layers_pattern!r} needs layers_to_transform"
-
-
-def _is_text_by_module(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(isinstance(item, str) for item in [*value, *value.values()])
-    )
+def is_foreign(found: Mapping[str, Any]) -> bool:
+    """Whether a config is of another method that PEFT knows."""
+    method = found.get("peft_type")
+    return isinstance(method, str) and method != METHOD and method in PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 register_config(S2FTConfig)

@@ -17,17 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME
-
 from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.reading import is_clean, read_json, shown
-from s2ft.format.folder import check_folder
-from s2ft.format.registration import NAME
+from s2ft.format.folder import CONFIG_FILE, check_folder
 from s2ft.format.slices import Runs
+from s2ft.format.terms import METHOD
 
 if TYPE_CHECKING:
-    from s2ft.format.config import S2FTConfig
+    from s2ft.format.saved import SavedConfig
 
 FORMAT_VERSION = "1.0"
 _VERSION = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
@@ -35,7 +32,7 @@ _VERSION = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
 
 def read_fields(folder: Path) -> dict[str, Any]:
     """What the adapter config in `folder` holds; raises `S2FTError` if there is no readable one."""
-    path = folder / CONFIG_NAME
+    path = folder / CONFIG_FILE
     check_folder(folder)
     return read_json(path)
 
@@ -45,16 +42,10 @@ def method_of(folder: Path) -> Any:
     return read_fields(folder).get("peft_type")
 
 
-def is_foreign(fields: Mapping[str, Any]) -> bool:
-    """Whether a config is of another method that PEFT knows."""
-    method = fields.get("peft_type")
-    return isinstance(method, str) and method != NAME and method in PEFT_TYPE_TO_CONFIG_MAPPING
-
-
 def check_method(folder: Path, fields: Mapping[str, Any]) -> None:
     """Raises `S2FTError` unless the config in `folder` is of this method."""
-    if (method := fields.get("peft_type")) != NAME:
-        raise S2FTError(f"{folder / CONFIG_NAME} is not an S2FT adapter: its peft_type is {shown(method)}")
+    if (method := fields.get("peft_type")) != METHOD:
+        raise S2FTError(f"{folder / CONFIG_FILE} is not an S2FT adapter: its peft_type is {shown(method)}")
 
 
 def version_problem(version: Any) -> str | None:
@@ -98,7 +89,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
-def name_problems(config: S2FTConfig) -> Iterator[str]:
+def name_problems(config: SavedConfig) -> Iterator[str]:
     """Names that must not reach a terminal or another file, and texts that are no slices."""
     for field in ("slices", "base_digest", "checksums"):
         for name in getattr(config, field) or {}:
@@ -128,7 +119,7 @@ _KINDS: dict[str, tuple[type, ...]] = {  # of fields that PEFT does not check
 }
 
 
-def kind_problems(config: S2FTConfig) -> Iterator[str]:
+def kind_problems(config: SavedConfig) -> Iterator[str]:
     """Fields that hold another kind of value than theirs, in a config from a file."""
     for name, kinds in _KINDS.items():
         value = getattr(config, name)

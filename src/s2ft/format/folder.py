@@ -5,7 +5,7 @@ from pathlib import Path
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import check_regular
 
-CONFIG_FILE = "adapter_config.json"  # as PEFT calls it
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # as PEFT calls them
 
 
 def check_folder(folder: Path) -> None:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
-
 PREFIX = "base_model.model."
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT's names of layers whose own weight it may save beside an adapter
 _BLOCK = ".s2ft_block."
 _TOKENS = ".token_adapter."
 _INTERNAL = (".base_layer.", ".original_module.", _BLOCK, _TOKENS)
@@ -79,4 +78,4 @@ def is_base_copy(name: str, sliced: Collection[str] | None) -> bool:
     module, _, parameter = bare(name).rpartition(".base_layer.")
     if parameter not in ("weight", "bias") or not sliced or module not in sliced:
         return False
-    return module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+    return module.rpartition(".")[2] in EMBEDDINGS

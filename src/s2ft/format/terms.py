@@ -1,5 +1,11 @@
 """The method's own terms: what may be asked of it, by which name. No library is needed to read them."""
 
+METHOD = "S2FT"
+"""The method's name among PEFT's types."""
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""PEFT's names of tasks."""
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj")
 """The canonical names of the projections, in every model family; `out_proj`: the last layer of a mixer that is no attention."""
 

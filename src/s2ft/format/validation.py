@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.reading import shown
 from s2ft.format.checksum import checksum
 from s2ft.format.digest import part_problems
+from s2ft.format.folder import CONFIG_FILE
 from s2ft.format.names import (
     PREFIX,
     TOKEN_ROWS,
@@ -36,22 +36,22 @@ from s2ft.format.slices import Runs, Slice, all_finite
 from s2ft.format.weight_file import Header, WeightFile
 
 if TYPE_CHECKING:
-    from s2ft.format.config import S2FTConfig
+    from s2ft.format.saved import SavedConfig
 
 DELTA_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def check_adapter(folder: Path, config: S2FTConfig) -> WeightFile:
+def check_adapter(folder: Path, config: SavedConfig) -> WeightFile:
     """The opened weight file beside a config; raises `S2FTError` with all that is wrong with it."""
     if not config.slices:
-        raise S2FTError(f"{folder / CONFIG_NAME} names no slices; it was saved before the adapter was made")
+        raise S2FTError(f"{folder / CONFIG_FILE} names no slices; it was saved before the adapter was made")
     weights = WeightFile(folder)
     raise_together(f"{weights.path}: {problem}" for problem in header_problems(config, weights.headers()))
     raise_together(f"{weights.path}: {problem}" for problem in value_problems(config, weights))
     return weights
 
 
-def header_problems(config: S2FTConfig, headers: Mapping[str, Header]) -> Iterator[str]:
+def header_problems(config: SavedConfig, headers: Mapping[str, Header]) -> Iterator[str]:
     """What is wrong with a file's names, dtypes and shapes; nothing is read, and no slice expanded."""
     known = set()
     for module, text in (config.slices or {}).items():
@@ -81,7 +81,7 @@ def _slice_problems(runs: Runs, text: str, names: list[str], headers: list[Heade
         yield f"{channels} is {indices}, so it differs from the config's slice {shown(text)}"
 
 
-def _undeclared(config: S2FTConfig, name: str, header: Header) -> str | None:
+def _undeclared(config: SavedConfig, name: str, header: Header) -> str | None:
     """Why a tensor that belongs to no slice must not be loaded; None where the config declares it."""
     if is_base_copy(name, config.slices):
         return None
@@ -100,7 +100,7 @@ def _undeclared(config: S2FTConfig, name: str, header: Header) -> str | None:
     return None if "complex" not in header.dtype else f"{name} is {header}; expected real numbers"
 
 
-def _token_lists(config: S2FTConfig) -> list[tuple[str, list[int]]]:
+def _token_lists(config: SavedConfig) -> list[tuple[str, list[int]]]:
     """End of an embedding's path → its trained rows; of a mere list, PEFT finds the input embedding by itself."""
     tokens = config.trainable_token_indices
     if isinstance(tokens, dict):
@@ -108,7 +108,7 @@ def _token_lists(config: S2FTConfig) -> list[tuple[str, list[int]]]:
     return [("", tokens)] if tokens else []
 
 
-def value_problems(config: S2FTConfig, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def value_problems(config: SavedConfig, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What is wrong with a file's values, where `header_problems` found nothing."""
     written, noted = {}, config.checksums or {}
     for module, text in (config.slices or {}).items():

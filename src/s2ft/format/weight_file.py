@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from s2ft.common.errors import S2FTError, first_line
 from s2ft.common.reading import check_regular
+from s2ft.format.folder import WEIGHTS_FILE
 
 MOST_MAPPED = 16 << 20  # bytes read until the file is opened anew: its mapped pages count as the process's memory
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -45,7 +45,7 @@ class WeightFile(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / SAFETENSORS_WEIGHTS_NAME
+        self.path = folder / WEIGHTS_FILE
         check_regular(self.path)
         if not self.path.is_file():
             raise S2FTError(f"{folder} holds no adapter weights: there is no {self.path.name}")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+
+def is_conv1d(module: object) -> bool:
+    """Whether it is GPT-2's own linear layer. There is none before transformers has loaded the class, so this does not."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def linear_layer(module: nn.Module) -> nn.Module | None:
     """The linear layer that `module` is, or that it wraps as a PEFT layer; None if it is neither."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
-    is_linear = isinstance(module, nn.Linear | Conv1D) or (
+    is_known = isinstance(module, nn.Linear) or is_conv1d(module)
+    is_linear = is_known or (
         hasattr(module, "in_features")
         and hasattr(module, "out_features")
         and any(isinstance(getattr(module, name, None), Tensor) for name in ("weight", "qweight"))
@@ -23,7 +30,7 @@ def linear_layer(module: nn.Module) -> nn.Module | None:
 
 def features(module: Any) -> tuple[int, int]:
     """`(in_features, out_features)` of a linear layer; the weight of a Conv1D (GPT-2) is [in_features, out_features]."""
-    if isinstance(module, Conv1D):
+    if is_conv1d(module):
         shape = getattr(module.weight, "ds_shape", module.weight.shape)  # DeepSpeed ZeRO-3 keeps a part of the weight
         return int(shape[0]), int(shape[1])
     return int(module.in_features), int(module.out_features)
@@ -82,7 +89,7 @@ def weight_matrix(module: nn.Module) -> Tensor:  # [out_features, in_features], 
 
 def as_matrix(module: nn.Module, weight_like: Tensor) -> Tensor:  # [out_features, in_features], a view
     """A tensor shaped like the module's weight (itself, its gradient) in the orientation of `nn.Linear`."""
-    return weight_like.mT if isinstance(module, Conv1D) or getattr(module, "is_transposed", False) else weight_like
+    return weight_like.mT if is_conv1d(module) or getattr(module, "is_transposed", False) else weight_like
 
 
 def layer_stack(path: str) -> tuple[str, int] | None:

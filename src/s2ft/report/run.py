@@ -10,7 +10,7 @@ from peft.utils import CONFIG_NAME
 
 from s2ft.adapters.file import Adapter, read_adapter
 from s2ft.format.config_file import method_of
-from s2ft.format.registration import NAME
+from s2ft.format.terms import METHOD
 from s2ft.report.charts import Chart, Series, line_chart
 from s2ft.report.maps import pictures
 from s2ft.report.pages import render
@@ -41,7 +41,7 @@ def run_page(card: Card, folder: Path) -> str:
 
 def _adapter(folder: Path) -> Adapter | None:
     """The adapter in the folder; None if there is none of S²FT."""
-    ours = (folder / CONFIG_NAME).is_file() and method_of(folder) == NAME
+    ours = (folder / CONFIG_NAME).is_file() and method_of(folder) == METHOD
     return read_adapter(folder) if ours else None
 
 

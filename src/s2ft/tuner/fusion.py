@@ -68,6 +68,7 @@ def add_weighted(
     )
     fusion = plan_fusion(sources, weights, **how)
     deltas = {module: fusion.delta(module) for module in fusion.slices}
+    assert isinstance(fusion.config, S2FTConfig)  # as those of the sources
     tuner.peft_config[adapter_name] = fusion.config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)

@@ -23,9 +23,9 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.reading import shown
-from s2ft.format.config import S2FTConfig
-from s2ft.format.config_file import check_method, is_foreign, read_fields
-from s2ft.format.registration import NAME
+from s2ft.format.config import S2FTConfig, is_foreign
+from s2ft.format.config_file import check_method, read_fields
+from s2ft.format.terms import METHOD
 from s2ft.format.validation import header_problems, value_problems
 from s2ft.format.weight_file import Header, WeightFile
 from s2ft.layer.linear import S2FTLinear
@@ -75,7 +75,7 @@ def _before_from_pretrained(arguments: dict[str, Any]) -> Any:
 
 def _before_load_adapter(arguments: dict[str, Any]) -> Any:
     model = arguments["self"]
-    if model.peft_type != NAME:
+    if model.peft_type != METHOD:
         return nullcontext()
     is_there = arguments["adapter_name"] in model.peft_config
     weights = _adapter_weights(arguments, "model_id", check=is_there, refuse_others=True)
