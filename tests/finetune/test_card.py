@@ -17,6 +17,11 @@ CARD = {
 }
 
 
+@pytest.fixture(autouse=True)
+def light() -> None:
+    """Here pictures are drawn, unlike in tests of runs."""
+
+
 def test_a_card_is_json_markdown_and_a_picture(tmp_path):
     write_card(tmp_path, CARD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "run.json", "run.md"]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from s2ft.data.examples import load_examples
 from s2ft.data.tokens import hold_out, tokenize
 from s2ft.finetune.holdout import batches_by_length
 from s2ft.finetune.methods import METHODS
-from s2ft.finetune.options import parse_options, read_config
+from s2ft.finetune.options import TrainOptions, parse_options, read_config
 from s2ft.finetune.trainer import Flow, Trainer
 from tiny_runs import interrupt_at, skip_without, train, weights
 
@@ -39,16 +40,32 @@ RUNS: dict[str, dict[str, Any]] = {
 BEST = 5  # the step, after which the learning rate leaps
 
 
+def options_of(name: str, **options: Any) -> TrainOptions:
+    """Eight steps, of which the last five are measured, unless told otherwise."""
+    skip_without(name)
+    settings = {"holdout": HELD_OUT, "validate_every": 1, "max_steps": 8, "gradient_accumulation": 1, "log_every": 1}
+    settings |= {"learning_rate": 1e-2, "schedule": "constant", "precision": "fp32"}
+    return parse_options({**settings, **RUNS[name], **options})
+
+
 @pytest.fixture
 def run(base, data, tmp_path):
-    """Eight steps, of which the last five are measured, unless told otherwise."""
-
     def call(name: str = "in place", output: str = "out", **options):
-        skip_without(name)
-        settings = {"model": base, "data": data, "output": str(tmp_path / output), "holdout": HELD_OUT}
-        settings |= {"validate_every": 1, "max_steps": 8, "gradient_accumulation": 1, "log_every": 1}
-        settings |= {"learning_rate": 1e-2, "schedule": "constant", "precision": "fp32"}
-        return train(parse_options({**settings, **RUNS[name], **options}))
+        paths = {"model": base, "data": data, "output": str(tmp_path / output)}
+        return train(options_of(name, **{**paths, **options}))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def leapt(base, data, tmp_path_factory):
+    """The run of a name whose weights leap after step `BEST`, trained once for all tests."""
+
+    @cache
+    def call(name: str):
+        with pytest.MonkeyPatch.context() as patch:
+            leap(patch)
+            return train(options_of(name, model=base, data=data, output=str(tmp_path_factory.mktemp("leapt") / "out")))
 
     return call
 
@@ -91,9 +108,8 @@ def loss_of(model: torch.nn.Module, held_out: Dataset) -> float:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_result_is_the_weights_with_the_lowest_loss(run, base, data, monkeypatch, name):
-    leap(monkeypatch)
-    result = run(name)
+def test_the_result_is_the_weights_with_the_lowest_loss(leapt, base, data, name):
+    result = leapt(name)
     curve, told = result.card["held_out_curve"], result.card["training"]
     assert [step for step, _ in curve] == [4, 5, 6, 7, 8]
     assert (told["best_step"], told["best_loss"]) == min(curve, key=lambda point: point[1])
@@ -114,10 +130,9 @@ def test_the_result_is_the_weights_with_the_lowest_loss(run, base, data, monkeyp
 
 
 @pytest.mark.parametrize("name", ["in place", "indexed"])
-def test_the_base_is_as_before(run, base, monkeypatch, name):
-    leap(monkeypatch)
+def test_the_base_is_as_before(leapt, base, name):
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    after = run(name).model.get_base_model().state_dict()
+    after = leapt(name).model.get_base_model().state_dict()
     after = {name.replace(".base_layer", ""): tensor for name, tensor in after.items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -153,10 +168,8 @@ def test_the_seed_decides_which_are_held_out(base, data):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_chooses_the_same_weights(run, tmp_path, monkeypatch, name):
-    with monkeypatch.context() as patch:
-        leap(patch)
-        whole = run(name, "whole")
+def test_a_resumed_run_chooses_the_same_weights(run, leapt, tmp_path, monkeypatch, name):
+    whole = leapt(name)
     with monkeypatch.context() as patch:
         leap(patch)
         interrupt_at(patch, 6)
@@ -170,7 +183,8 @@ def test_a_resumed_run_chooses_the_same_weights(run, tmp_path, monkeypatch, name
     assert resumed.card["held_out_curve"] == whole.card["held_out_curve"]
     assert resumed.card["loss_curve"] == whole.card["loss_curve"]
     assert resumed.card["training"]["best_step"] == whole.card["training"]["best_step"] < 6
-    assert same(weights(resumed.output), weights(whole.output))
+    for folder in (".", "checkpoint-8"):  # the best weights, and the last
+        assert same(weights(resumed.output / folder), weights(whole.output / folder))
 
 
 def test_a_run_that_was_killed_at_its_end_goes_on_to_the_same_weights(run, monkeypatch):

@@ -96,7 +96,6 @@ def test_a_resumed_run_keeps_the_rates(run, monkeypatch, precision):
         run("paused", resume=True, **{**options, "slice_rates": "one"})
     resumed = run("paused", resume=True, **options)
     assert same(weights(resumed.output), weights(whole.output))
-    assert not same(weights(run("other", **{**options, "slice_rates": "one"}).output), weights(whole.output))
 
 
 def test_a_slice_of_zeros_has_no_norm():

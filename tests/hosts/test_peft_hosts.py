@@ -2,10 +2,7 @@
 
 import copy
 import importlib
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from peft import LoraConfig, PeftType, convert_to_lora, get_peft_model, set_peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import s2ft
+from commands import Command
 from families import build, tokens
 from live import layers, logits
 from s2ft import S2FTConfig, S2FTModel
@@ -59,14 +57,14 @@ class TestRegistration:
         assert PEFT_TYPE_TO_CONFIG_MAPPING[peft_type()] is S2FTConfig
         assert PEFT_TYPE_TO_TUNER_MAPPING[peft_type()] is S2FTModel
 
-    def test_another_process_unpickles_it_after_the_import(self) -> None:
+    def test_another_process_unpickles_it_after_the_import(self, tmp_path: Path) -> None:
         text = pickle.dumps(config(target_modules=["lin"])).hex()
         code = (
             f"import s2ft, pickle; config = pickle.loads(bytes.fromhex({text!r})); "
             "print(config.peft_type is s2ft.format.registration.peft_type())"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-        assert done.stdout.strip() == "True"
+        other = Command(code, tmp_path / "log")
+        assert (other.wait(), other.printed) == (0, "True\n")
 
 
 class TestTransformers:

@@ -25,7 +25,7 @@ from s2ft.runtime.memory import own_tensors, saved_bytes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {
-    "vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
 }  # fmt: skip
 TINY_GROUPED = {**TINY, "num_key_value_heads": 4}
 CELLS = [Cell(2, 12, rounds=2, warm_up=1), Cell(2, 6, rounds=1, warm_up=1), Cell(1, 12, rounds=1, warm_up=1)]
@@ -118,7 +118,7 @@ def test_up_and_down_train_the_same_channels_or_others(base, coupled):
     variant = f"up and down, {'coupled' if coupled else 'independent'}"
     with ABLATION[variant](base, round(SHARE * base.num_parameters())) as contestant:
         slices = contestant.model.peft_config["default"].slices
-    for layer in range(4):
+    for layer in range(2):
         up, down = (slices[f"model.layers.{layer}.mlp.{name}"] for name in ("up_proj", "down_proj"))
         assert (up.removeprefix("out") == down.removeprefix("in")) == coupled
 

@@ -9,6 +9,7 @@ quickstart       `s2ft quickstart`
 quickstart_real  `s2ft quickstart-real`
 base             `s2ft base`
 env              `s2ft env`
+config_schema    `s2ft config-schema`
 serve            `s2ft serve`
 compare          `s2ft compare`
 eval             `s2ft eval`

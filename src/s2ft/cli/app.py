@@ -12,6 +12,7 @@ import typer
 import s2ft
 from s2ft.cli import bench, compare, data, eval, reproduce, serve, study, train
 from s2ft.cli.base import base
+from s2ft.cli.config_schema import config_schema
 from s2ft.cli.env import env
 from s2ft.cli.export import export
 from s2ft.cli.fuse import fuse
@@ -49,6 +50,7 @@ app.command("quickstart")(quickstart)
 app.command("quickstart-real")(quickstart_real)
 app.command("base")(base)
 app.command("env")(env)
+app.command("config-schema")(config_schema)
 app.command("train", help=train.HELP)(train.command)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("compare", help=compare.HELP)(compare.command)

@@ -6,6 +6,7 @@ Read `options`, then `train`.
     methods     S²FT and what it is compared with: where a method is added
     objectives  what is learned from which data: where an objective is added
     options     every option, once
+    schema      the options as a JSON schema, for editors
     values      how an option's value is read, and what is refused
     inputs      checks that the files and folders of the options exist
     preview     what a run would make of its data
