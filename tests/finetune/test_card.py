@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from s2ft.common.files import staged
 from s2ft.finetune.card import final_mean, read_card, to_markdown, write_card
@@ -90,6 +91,18 @@ def write_half(target):
 
 
 def test_the_model_card_names_a_base_on_the_hub():
-    text = model_card("org/base", 10, 1000)
-    assert "base_model: org/base\n---" in text
+    options = {"model": "org/base", "method": "s2ft", "objective": "sft", "data": ["org/set:main", "./here.json"]}
+    size = {"trainable_parameters": 10, "model_parameters": 1000}
+    card = {"options": options, "adapter": size, "data": {}, "training": {"final_loss": 0.5}}
+    text = model_card({**card, "scores": {"boolq": {"base": 0.5, "tuned": 0.75, "questions": 8}}}, ["loss.png"])
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "org/base"
+    assert head["datasets"] == ["org/set"]
+    assert head["library_name"] == "peft"
+    assert {"peft", "s2ft"} <= set(head["tags"])
+    assert head["metrics"] == ["accuracy"]
+    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.75
+    assert "| boolq, base → tuned | 50.0% → 75.0% of 8 questions |" in text
+    assert "![Training loss](loss.png)" in text
+    assert "channels.png" not in text
     assert "changes 10 of the model's 1,000 parameters (1.00%)" in text

@@ -40,6 +40,7 @@ Read `options`, then `train`.
     samples     what base and result answer to the same prompts
     weights     what each layer's change weighs
     results     the files that a run writes into its folder
+    hub         the upload of a result: is it allowed, and how
     card        the run card
     model_card  the result's README for the Hub
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.outputs import check_place
+from s2ft.finetune.hub import check_push
 from s2ft.finetune.inputs import input_problems
 from s2ft.finetune.methods import find_method
 from s2ft.finetune.options import TrainOptions
@@ -29,6 +30,7 @@ def check_run(options: TrainOptions) -> None:
         find_method(options.method).check,
         partial(check_processes, options),
         partial(check_place, options.output),
+        partial(check_push, options.push_to_hub),
         partial(check_trackers, options.report_to or []),
     )
     problems += input_problems(options.model_dump())

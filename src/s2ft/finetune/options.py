@@ -180,6 +180,9 @@ class TrainOptions(ObjectiveOptions, MethodOptions, DataOptions):
         None, description="Where the questions of evaluate lie: a folder or a name on the Hub"
     )
     eval_limit: Positive | None = Field(None, description="Use only the first N questions of each task")
+    push_to_hub: Name | None = Field(
+        None, description="Upload the result to the Hub under this name, such as me/math-adapter"
+    )
     samples: Annotated[int, Field(ge=0)] = Field(
         0, description="Prompts of the data, held-out ones first, that base and result answer for the report"
     )

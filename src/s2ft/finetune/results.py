@@ -14,6 +14,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from s2ft.adapters.file import read_adapter
+from s2ft.adapters.inspection import draw
 from s2ft.common.files import replaced_file, staged
 from s2ft.data.template import turn_end
 from s2ft.finetune.card import Card, final_mean, write_card
@@ -51,7 +53,7 @@ def save_result(
 
     A model is brought to the dtype that its base was stored in, and gets the tokenizer along.
     """
-    method, output, counts = find_method(options.method), Path(options.output), parameters(model)
+    method, output = find_method(options.method), Path(options.output)
     answers_chat = card["data"]["format"] == "chat" and OBJECTIVES[options.objective].answers
     end = turn_end(tokenizer) if answers_chat else None
     end = None if end == tokenizer.eos_token_id else end
@@ -62,17 +64,20 @@ def save_result(
         model.save_pretrained(str(aside))
         if method.leaves_model:
             tokenizer.save_pretrained(str(aside))
-        name = None if end is None else tokenizer.convert_ids_to_tokens(end)
-        text = model_card(options.model, *counts, options.method, options.objective, end=name)
-        (aside / "README.md").write_text(text, encoding="utf-8")
+        if end is not None:
+            card["data"]["answer_end"] = tokenizer.convert_ids_to_tokens(end)
+        if options.push_to_hub is not None and method.ours:
+            draw(read_adapter(aside), aside / "channels.png")
         (aside / "run.yaml").write_text(f"# {command(options)}\n{to_yaml(options)}", encoding="utf-8")
         card[section(options)]["bytes"] = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
     write_run(output, card)
 
 
 def write_run(output: Path, card: Card) -> None:
-    """Writes the card and, from it and the adapter beside it, the page `report.html`; each whole."""
+    """Writes the card and, from it and what lies beside it, the README for the Hub and the page `report.html`; each whole."""
     write_card(output, card)
+    with replaced_file(output / "README.md") as aside:
+        aside.write_text(model_card(card, [path.name for path in output.glob("*.png")]), encoding="utf-8")
     with replaced_file(output / "report.html") as aside:
         aside.write_text(run_page(card, output), encoding="utf-8")
 

@@ -45,6 +45,7 @@ FREE = {  # options that do not change the weights
     "eval_data",
     "eval_limit",
     "samples",
+    "push_to_hub",
 }
 
 

@@ -21,6 +21,7 @@ from s2ft.finetune.arguments import total_steps, warmup_steps
 from s2ft.finetune.card import Card
 from s2ft.finetune.checkpoints import remove_unfinished, step_of
 from s2ft.finetune.estimate import Estimate, estimate
+from s2ft.finetune.hub import push
 from s2ft.finetune.launch import check_run
 from s2ft.finetune.layout import layout
 from s2ft.finetune.methods import find_method
@@ -98,6 +99,8 @@ def _run(setup: Setup) -> TrainResult:
         card |= {"samples": samples.compare(model)}
         card |= {} if setup.questions is None else {"scores": scorer.compare(model)}
         write_run(output, card)
+    if options.push_to_hub is not None and not interrupted and leads():
+        log.info("uploaded: %s", push(output, options.push_to_hub))
     return TrainResult(output, interrupted, card, model, setup.data.tokenizer)
 
 

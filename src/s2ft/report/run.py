@@ -49,7 +49,7 @@ def _charts(card: Card) -> list[Chart]:
     losses = [Series("training", card.get("loss_curve", [])), Series("held out", card.get("held_out_curve", []))]
     rates = [Series("learning rate", card.get("rate_curve", []))]
     charts = (
-        line_chart("Loss", "optimizer step", "loss per response token", losses),
+        line_chart("Loss", "optimizer step", "loss", losses),
         line_chart("Learning rate", "optimizer step", "learning rate", rates),
         line_chart("Change of each layer", "layer", "‖Δ‖ / ‖W‖", _by_layer(card)),
     )

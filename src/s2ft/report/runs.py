@@ -123,7 +123,7 @@ def runs_page(cards: Cards) -> str:
     charts = [dot_chart(f"Against {label}", label, measure.name, dots[name]) for name, label in COSTS.items()]
     for title, curve in (("Held-out loss", "held_out_curve"), ("Training loss", "loss_curve")):
         lines = [Series(name, card.get(curve, [])) for name, card in cards.items()]
-        charts.append(line_chart(title, "optimizer step", "loss per response token", lines))
+        charts.append(line_chart(title, "optimizer step", "loss", lines))
     return render(
         "runs.html",
         rows=table,
