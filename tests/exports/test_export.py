@@ -197,7 +197,8 @@ def test_what_peft_takes_for_experts_is_refused_for_peft_alone(tmp_path: Path) -
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
     base = tmp_path / "base"
     DeepseekV2ForCausalLM(DeepseekV2Config(vocab_size=61, **sizes, **latent, **heads)).save_pretrained(base)
-    both = save_adapter(tmp_path / "both", base, {"o_proj": 0.5, "down_proj": 0.5})
+    beside = {"exclude_modules": ["experts.down_proj"]}
+    both = save_adapter(tmp_path / "both", base, {"o_proj": 0.5, "down_proj": 0.5}, **beside)
     with pytest.raises(
         S2FTError, match=r"PEFT takes model\.layers\.0\.mlp\..*down_proj of a LoRA on deepseek_v2 for one of"
     ):

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import s2ft
 from mixtures import CONFIGS, mixture, text
 from s2ft import AdapterPool, S2FTConfig, S2FTError
+from s2ft.adapters.inspection import summary
 from s2ft.layer.linear import sliced_layers
+from s2ft.serve.channels import channels
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 DOWN = "model.layers.0.mlp.experts.down_proj"
@@ -25,7 +28,8 @@ def base() -> PreTrainedModel:
 
 
 def adapted(base: PreTrainedModel, seed: int = 0, **options: object) -> PeftModel:
-    config = S2FTConfig(ratios=0.4, seed=seed, init_weights=False, **{"target_parameters": EXPERTS, **options})
+    asked = {"target_parameters": EXPERTS, "ratios": 0.4, **options}
+    config = S2FTConfig(seed=seed, init_weights=False, **asked)
     return get_peft_model(copy.deepcopy(base), config)
 
 
@@ -134,6 +138,16 @@ def test_adapters_fuse_in_files_and_live(base: PreTrainedModel, tmp_path: Path) 
     torch.testing.assert_close(deltas["both"], 0.5 * deltas["default"] + 0.25 * deltas["other"])
 
 
+def test_what_is_shown_of_an_adapter(base: PreTrainedModel, tmp_path: Path) -> None:
+    adapted(base).save_pretrained(tmp_path)
+    rows = {row["module"]: row for row in summary(s2ft.read_adapter(tmp_path), base)["rows"]}
+    assert rows[DOWN]["in_place"] == "gathered"
+    assert rows["model.layers.0.mlp.experts.gate_up_proj"]["in_place"] == "added"
+    sizes = {row["module"]: (row["side"], row["size"]) for row in channels(tmp_path, base)}
+    assert sizes[DOWN] == ("in", 4 * 24)
+    assert sizes["model.layers.0.mlp.experts.gate_up_proj"] == ("out", 4 * 48)
+
+
 def test_an_expert_that_is_not_there_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(
         S2FTError, match=r"names 'experts.4.down_proj'; the experts of model.layers.0.mlp.experts are 0 to 3"
@@ -151,13 +165,46 @@ def test_an_expert_that_is_not_there_is_refused(base: PreTrainedModel, tmp_path:
         S2FTConfig(target_parameters=["experts.down_proj"], target_modules=".*o_proj")
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_files_merge_to_what_the_live_model_merges_to(family: str, tmp_path: Path) -> None:
+    """Most checkpoints hold a tensor for each expert, and call it otherwise."""
+    model = mixture(family, torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    ratios = {"up_proj": 0.3, "down_proj": 0.4}
+    tuned = adapted(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16),
+        target_parameters=None,
+        ratios=ratios,
+        allocation="global",
+    )
+    tuned.save_pretrained(tmp_path / "adapter")
+    s2ft.merge(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).state_dict()
+    s2ft.export(tmp_path / "adapter", "patch", tmp_path / "patch.safetensors", base=str(tmp_path / "base"))
+    expected = tuned.merge_and_unload().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    stored, merged = (
+        {k: v for f in (tmp_path / n).glob("*.safetensors") for k, v in load_file(f).items()}
+        for n in ("base", "merged")
+    )
+    patch = load_file(tmp_path / "patch.safetensors")
+    for name in {key.rpartition(".")[0] for key in patch}:
+        stored[name].view(-1)[patch[f"{name}.indices"].long()] = patch[f"{name}.values"]
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in stored.items())
+    mixture(family, torch.bfloat16).save_pretrained(tmp_path / "other")
+    with pytest.raises(S2FTError, match="made for another base"):
+        s2ft.merge(tmp_path / "adapter", tmp_path / "twice", base=str(tmp_path / "other"))
+
+
 def test_exports_that_hold_no_experts_are_refused_before_anything_is_written(
     base: PreTrainedModel, tmp_path: Path
 ) -> None:
     base.save_pretrained(tmp_path / "base")
     adapted(base).save_pretrained(tmp_path / "adapter")
     for to in ("lora", "vllm", "sglang", "gguf"):
-        with pytest.raises(S2FTError, match=rf"experts.down_proj is a slice of stacked experts, .* for '{to}'"):
+        with pytest.raises(
+            S2FTError, match=rf"experts.down_proj is a slice of stacked experts, not written for '{to}'"
+        ):
             s2ft.export(
                 tmp_path / "adapter",
                 to,

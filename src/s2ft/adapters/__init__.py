@@ -7,5 +7,6 @@ overlap        the channels that adapters share, and the interference to expect
 inspection     what an adapter changes, as a table and a picture
 compatibility  checks that an adapter fits a model and its base
 checkpoint     a base model on disk, one tensor at a time
+stored         where channels lie in a checkpoint's tensors
 merge          `merge`: a merged checkpoint, shard by shard
 """

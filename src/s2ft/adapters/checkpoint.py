@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import torch
 import transformers
@@ -23,12 +24,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from s2ft.adapters.compatibility import check_fits
 from s2ft.adapters.file import AdapterFile
+from s2ft.adapters.stored import Place, channel_numbers, places
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.reading import check_regular, read_json
 from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
 from s2ft.format.folder import CONFIG_FILE
 from s2ft.format.slices import Slice
-from s2ft.layer.linears import as_matrix, features
+from s2ft.layer.linears import features
 from s2ft.layer.stacked import StackedLinear, linear_at
 
 _CLASSES = {
@@ -127,13 +129,17 @@ class Checkpoint:
         Raises:
             S2FTError: if the checkpoint has no such tensor: it is tied to another, or stored in another form.
         """
+        name = f"{module}.{parameter}"
+        return self._stored(name) or self._refuse(name)
+
+    def _stored(self, name: str) -> str | None:
+        """A parameter's name in the files, with or without the model's prefix; None if it is not there."""
         prefix = self.model.base_model_prefix
-        paths = (module, module.removeprefix(f"{prefix}."), f"{prefix}.{module}")
-        for name in (f"{path}.{parameter}" for path in paths):
-            if name in self.files:
-                return name
+        return next((n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in self.files), None)
+
+    def _refuse(self, name: str) -> NoReturn:
         raise S2FTError(
-            f"the checkpoint in {self.folder} has no tensor {module}.{parameter}: it is tied to another one, or stored in "
+            f"the checkpoint in {self.folder} has no tensor {name}: it is tied to another one, or stored in "
             "another form. Merge the loaded model instead (`merge_and_unload`)"
         )
 
@@ -143,28 +149,35 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
-    def matrix(self, module: str, weight: Tensor) -> Tensor:  # [out_features, in_features], a view of the weight
-        """A module's weight as it is stored, in the orientation of `nn.Linear`."""
-        return as_matrix(self.linear(module), weight)
+    def places(self, module: str, trained: Slice) -> list[Place]:
+        """Where the channels of a module's slice lie in the checkpoint.
+
+        Raises:
+            S2FTError: if the module's weight is not there, or stored in another form.
+        """
+        across = features(self.linear(module))[1 if trained.side == "in" else 0]
+        for converted in (False, True):
+            numbers = channel_numbers(self.model, module, trained.side, converted)
+            names = {name: stored for name in numbers if (stored := self._stored(name)) is not None}
+            if len(names) == len(numbers):
+                return places({names[name]: one for name, one in numbers.items()}, trained, across)
+        return self._refuse(module if self.is_stacked(module) else f"{module}.weight")
 
     def check_plain(self, adapter: AdapterFile) -> None:
         """Raises `S2FTError` unless every weight that the adapter changes is here, as plain values of the right shape."""
         if getattr(self.model.config, "quantization_config", None) is not None:
             raise S2FTError(f"the base in {self.folder} is quantised; its weights cannot take a delta")
-        raise_together(problem for module in adapter.slices if (problem := self._problem(module)))
+        raise_together(problem for module, one in adapter.slices.items() if (problem := self._problem(module, one)))
 
-    def _problem(self, module: str) -> str | None:
-        name, expected = self.tensor_name(module), self._stored_shape(module)
-        with safe_open(self.files[name], framework="pt") as file:
-            found = file.get_slice(name)
-            dtype, shape = found.get_dtype(), list(found.get_shape())
-        if dtype in _PLAIN and shape == expected:
-            return None
-        return f"{name} is {dtype} of shape {shape} in {self.folder}; expected plain values of shape {expected}"
-
-    def _stored_shape(self, module: str) -> list[int]:
-        inputs, outputs = features(self.linear(module))
-        return [inputs, outputs] if self.is_transposed(module) else [outputs, inputs]
+    def _problem(self, module: str, trained: Slice) -> str | None:
+        for place in self.places(module, trained):
+            with safe_open(self.files[place.tensor], framework="pt") as file:
+                found = file.get_slice(place.tensor)
+                dtype, shape = found.get_dtype(), list(found.get_shape())
+            if dtype not in _PLAIN or shape != place.shape:
+                is_now = f"{place.tensor} is {dtype} of shape {shape} in {self.folder}"
+                return f"{is_now}; expected plain values of shape {place.shape}"
+        return None
 
     def check_made_for(self, adapter: AdapterFile) -> None:
         """Raises `S2FTError` if the adapter was made for other weights, as far as they can be compared."""
@@ -177,13 +190,20 @@ class Checkpoint:
 
     def _digest(self, module: str, trained: Slice, expected: str) -> str | None:
         try:
-            if self._problem(module):
+            if self._problem(module, trained):
                 return None
         except S2FTError:  # stored in another form
             return None
-        matrix = self.matrix(module, self.tensor(self.tensor_name(module)))
         parts = digest_parts(expected, trained)
-        return join_digests({part: slice_digest(Slice.parse(part).of(matrix)) for part in parts}, trained)
+        return join_digests({part: slice_digest(self._values(module, Slice.parse(part))) for part in parts}, trained)
+
+    def _values(self, module: str, trained: Slice) -> Tensor:  # [out_features, s] or [s, in_features]
+        """The slice's values, from the disk."""
+        parts = [(place, place.read(self.tensor(place.tensor))) for place in self.places(module, trained)]
+        rows = torch.empty(len(trained.indices), parts[0][1].shape[1], dtype=parts[0][1].dtype)
+        for place, part in parts:
+            rows[place.picked] = part
+        return rows.T if trained.side == "in" else rows
 
 
 def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = False) -> Checkpoint:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint, open_base, settings_files
 from s2ft.adapters.file import AdapterFile, open_adapter
+from s2ft.adapters.stored import Place
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.files import new_folder
 from s2ft.common.outputs import Progress, check_free
@@ -63,27 +64,29 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
     return output
 
 
-def merged_slice(
-    matrix: Tensor,  # [out_features, in_features], the base's weight
+def merged_rows(
+    place: Place,
+    weight: Tensor,  # the base's tensor
     trained: Slice,
     delta: Tensor,  # [out_features, s] on the input side, [s, in_features] on the output side
-) -> Tensor:  # shaped like delta, in the base's dtype
-    """The slice's new values: the sum in float32 (a float64 base: float64), rounded once to the base's dtype."""
+) -> Tensor:  # [n, across], in the base's dtype
+    """The new values of a slice's channels in one tensor: summed in float32 (a float64 base: float64), rounded once."""
+    rows = (delta.T if trained.side == "in" else delta)[place.picked]
     # A live model's deltas are float32
-    return add_delta(trained.of(matrix), delta if matrix.dtype == torch.float64 else delta.float())
+    return add_delta(place.read(weight), rows if weight.dtype == torch.float64 else rows.float())
 
 
 def _merge_module(adapter: AdapterFile, base: Checkpoint, module: str, aside: Path) -> None:
-    name, trained = base.tensor_name(module), adapter.slices[module]
-    weight = base.tensor(name)
-    matrix = base.matrix(module, weight)
-    values = merged_slice(matrix, trained, adapter.delta(module))
-    if not all_finite(values):
-        raise S2FTError(
-            f"{name}: merged values do not fit {weight.dtype}, or the base holds values that are not finite"
-        )
-    matrix.index_copy_(trained.dim, trained.channels, values)
-    _overwrite(aside / base.files[name].name, name, weight)
+    trained, delta = adapter.slices[module], adapter.delta(module)
+    for place in base.places(module, trained):
+        weight = base.tensor(place.tensor)
+        rows = merged_rows(place, weight, trained, delta)
+        if not all_finite(rows):
+            raise S2FTError(
+                f"{place.tensor}: merged values do not fit {weight.dtype}, or the base holds values that are not finite"
+            )
+        place.write(weight, rows)
+        _overwrite(aside / base.files[place.tensor].name, place.tensor, weight)
 
 
 def _whole_tensors(adapter: AdapterFile, base: Checkpoint) -> dict[str, Tensor]:

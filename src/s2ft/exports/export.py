@@ -64,7 +64,8 @@ def export(
     opened = open_adapter(adapter)
     raise_together(writer.problems(opened))
     checkpoint = open_base(opened, base, weights=target.reads_weights)
-    raise_together(_of_experts(opened, checkpoint, to))
+    if not target.reads_weights:
+        raise_together(_of_experts(opened, checkpoint, to))
     with (new_file if target.suffix else new_folder)(output) as aside:
         writer.write(opened, checkpoint, aside, progress)
     rank = max_lora_rank(opened) if target.is_for_vllm else None
@@ -75,4 +76,4 @@ def export(
 def _of_experts(adapter: AdapterFile, base: Checkpoint, to: str) -> Iterator[str]:
     for module in adapter.slices:
         if base.is_stacked(module):
-            yield f"{module} is a slice of stacked experts, which s2ft does not write for {to!r}; merge the adapter instead"
+            yield f"{module} is a slice of stacked experts, not written for {to!r}; use `s2ft merge`, or --to patch"

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
-from s2ft.adapters.merge import merged_slice
+from s2ft.adapters.merge import merged_rows
 from s2ft.common.outputs import Progress
-from s2ft.format.slices import Slice
 
 
 def problems(adapter: AdapterFile) -> list[str]:
@@ -35,26 +34,11 @@ def write(adapter: AdapterFile, base: Checkpoint, output: Path, progress: Progre
     """Writes the patch into one safetensors file."""
     tensors: dict[str, Tensor] = {}
     for module in progress(list(adapter.slices)):
-        name, trained = base.tensor_name(module), adapter.slices[module]
-        weight = base.tensor(name)
-        matrix = base.matrix(module, weight)
-        values = merged_slice(matrix, trained, adapter.delta(module))
-        flat, order = _positions(matrix, trained).flatten().sort()
-        small = weight.numel() <= torch.iinfo(torch.int32).max
-        tensors[f"{name}.indices"] = flat.to(torch.int32 if small else torch.int64)
-        tensors[f"{name}.values"] = values.flatten()[order]
+        trained, delta = adapter.slices[module], adapter.delta(module)
+        for place in base.places(module, trained):
+            weight = base.tensor(place.tensor)
+            flat, order = place.positions.flatten().sort()
+            small = weight.numel() <= torch.iinfo(torch.int32).max
+            tensors[f"{place.tensor}.indices"] = flat.to(torch.int32 if small else torch.int64)
+            tensors[f"{place.tensor}.values"] = merged_rows(place, weight, trained, delta).flatten()[order]
     save_file(tensors, output, metadata={"format": "s2ft-patch"})
-
-
-def _positions(
-    matrix: Tensor,  # [out_features, in_features], a view of the stored tensor
-    trained: Slice,
-) -> Tensor:  # int64, shaped like the slice's delta
-    """Where each entry of the slice lies in the stored tensor."""
-    rows, columns = (torch.arange(size) for size in matrix.shape)
-    indices = torch.from_numpy(trained.indices)
-    if trained.side == "in":
-        columns = indices
-    else:
-        rows = indices
-    return rows[:, None] * matrix.stride(0) + columns * matrix.stride(1)

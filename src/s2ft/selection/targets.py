@@ -124,7 +124,7 @@ def _numbered(structure: Structure, projection: Projection) -> str:
 
 def _check_numbers(structures: Sequence[Structure], config: S2FTConfig) -> None:
     """Raises `S2FTError` for the number of an expert that is not there."""
-    names = {f".{_numbered(s, p)}" for s in structures if s.kind == EXPERTS for p in s.projections}
+    names = dict.fromkeys(f".{_numbered(s, p)}" for s in structures if s.kind == EXPERTS for p in s.projections)
     given = config.target_modules if isinstance(config.target_modules, set | list) else ()
     for match in filter(None, map(_NUMBERED.fullmatch, given)):
         first = next((name for name in names if name.endswith(f".{match['owner']}.0.{match['leaf']}")), None)

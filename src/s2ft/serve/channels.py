@@ -11,7 +11,8 @@ from torch import nn
 from s2ft.common.errors import S2FTError
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
-from s2ft.layer.linears import features, linear_layer
+from s2ft.layer.linears import features
+from s2ft.layer.stacked import linear_at
 
 
 def channels(folder: Path, model: nn.Module) -> list[dict[str, Any]]:
@@ -25,10 +26,7 @@ def channels(folder: Path, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _row(module: str, trained: Slice, model: nn.Module) -> dict[str, Any]:
-    try:
-        linear = linear_layer(model.get_submodule(module))
-    except AttributeError:
-        linear = None
+    linear = linear_at(model, module)
     if linear is None:
         raise S2FTError(f"{module} is no linear layer of the model")
     inputs, outputs = features(linear)
