@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-trackers test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-distributed test-trackers test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
 
 setup: .venv/ready
 
@@ -63,6 +63,19 @@ build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 	$(PYTHON) -m venv build/quantised
 	build/quantised/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-quantised.txt \
 		--editable '.[train]' pytest bitsandbytes optimum-quanto torchao
+	touch $@
+
+# FSDP2 and DeepSpeed on two processes of the CPU; DeepSpeed, without its kernels, in an environment of its own above this one
+test-distributed: build/distributed/ready
+	build/distributed/bin/python -m pytest tests/tuner/test_sharded.py tests/tuner/test_partitioned.py tests/finetune/test_engines.py
+
+build/distributed/ready: .venv/ready constraints-distributed.txt
+	$(BIN)/python -m venv build/distributed
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+		> $$(build/distributed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	build/distributed/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 build/distributed/bin/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
+		--constraint constraints-distributed.txt deepspeed
 	touch $@
 
 # `--report-to` with the trackers themselves, in an environment of their own above this one

@@ -98,8 +98,6 @@ def test_two_processes_go_on_to_the_same_weights(options: dict[str, Any], tmp_pa
     [
         (TWO, {"evaluate": "gsm8k", "eval_data": "d"}, r"evaluate=\['gsm8k'\] needs one process, here are 2"),
         (TWO, {"precision": "pure-bf16"}, "precision='pure-bf16' rounds by chance"),
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP keeps a part of each weight in each process; s2ft train has each"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed .ZeRO. keeps parts of the optimizer's state, gradients or"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM keeps parts of layers"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "a parallelism config .tensor, context, sequence. splits"),
     ],

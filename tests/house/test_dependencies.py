@@ -60,7 +60,7 @@ OPTIONAL = {  # libraries that a folder does without; the code asks whether they
     "exports": {"gguf": "gguf", "vllm": None},  # vLLM loads our plug-in, not the other way round
     "layer": {"triton": "gpu", "deepspeed": None},  # parameters that DeepSpeed holds are there only with it
     "training": {"liger-kernel": "liger"},
-    "finetune": {"galore-torch": "baselines", "wandb": None},
+    "finetune": {"galore-torch": "baselines", "deepspeed": None, "wandb": None},
     "evaluate": {"vllm": None},
     "lab": {"liger-kernel": "liger"},
 }

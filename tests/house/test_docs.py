@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "examples" / "README.md"]
 TODAY = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names what was, too
 OF_OTHERS = {"--multi_gpu", "--num_processes", "--num_machines", "--mixed_precision", "--dynamo_backend"}  # accelerate
+OF_OTHERS |= {"--config_file"}  # accelerate, too
 OF_OTHERS |= {"--enable-lora", "--max-lora-rank", "--max-loras", "--tensor-parallel-size"}  # vLLM
 OF_OTHERS |= {"--model_args", "--tasks", "--help"}  # the lm-evaluation-harness, and every command's
 

@@ -5,6 +5,7 @@ leaving          how errors are reported, and the process ends
 options          options that several commands share, or that are declared elsewhere
 train            `s2ft train`
 data             `s2ft data`
+plan             `s2ft plan`
 quickstart       `s2ft quickstart`
 quickstart_real  `s2ft quickstart-real`
 base             `s2ft base`

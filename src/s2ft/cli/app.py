@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import s2ft
-from s2ft.cli import bench, compare, data, eval, reproduce, serve, study, train
+from s2ft.cli import bench, compare, data, eval, plan, reproduce, serve, study, train
 from s2ft.cli.base import base
 from s2ft.cli.config_schema import config_schema
 from s2ft.cli.env import env
@@ -52,6 +52,7 @@ app.command("base")(base)
 app.command("env")(env)
 app.command("config-schema")(config_schema)
 app.command("train", help=train.HELP)(train.command)
+app.command("plan", help=plan.HELP)(plan.command)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("compare", help=compare.HELP)(compare.command)
 app.command("serve", help=serve.HELP)(serve.serve)

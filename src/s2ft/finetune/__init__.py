@@ -11,6 +11,7 @@ Read `options`, then `train`.
     inputs      checks that the files and folders of the options exist
     preview     what a run would make of its data
     launch      can a run start? inputs, output, and what several processes support
+    engines     FSDP2 and DeepSpeed: how a model is loaded for them, and what is saved
     recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains
     rates       a learning rate for each slice
@@ -25,6 +26,8 @@ Read `options`, then `train`.
     layout      in place or indexed, with the reason
     search      the learning rate, by short runs
     estimate    time and memory of a run, before it starts
+    machines    options of `s2ft plan`: devices
+    fit         memory per device, from a model's configuration: what fits, with which engine
     arguments   options → TRL's `SFTConfig`
     holdout     the held-out loss, in batches
     trackers    TensorBoard, W&B and others: which there are, and whether they are installed

@@ -14,6 +14,7 @@ from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import ADAM_BETAS, LONGEST, WARMUP, DataOptions, TrainOptions
 from s2ft.finetune.trackers import NONE
 from s2ft.runtime.models import positions
+from s2ft.runtime.processes import ZERO, engine
 
 
 def trainer_config(
@@ -27,7 +28,9 @@ def trainer_config(
     trainer = OBJECTIVES[options.objective].trainer_class()
     settings = {**_settings(options), **trainer.settings(options, max_length)}
     on_cpu = {"use_cpu": True} if autocast and not torch.accelerator.is_available() else {}  # transformers asks for it
-    return trainer.config_class(**{**settings, "bf16": autocast, **on_cpu, **of_method})
+    # accelerate looks for a way to communicate on accelerators, or where it may not use them, which turns DeepSpeed off
+    backend = {"ddp_backend": "gloo"} if engine() in ZERO and not torch.accelerator.is_available() else {}
+    return trainer.config_class(**{**settings, "bf16": autocast, **on_cpu, **backend, **of_method})
 
 
 def _settings(options: TrainOptions) -> dict[str, Any]:

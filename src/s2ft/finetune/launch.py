@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from s2ft.common.errors import S2FTError, gathered, raise_together
@@ -13,12 +14,11 @@ from s2ft.finetune.inputs import input_problems
 from s2ft.finetune.methods import find_method
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.trackers import check_trackers
+from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.terms import PURE
-from s2ft.runtime.processes import process_count
+from s2ft.runtime.processes import ZERO, accelerate_uses, engine, is_divided, is_managed, process_count
 
-SHARDING = {  # accelerate's name → what it does
-    "FSDP": "FSDP keeps a part of each weight in each process",
-    "DEEPSPEED": "DeepSpeed (ZeRO) keeps parts of the optimizer's state, gradients or weights in each process",
+UNKNOWN = {  # accelerate's name → what it does
     "MEGATRON_LM": "Megatron-LM keeps parts of layers, or some layers, in each process",
     "PARALLELISM_CONFIG": "a parallelism config (tensor, context, sequence) splits layers or sequences over processes",
 }
@@ -42,13 +42,14 @@ def check_run(options: TrainOptions) -> None:
 
 
 def check_processes(options: TrainOptions) -> None:
-    """Raises `S2FTError` for sharded training, and for options that need a single process."""
+    """Raises `S2FTError` for engines that are not known or not there, and for options that do not go with several processes."""
     count = process_count()
     raise_together(
-        f"{why}; s2ft train has each process hold and train the whole: launch with --multi_gpu instead"
-        for name, why in SHARDING.items()
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"  # as accelerate asks
+        f"{why}; s2ft train knows DDP, FSDP2 and DeepSpeed ZeRO: launch with one of examples/distributed"
+        for name, why in UNKNOWN.items()
+        if accelerate_uses(name)
     )
+    raise_together(_engine_problems(options) if is_managed() else ())
     if count > 1 and options.evaluate is not None:
         raise S2FTError(
             f"evaluate={options.evaluate!r} needs one process, here are {count}; use `s2ft eval` afterwards"
@@ -57,3 +58,36 @@ def check_processes(options: TrainOptions) -> None:
         raise S2FTError(
             f"precision={PURE!r} rounds by chance, so the weights of {count} processes would part; take auto, bf16 or fp32"
         )
+
+
+def _engine_problems(options: TrainOptions) -> Iterator[str]:
+    """What FSDP and DeepSpeed need, and what does not go with them."""
+    name = engine()
+    if name.startswith("fsdp1"):
+        yield "FSDP's first version puts trained and frozen weights into one flat parameter: set fsdp_version: 2"
+    if name.startswith("zero") and name not in ZERO:
+        yield f"DeepSpeed's zero_stage={name.removeprefix('zero')} divides nothing; take 1, 2 or 3, or launch with --multi_gpu"
+    if name in ZERO and find_spec("deepspeed") is None:
+        yield "the launcher asks for DeepSpeed, which is not installed: pip install deepspeed"
+    if find_method(options.method).leaves_model:
+        yield f"method={options.method!r} trains the model's own weights, which s2ft train does not gather from {name}"
+    if options.precision == PURE:
+        yield f"precision={PURE!r} does not go with {name}, which keeps its own copies of what it trains"
+    if options.reselect:
+        yield f"reselect={options.reselect} does not go with {name}, which divides the optimizer's state; take 0"
+    if options.learning_rate == AUTO_RATE:
+        yield f"learning_rate={AUTO_RATE!r} trains several times, and {name} divides a model once; give a rate"
+    if is_divided():
+        yield from _division_problems(options, name)
+
+
+def _division_problems(options: TrainOptions, name: str) -> Iterator[str]:
+    """What needs whole weights."""
+    given = {
+        "layout": options.layout == "in-place",
+        "samples": options.samples,
+        "objective": options.objective != "sft",
+    }
+    for option in (option for option, is_given in given.items() if is_given):
+        value, default = getattr(options, option), TrainOptions.model_fields[option].default
+        yield f"{option}={value!r} needs whole weights, and {name} leaves each process a part; take {default!r}"

@@ -39,6 +39,7 @@ from s2ft.finetune.arguments import longest, trainer_config
 from s2ft.finetune.card import Card
 from s2ft.finetune.channels import Examples, choose_more
 from s2ft.finetune.checkpoints import Checkpoints
+from s2ft.finetune.engines import check_started, computes_in_bf16, loading
 from s2ft.finetune.layout import INDEXED, Chosen, choose_layout, untried
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.lora import check_head
@@ -57,9 +58,10 @@ from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.format.terms import PURE
+from s2ft.layer.sharding import from_first, is_loaded_once
 from s2ft.runtime.models import load_model, load_scorer, load_tokenizer
 from s2ft.runtime.precision import choose_precision
-from s2ft.runtime.processes import as_leader
+from s2ft.runtime.processes import as_leader, engine, is_divided
 
 log = logging.getLogger("s2ft")
 
@@ -126,14 +128,18 @@ def prepare(options: TrainOptions) -> Setup:
     tokenizer, reasons = load_tokenizer(options.model), {}
     dtype, autocast, reasons["precision"] = method.precision(*choose_precision(options.precision))
     log.info("precision: %s", reasons["precision"])
-    model = (load_model if objective.answers else load_scorer)(options.model, dtype)
+    with loading():
+        model = (load_model if objective.answers else load_scorer)(options.model, dtype)
+    autocast |= computes_in_bf16(dtype)
     max_length = longest(options, model)
     data = _tokenized(options, examples, digest, tokenizer, max_length)
     rows = data.rows(max_length if options.packing else None) * objective.rows(options)
 
     options, reasons["batch"] = settle_batch(options, rows)
     arguments = partial(trainer_config, max_length=max_length, autocast=autocast, **method.arguments(options, model))
-    model.to(arguments(options).device)
+    device = arguments(options).device
+    if not is_divided():
+        model.to(device)
     if options.packing:
         check_packing(model)
     config = _adapter(options, paused, model, data)
@@ -152,6 +158,7 @@ def prepare(options: TrainOptions) -> Setup:
         config, reselect = _reselection(options, model, data, config)
         callbacks.append(reselect)
     trainer = make(options, data, config, callbacks)
+    check_started(trainer)
     chosen = _settle_layout(options, paused, trainer, sliced=isinstance(config, S2FTConfig))
     options = options.model_copy(update={"layout": chosen.layout})  # whoever runs them again takes the same
     reasons |= {"layout": chosen.reason} if isinstance(config, S2FTConfig) else {}
@@ -204,7 +211,8 @@ def _adapter(options: TrainOptions, paused: Paused | None, model: PreTrainedMode
     """The config of the method's adapter, or of the checkpoint's; None if the model's own weights are trained."""
     method = find_method(options.method)
     if paused is None or method.leaves_model:
-        config = as_leader(method.peft_config(settle_strategy(options), model, data.examples))
+        choose = partial(method.peft_config, settle_strategy(options), model, data.examples)
+        config = from_first(choose) if is_loaded_once() else as_leader(choose())
     else:
         config = PeftConfig.from_pretrained(str(paused.checkpoint))
         config.inference_mode = False
@@ -281,6 +289,8 @@ def _settle_layout(options: TrainOptions, paused: Paused | None, trainer: RunTra
     """The layout that is taken, and what one batch took in it."""
     if not find_method(options.method).foreseeable:
         return Chosen(INDEXED, "nothing is sliced", None)
+    if is_divided():
+        return Chosen(INDEXED, f"indexed: {engine()} leaves each process a part of the weights", None)
     noted = None if paused is None else paused.layout
     if not OBJECTIVES[options.objective].foreseeable:
         return untried(trainer.model, noted or options.layout if sliced else INDEXED)

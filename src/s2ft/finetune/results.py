@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.adapters.file import read_adapter
@@ -31,7 +31,7 @@ from s2ft.finetune.weights import layer_changes
 from s2ft.format.config import S2FTConfig
 from s2ft.report.run import run_page
 from s2ft.runtime.environment import environment, peak_memory
-from s2ft.runtime.processes import process_count
+from s2ft.runtime.processes import engine, process_count
 from s2ft.selection.coverage import parameter_counts
 
 
@@ -42,16 +42,23 @@ def section(options: TrainOptions) -> str:
 
 def parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers of trained parameters (LISA's at a time) and of the base model's, however they are stored."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     return trainable, sum(parameter_counts(model).values())
 
 
 def save_result(
-    options: TrainOptions, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card
+    options: TrainOptions,
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: Card,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes everything to `options.output`, each file whole or not at all.
 
     A model is brought to the dtype that its base was stored in, and gets the tokenizer along.
+
+    Args:
+        state: What was trained, where an engine has divided it among processes.
     """
     method, output = find_method(options.method), Path(options.output)
     answers_chat = card["data"]["format"] == "chat" and OBJECTIVES[options.objective].answers
@@ -61,7 +68,7 @@ def save_result(
         model.to(_stored_dtype(options.model))
         _name_end(model, end)
     with staged(output) as aside:
-        model.save_pretrained(str(aside))
+        model.save_pretrained(str(aside), state_dict=state)
         if method.leaves_model:
             tokenizer.save_pretrained(str(aside))
         if end is not None:
@@ -204,7 +211,7 @@ def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: floa
         "learning_rate_reason": reasons["learning_rate"],
         "batch": reasons["batch"],
         "precision": reasons["precision"],
-        **({"processes": process_count()} if process_count() > 1 else {}),
+        **({"processes": process_count(), "engine": engine()} if process_count() > 1 else {}),
         **({"layout": reasons["layout"]} if "layout" in reasons else {}),
         "max_length": setup.data.tokens.max_length,
         "warmup_steps": int(setup.trainer.args.warmup_steps),

@@ -27,12 +27,17 @@ from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config_file import method_of
 from s2ft.format.terms import METHOD
-from s2ft.runtime.processes import process_count
+from s2ft.runtime.processes import ALONE, DDP, ZERO, engine, process_count
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 MODEL_FILES = ("model.safetensors", "config.json")  # or, for a large model, the parts that its index names
 INDEX = "model.safetensors.index.json"
-STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+STATE_FILES = ("scheduler.pt", "trainer_state.json")
+OPTIMIZER = {  # engine → files that hold the optimizer's state, and with FSDP what is trained
+    "fsdp2": ("optimizer.bin", "pytorch_model_fsdp.bin"),
+    "fsdp2-sharded": ("optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"),
+    **dict.fromkeys(ZERO, ("latest",)),
+}
 NOTE = "run.json"  # in a checkpoint: options and data; in the output folder: the whole run card
 SETTLED = ("batch_size", "gradient_accumulation", "learning_rate")  # by the run, where they were left open
 FREE = {  # options that do not change the weights
@@ -57,6 +62,7 @@ class Paused:
     options: dict[str, Any]  # with a learning rate, which older notes left open
     digest: str  # of the data
     processes: int
+    engine: str
     search: dict[str, Any] | None = None  # how its learning rate was found, where short runs did
 
     @classmethod
@@ -77,7 +83,8 @@ class Paused:
             raise _unreadable(path, f"processes is {processes!r}")
         search = note.get("learning_rate_search")
         search = search if isinstance(search, dict) else None
-        return cls(checkpoint, settled_options(options), data["digest"], processes, search)
+        by = str(note.get("engine", DDP if processes > 1 else ALONE))
+        return cls(checkpoint, settled_options(options), data["digest"], processes, by, search)
 
     @property
     def method(self) -> str:
@@ -109,6 +116,8 @@ class Paused:
         ]
         if not problems and self.processes != process_count():
             problems = [f"processes: {process_count()} here, but {self.checkpoint} was made with {self.processes}"]
+        if not problems and self.engine != engine():
+            problems = [f"engine: {engine()} here, but {self.checkpoint} was made by {self.engine}"]
         if not problems and self.digest != digest:
             problems = [f"data={options.data!r} has changed since {self.checkpoint} was made"]
         raise_together(problems)
@@ -135,6 +144,7 @@ def note_run(
     """Writes down which run a checkpoint is of; `prompts` is the format of its prompts."""
     data = {"digest": digest, "format": prompts}
     note = {"options": options.model_dump(mode="json"), "data": data, "processes": process_count()}
+    note |= {"engine": engine()}
     note |= {} if search is None else {"learning_rate_search": search}
     (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -177,7 +187,8 @@ def check_whole(paused: Paused, is_model: bool) -> None:
     checkpoint = paused.checkpoint
     weights, config = MODEL_FILES if is_model else ADAPTER_FILES
     parts = _parts(checkpoint) if is_model and (checkpoint / INDEX).is_file() else [weights]
-    states = [*STATE_FILES, *_random_states(paused.processes)]
+    optimizer = OPTIMIZER.get(paused.engine, ("optimizer.pt",))
+    states = [*optimizer, *STATE_FILES, *_random_states(paused.processes)]
     missing = [name for name in (*parts, config, *states) if not (checkpoint / name).is_file()]
     if missing:
         raise _incomplete(checkpoint, missing)
@@ -188,7 +199,7 @@ def check_whole(paused: Paused, is_model: bool) -> None:
         except SafetensorError as error:
             raise _damaged(checkpoint, part, error) from None
     for name in states:
-        if Path(name).suffix in (".pt", ".pth"):
+        if Path(name).suffix in (".pt", ".pth", ".bin"):
             _check_state(checkpoint, name)
     if not is_model and method_of(checkpoint) == METHOD:
         open_adapter(checkpoint)  # what is neither a slice nor declared would be loaded into the base

@@ -20,6 +20,7 @@ from s2ft.evaluate.comparison import Scorer
 from s2ft.finetune.arguments import total_steps, warmup_steps
 from s2ft.finetune.card import Card
 from s2ft.finetune.checkpoints import remove_unfinished, step_of
+from s2ft.finetune.engines import trained_state
 from s2ft.finetune.estimate import Estimate, estimate
 from s2ft.finetune.hub import push
 from s2ft.finetune.launch import check_run
@@ -33,7 +34,7 @@ from s2ft.finetune.samples import Samples
 from s2ft.finetune.trackers import tracking
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.failures import clear_failures
-from s2ft.runtime.processes import leads
+from s2ft.runtime.processes import is_managed, leads
 
 log = logging.getLogger("s2ft")
 
@@ -92,8 +93,9 @@ def _run(setup: Setup) -> TrainResult:
         interrupted = setup.flow.interrupted and trainer.state.global_step < trainer.state.max_steps
         card = {"status": "interrupted" if interrupted else "finished", **run_card(setup, steps, foreseen, metrics)}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        state = trained_state(model) if is_managed() else None
         if leads():
-            save_result(options, model, setup.data.tokenizer, card)
+            save_result(options, model, setup.data.tokenizer, card, state)
         trainer.accelerator.wait_for_everyone()  # the first to leave would remove an empty output folder
     if (setup.questions is not None or options.samples) and not interrupted and leads():
         card |= {"samples": samples.compare(model)}

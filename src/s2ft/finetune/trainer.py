@@ -27,11 +27,12 @@ from trl import SFTConfig, SFTTrainer
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.checkpoints import is_checkpoint, mark, remove_unfinished
+from s2ft.finetune.engines import trained_state
 from s2ft.finetune.holdout import WEIGHT, held_out_loader, summed_losses
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.rates import ONE, rate_factors, split_groups
-from s2ft.runtime.processes import anywhere
+from s2ft.runtime.processes import anywhere, is_managed
 from s2ft.training.rounding import round_steps
 
 Logs = dict[str, Any] | None
@@ -119,10 +120,15 @@ class RunTrainer(transformers.Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, where it is the first to write into a checkpoint."""
+        """As in transformers, where it is the first to write into a checkpoint; an engine gathers what is trained, no more."""
         if output_dir is not None and is_checkpoint(Path(output_dir)):
             mark(Path(output_dir))
-        super().save_model(output_dir, *args, **kwargs)
+        if output_dir is None or not is_managed():
+            super().save_model(output_dir, *args, **kwargs)
+            return
+        state = trained_state(self.model)
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: the run writes its own card, which says how to load the adapter."""

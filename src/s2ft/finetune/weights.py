@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import is_plain, layer_index
+from s2ft.layer.sharding import gathered
 
 
 def layer_changes(model: nn.Module, adapter: str = "default") -> list[dict[str, Any]]:
@@ -33,10 +34,12 @@ def _delta(module: nn.Module, adapter: str) -> Tensor | None:  # [out, in], or t
     if isinstance(module, S2FTLinear) and adapter in module.s2ft_block:
         return module.block(adapter).weight
     if isinstance(module, LoraLinear) and adapter in module.lora_A and adapter not in module.lora_variant:
-        with torch.no_grad():
-            return module.get_delta_weight(adapter)
+        factors: list[Any] = [module.lora_A[adapter], module.lora_B[adapter]]
+        first, second = (gathered(factor.weight).detach() for factor in factors)
+        scale: float = module.scaling[adapter]
+        return scale * (second @ first)
     return None
 
 
 def _norm(tensor: Tensor) -> float:  # of any shape
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
+    return float(torch.linalg.vector_norm(gathered(tensor).detach(), dtype=torch.float32))

@@ -167,7 +167,9 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the base layer's output: autocast's, else the input's."""
-        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        kind = x.device.type
+        is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if is_cast else x.dtype
 
     def _mixed_batch_forward(
         self,

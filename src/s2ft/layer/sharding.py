@@ -10,20 +10,23 @@ layer's weight whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers.integrations import is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 
 from s2ft.common.errors import S2FTError
 from s2ft.layer.linears import as_matrix, weight_matrix, weight_of, why_not_plain
+
+T = TypeVar("T")
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -75,6 +78,30 @@ def why_not_readable(linear: nn.Module) -> str | None:
     """What keeps a weight's values from being read, in parts at least; None where nothing does."""
     weight = weight_of(linear)
     return None if is_sharded(weight) and can_gather(weight) else why_not_plain(linear)
+
+
+def is_loaded_once() -> bool:
+    """Whether only the first process has read the weights (accelerate's `cpu_ram_efficient_loading`)."""
+    return bool(is_fsdp_enabled())
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in every process; all must call this.
+
+    Raises:
+        S2FTError: in every process, if it is raised there.
+    """
+    made: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            made = [make(), None]
+        except S2FTError as error:
+            made = [None, str(error)]
+    distributed.broadcast_object_list(made)
+    if made[1] is not None:
+        raise S2FTError(made[1])
+    result: T = made[0]
+    return result
 
 
 def reshard(model: nn.Module) -> None:
@@ -164,7 +191,7 @@ def _shard(linear: nn.Module, weight: DTensor) -> Part:
 @contextmanager
 def _whole(parameter: Tensor, changed: bool = False) -> Iterator[None]:
     """The parameter of ZeRO-3 with all its values; what is written to it is kept, if `changed`."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with cast(Any, GatheredParameters)([parameter], modifier_rank=0 if changed else None):
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None):
         yield

@@ -61,7 +61,9 @@ def own_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())
+    """What tells storages apart: on device meta, where none has an address, the object, which lives as long as the storage."""
+    storage = tensor.untyped_storage()
+    return id(storage) if tensor.is_meta else int(storage.data_ptr())
 
 
 def held_bytes(device: torch.device) -> int:

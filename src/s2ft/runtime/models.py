@@ -101,8 +101,12 @@ def _config(name: str) -> PreTrainedConfig:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
 
 
-def empty_model(name: str) -> PreTrainedModel:
+def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The causal language model `name` without values (device meta): its configuration alone is read.
+
+    Args:
+        name: A folder, a GGUF file, or a name on the Hub.
+        dtype: Of its weights; None: torch's default.
 
     Raises:
         S2FTError: if there is no such model.
@@ -110,7 +114,9 @@ def empty_model(name: str) -> PreTrainedModel:
     config = _config(name)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **({"dtype": dtype} if dtype else {})
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
 

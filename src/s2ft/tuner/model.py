@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from s2ft.layer.adapted import (
 from s2ft.layer.dequantise import dequantise, keep_trainable, quantised_layers
 from s2ft.layer.experts import wrap_experts
 from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.sharding import reshard
+from s2ft.layer.sharding import from_first, is_loaded_once, reshard
 from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.training.depth import stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
@@ -90,7 +91,9 @@ class S2FTModel(BaseTuner):
             raise S2FTError(f"adapter_name={adapter_name!r} is a name of the model's AdapterPool; take another")
         config = self.peft_config[adapter_name]
         with suspended(model), rolled_back(self, config, self.shared):
-            self.peft_config[adapter_name] = config.filled_in(resolved(model, config.reopened()))
+            resolve = partial(resolved, model, config.reopened())
+            found = from_first(resolve) if is_loaded_once() else resolve()
+            self.peft_config[adapter_name] = config.filled_in(found)
             self._wrap_experts(model, self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if (incoming := INCOMING.get()) is not None:
