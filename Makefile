@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-distributed test-trackers test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-distributed test-trackers test-embeddings test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
 
 setup: .venv/ready
 
@@ -87,6 +87,17 @@ build/trackers/ready: .venv/ready
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
 		> $$(build/trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	build/trackers/bin/python -m pip install --quiet --constraint constraints.txt tensorboard trackio wandb 'mlflow-skinny>=3' sqlalchemy alembic
+	touch $@
+
+# The embedding recipe, with sentence-transformers in an environment of its own above this one
+test-embeddings: build/embeddings/ready
+	build/embeddings/bin/python -m pytest tests/house/test_examples.py -k embeddings
+
+build/embeddings/ready: .venv/ready
+	$(BIN)/python -m venv build/embeddings
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+		> $$(build/embeddings/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	build/embeddings/bin/python -m pip install --quiet --constraint constraints.txt 'sentence-transformers>=6'
 	touch $@
 
 # The GPU kernels, run by Triton's interpreter on the CPU, and compiled for a GPU that need not be there

@@ -48,6 +48,15 @@ class TestExamples:
             name.endswith("score.weight") for name in load_file(tmp_path / "classify" / "adapter_model.safetensors")
         )
 
+    def test_embeddings_come_nearer_and_come_back(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+        example = load("embed")
+        example.EACH = 24
+        example.main(str(tmp_path / "embed"))
+        before, after, again = map(float, re.findall(r"\d\.\d+", capsys.readouterr().out.splitlines()[-1])[:3])
+        assert before < after == again
+        assert any(bool(delta.any()) for delta in read_adapter(tmp_path / "embed").deltas.values())
+
     def test_rows_of_a_batch_differ_by_their_adapter(self, capsys: pytest.CaptureFixture[str]) -> None:
         load("several_adapters").main()
         away = [float(number) for number in re.findall(r"is (\d+\.\d+) away", capsys.readouterr().out)]

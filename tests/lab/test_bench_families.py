@@ -47,6 +47,25 @@ def test_a_random_family_of_transformers_trains_saves_reloads_and_merges_exactly
                 assert row[name] == written[name], row
 
 
+def test_drawn_families_train_as_full_autograd_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a few that are quick; `make test-slow` draws from all."""
+    quick = {"causal": {"gpt_neox": "GPTNeoXForCausalLM", "olmoe": "OlmoeForCausalLM", "phi3": "Phi3ForCausalLM"}}
+    monkeypatch.setattr("s2ft.lab.bench.families.classes", lambda kind: quick.get(kind, {}))
+    (row,) = bench_families(drawn=1, seed=int(torch.randint(2**31, ()))).rows
+    assert row["exact"], row
+    assert row["trained_error"] < 1e-5
+    with pytest.raises(S2FTError, match="drawn=4 must be from 1 to 3"):
+        bench_families(drawn=4)
+    with pytest.raises(S2FTError, match=r"page='p.md' needs all classes; leave out drawn=1"):
+        bench_families(drawn=1, page="p.md")
+
+
+@pytest.mark.slow
+def test_random_families_of_all_train_as_full_autograd_does() -> None:
+    rows = bench_families(drawn=12, seed=int(torch.randint(2**31, ()))).rows
+    assert all(row["exact"] for row in rows if "exact" in row), rows
+
+
 def test_a_wrong_gradient_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     right = module_under_test._block_gradients
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -407,3 +408,9 @@ def test_a_row_in_the_table_is_all_that_a_new_family_needs(monkeypatch: pytest.M
     with in_place(tuned) as layout:
         assert {place.how for place in layout.placements} == {"contiguous"}
         torch.testing.assert_close(tuned(x)[0], before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"ratios": 0.5}, {"budget": 0.1}, {"target_modules": "all-linear", "ratios": 0.5}])
+def test_a_model_without_a_linear_layer_is_named(config: dict[str, Any]) -> None:
+    with pytest.raises(S2FTError, match="Embedding has no linear layer, and s2ft trains slices of linear layers"):
+        select(nn.Embedding(4, 4), S2FTConfig(**config))

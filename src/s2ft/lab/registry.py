@@ -122,6 +122,9 @@ BENCHMARKS = {
                 "causal",
             ),
             "page": Option(str | None, None, "Write the table as a page of Markdown", "families.md"),
+            "drawn": Option(
+                int | None, None, "Check N classes that the seed draws, and train each for a few steps too", "3"
+            ),
             "seed": Option(int, 0, "Seed of weights, inputs and channels"),
         },
         has_picture=False,
@@ -140,8 +143,7 @@ BENCHMARKS = {
         has_picture=False,
     ),
     "evaluation": Entry(
-        "Time the answers to 200 GSM8K questions by `s2ft eval`'s engine, beside transformers' `generate`, with the embedded "
-        "base.",
+        "Time the answers to 200 GSM8K questions by `s2ft eval`, beside transformers' `generate`, with the embedded base.",
         {
             "data": Option(
                 str | None, None, "Folder with dataset/gsm8k/test.json [default: made from a seed]", "llm-adapters"

@@ -39,6 +39,8 @@ def find_targets(model: nn.Module, config: S2FTConfig) -> list[Target]:
     """The projections to train, in the model's order."""
     reading = read_structures(model)
     structures = reading.structures
+    if not structures and all(linear_layer(module) is None for module in model.modules()):
+        raise S2FTError(f"{type(model).__name__} has no linear layer, and s2ft trains slices of linear layers")
     within = in_part(model, config.targets or "all")
     if config.target_modules is None:
         candidates = _default_candidates(reading, config, model)

@@ -6,6 +6,7 @@ What is computed is in `lab/families`; here it becomes rows, and a page of the d
 from __future__ import annotations
 
 import logging
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 import transformers
 
-from s2ft.common.errors import S2FTError, first_line
+from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.files import replaced_file
 from s2ft.exports.gguf import ARCHITECTURES
 from s2ft.lab.bench.report import Report
-from s2ft.lab.families.check import check
+from s2ft.lab.families.check import MOST, MOST_IN_PLACE, check
 from s2ft.lab.families.page import page_of
+from s2ft.lab.families.steps import training_error
 from s2ft.lab.families.tiny import KINDS, classes, tiny
 from s2ft.lab.registry import TellShare
 
@@ -28,32 +30,51 @@ DTYPES = (torch.float64, torch.float32)  # the second, where a model's own code 
 
 
 def bench_families(
-    kind: str | None = None, page: str | None = None, seed: int = 0, tell: TellShare = lambda done: None
+    kind: str | None = None,
+    page: str | None = None,
+    drawn: int | None = None,
+    seed: int = 0,
+    tell: TellShare = lambda done: None,
 ) -> Report:
-    """Checks a tiny model of every class of `kind`, or of all kinds."""
+    """Checks a tiny model of every class of `kind`, or of all kinds.
+
+    Args:
+        kind: One of `KINDS`.
+        page: Where the table goes.
+        drawn: Check so many classes, drawn by the seed, and train each for a few steps too.
+        seed: Of weights, inputs, channels, and of what is drawn.
+        tell: Told the share that is done.
+    """
     if kind not in (None, *KINDS):
         raise S2FTError(f"kind={kind!r} is unknown; choose from {', '.join(KINDS)}")
     wanted = [(k, name, of) for k in ([kind] if kind else KINDS) for name, of in classes(k).items()]
+    if drawn is not None:
+        raise_together([] if 0 < drawn <= len(wanted) else [f"drawn={drawn} must be from 1 to {len(wanted)}"])
+        raise_together([f"page={page!r} needs all classes; leave out drawn={drawn}"] if page else [])
+        wanted = random.Random(seed).sample(wanted, drawn)
     rows = []
     with _quietly():
         for done, (of_kind, model_type, class_name) in enumerate(wanted, start=1):
-            rows.append(row_of(of_kind, model_type, class_name, seed))
+            rows.append(row_of(of_kind, model_type, class_name, seed, steps=drawn is not None))
             tell(done / len(wanted))
-    report = Report(settings={"kind": kind, "seed": seed, "transformers": transformers.__version__}, rows=rows)
+    report = Report(
+        settings={"kind": kind, "drawn": drawn, "seed": seed, "transformers": transformers.__version__}, rows=rows
+    )
     if page is not None:
         with replaced_file(Path(page)) as aside:
             aside.write_text(page_of(report.as_dict()), encoding="utf-8")
     return report
 
 
-def row_of(kind: str, model_type: str, class_name: str, seed: int = 0) -> dict[str, Any]:
-    """What is found of one class; `problem` says why nothing is."""
+def row_of(kind: str, model_type: str, class_name: str, seed: int = 0, steps: bool = False) -> dict[str, Any]:
+    """What is found of one class, with `steps` also of a few steps of training; `problem` says why nothing is."""
     row: dict[str, Any] = {"kind": kind, "model_type": model_type, "class": class_name}
     for dtype in DTYPES:
         torch.manual_seed(seed)
         try:
             model = tiny(model_type, class_name, dtype)
             found = check(model, seed)
+            trained = {"trained_error": training_error(model, seed)} if steps else {}
         except Exception as error:
             problem = {"problem": f"{type(error).__name__}: {first_line(error)}"}
             row = row if "exact" in row else {**row, **problem}
@@ -73,8 +94,10 @@ def row_of(kind: str, model_type: str, class_name: str, seed: int = 0) -> dict[s
             "experts": found.experts,
             "lora": found.lora,
             "llama_cpp": model_type in ARCHITECTURES,
+            **trained,
         }
-        if found.is_exact:
+        row["exact"] &= trained.get("trained_error", 0.0) <= max(MOST_IN_PLACE, MOST[dtype])
+        if row["exact"]:
             break
     return row
 

@@ -2,5 +2,6 @@
 
 tiny   builds the models, and what they are called with
 check  trains, saves, reloads, merges and lays out one of them, beside full autograd
+steps  trains one of them for a few steps, beside full autograd
 page   the support table of the documentation
 """

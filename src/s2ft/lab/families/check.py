@@ -86,16 +86,16 @@ def check(model: PreTrainedModel, seed: int = 0) -> Findings:
     deltas = {path: layer.block("default") for path, layer in sliced_layers(tuned.get_base_model(), "default").items()}
     dense = deepcopy(model)
     for path, block in deltas.items():
-        _add(_layer(dense, path), block.trained, block.weight.detach())
+        add(layer_at(dense, path), block.trained, block.weight.detach())
     loss_weights = torch.randn_like(output_of(dense, inputs))
-    expected = _gradients(dense, inputs, loss_weights, {path: block.trained for path, block in deltas.items()})
+    expected = gradients_of(dense, inputs, loss_weights, {path: block.trained for path, block in deltas.items()})
     found = _block_gradients(tuned, inputs, loss_weights)
     heads = [s for s in structures if s.kind == "attention"]
     gathered, contiguous, worst = _laid_out(tuned, inputs, loss_weights)
     return Findings(
         dtype=model.dtype,
         projections=tuple(dict.fromkeys(p.name for s in structures for p in s.projections)),
-        experts=sum(isinstance(_layer(model, path), StackedLinear) for path in deltas),
+        experts=sum(isinstance(layer_at(model, path), StackedLinear) for path in deltas),
         coupled=any(not s.partial for s in heads),
         gradient=max(_error(found[path], expected[path]) for path in expected),
         reached=sum(bool(gradient.any()) for gradient in expected.values()) / len(expected),
@@ -120,27 +120,30 @@ def _adapted(model: PreTrainedModel, config: S2FTConfig) -> PeftModel:
     return get_peft_model(deepcopy(model), deepcopy(config))
 
 
-def _layer(model: nn.Module, path: str) -> nn.Module:
+def layer_at(model: nn.Module, path: str) -> nn.Module:
+    """The linear layer, or stack of them, at `path`."""
     layer = linear_at(model, path)
     assert layer is not None
     return layer
 
 
-def _add(layer: nn.Module, trained: Slice, delta: Tensor) -> None:
+def add(layer: nn.Module, trained: Slice, delta: Tensor) -> None:
+    """Adds a delta to the slice of the layer's weight."""
     weight = weight_matrix(layer)
     with torch.no_grad():
         put(weight, trained.dim, trained.channels, trained.of(weight) + delta.to(weight.dtype))
 
 
-def _gradients(
+def gradients_of(
     dense: PreTrainedModel, inputs: dict[str, Any], loss_weights: Tensor, slices: Mapping[str, Slice]
 ) -> dict[str, Tensor]:
     """Full autograd's, cut to the slices; zero where the output does not depend on a layer."""
+    dense.zero_grad()
     dense.requires_grad_(True)
     (output_of(dense, inputs) * loss_weights).sum().backward()
     found = {}
     for path, trained in slices.items():
-        layer = _layer(dense, path)
+        layer = layer_at(dense, path)
         weight = weight_of(layer)
         grad = weight.grad if weight.grad is not None else torch.zeros_like(weight)
         found[path] = trained.of(as_matrix(layer, grad))
