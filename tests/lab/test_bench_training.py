@@ -32,7 +32,7 @@ CELLS = [Cell(2, 12, rounds=2, warm_up=1), Cell(2, 6, rounds=1, warm_up=1), Cell
 SHARE = 0.04
 KEYS = {
     "method", "batch_size", "seq_len", "trainable", "step_ms", "step_ms_p20", "step_ms_p80", "floor_ratio", "saved_bytes",
-    "peak_bytes", "model",
+    "peak_bytes", "step_bytes", "model",
 }  # fmt: skip
 INSTALLED = {name: run for name, run in CONTESTANTS.items() if name != "galore" or find_spec("galore_torch")}
 

@@ -98,6 +98,9 @@ BENCHMARKS = {
                 str | None, None, "Share of the parameters; several are rows of S²FT: 0.005,0.01 [default: 0.01]"
             ),
             "liger": Option(bool, False, "Give every method Liger's kernels (GPU)"),
+            "chunked": Option(
+                bool, False, "Compute the loss as `s2ft train` does, in chunks, without all logits at once"
+            ),
         },
     ),
     "switch": Entry(
@@ -110,6 +113,14 @@ BENCHMARKS = {
     ),
     "fusion": Entry(
         "Time the fusion of two adapters at LLaMA3-8B's shape, on files, beside writing as many bytes.",
+        has_picture=False,
+    ),
+    "everyday": Entry(
+        "Time inspect, fuse, merge, export, loading an adapter and preparing data, beside reading and writing the same bytes.",
+        {
+            "model": Option(str, ..., "A folder with a model in safetensors", "smollm2"),
+            "examples": Option(int, 100_000, "Examples that are prepared"),
+        },
         has_picture=False,
     ),
     "families": Entry(

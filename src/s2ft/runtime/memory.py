@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
+from pathlib import Path
 from weakref import WeakSet
 
 import psutil  # comes with accelerate
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+_RESET, _PEAK_OF_MEMORY = Path("/proc/self/clear_refs"), "5"  # proc(5)
 
 
 def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
@@ -64,6 +67,31 @@ def _storage(tensor: Tensor) -> int:
     """What tells storages apart: on device meta, where none has an address, the object, which lives as long as the storage."""
     storage = tensor.untyped_storage()
     return id(storage) if tensor.is_meta else int(storage.data_ptr())
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int | None:
+    """What a call takes at its peak beside what is held before: on a GPU of torch's tensors, else of resident memory.
+
+    None where the system keeps no peak that can be reset (it is Linux that does).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        _RESET.write_text(_PEAK_OF_MEMORY)
+    except OSError:
+        return None
+    before = _peak()
+    run()
+    return _peak() - before
+
+
+def _peak() -> int:
+    """The most memory that was resident since the reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 def held_bytes(device: torch.device) -> int:

@@ -14,5 +14,6 @@ families       which of transformers' models are trained, and how exactly
 serve          many clients ask `s2ft serve`, and what is compared with it
 clients        those who ask
 servers        servers in processes of their own
+everyday       commands on files, and preparing data, beside reading and writing the bytes
 evaluation     how fast answers are generated, beside plain `generate`
 """

@@ -24,6 +24,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
 
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
@@ -45,6 +46,7 @@ class Contestant:
     autocast: bool = False  # compute in bf16 what is kept in fp32
     begin: Callable[[int], None] = lambda step: None  # before each step, with its number
     steps: int = 0
+    chunked: bool = False  # inside `chunked_head`
 
     @property
     def trainable(self) -> int:
@@ -55,7 +57,8 @@ class Contestant:
         """Forward, loss, backward, optimizer."""
         self.begin(self.steps)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.model(**self._inputs(ids), labels=ids).loss
+            head = {"fused_lm_head": True} if self.chunked else {}
+            loss = self.model(**self._inputs(ids), labels=ids, **head).loss
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -75,6 +78,16 @@ class Contestant:
             return {"input_ids": ids, "use_cache": False}
         embed = self.model.get_input_embeddings()  # type: ignore[operator]
         return {"inputs_embeds": embed(ids).detach().requires_grad_(), "use_cache": False}
+
+
+@contextmanager
+def chunked_head(base: PreTrainedModel) -> Iterator[None]:
+    """Gives the model TRL's head, as its trainers do: the loss without all logits at once, by `fused_lm_head=True`."""
+    add_fused_lm_head(base)
+    try:
+        yield
+    finally:
+        del base.forward  # it stands on the object, before the class's own
 
 
 Prepare = Callable[[PreTrainedModel, int], AbstractContextManager[Contestant]]

@@ -33,13 +33,14 @@ from s2ft.lab.bench.contestants import (
     UPPER_HALF,
     Contestant,
     Prepare,
+    chunked_head,
 )
 from s2ft.lab.bench.presets import PRESETS, Cell, Preset, adjusted, check, usual_preset
 from s2ft.lab.bench.report import Report
 from s2ft.lab.bench.training_plot import draw_training as draw_training
 from s2ft.lab.registry import TellShare
 from s2ft.runtime.failures import is_out_of_memory
-from s2ft.runtime.memory import own_tensors, saved_bytes
+from s2ft.runtime.memory import own_tensors, peak_of, saved_bytes
 from s2ft.runtime.timing import milliseconds, no_spread, spread
 
 Row = dict[str, Any]
@@ -60,6 +61,7 @@ class Group:
 
     runs: Sequence[Run]
     cells: Sequence[Cell]
+    chunked: bool = False  # the loss is computed without all logits at once
     hidden: frozenset[str] = frozenset()  # methods that are measured for the ratio only and get no row
 
     @property
@@ -77,13 +79,15 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
     methods: str | None = None,
     budget: str | None = None,
     liger: bool = False,
+    chunked: bool = False,
     contestants: Mapping[str, Prepare] = CONTESTANTS,
     tell: TellShare = lambda done: None,
 ) -> Report:
     """Measures every method at every cell of a preset, or of the one of that name in `PRESETS`.
 
     A row has the keys method, batch_size, seq_len, trainable, step_ms, step_ms_p20, step_ms_p80, floor_ratio, saved_bytes,
-    peak_bytes (None without a GPU, or where methods take turns), and model; variants of S²FT have the method "s2ft" and the
+    peak_bytes (None without a GPU, or where methods take turns), step_bytes (what a step takes at its peak, beside what is
+    held before it; None where the system does not tell), and model; variants of S²FT have the method "s2ft" and the
     key variant. Where memory does not suffice, step_ms is None and out_of_memory is true.
 
     Args:
@@ -96,6 +100,7 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
         budget: Shares of the parameters, likewise: a row of S²FT for each. The others train as many as it does at 0.01, or, if
             that is not among them, at the first.
         liger: Gives every method Liger's kernels.
+        chunked: Computes the loss as `s2ft train` does, by TRL's head, which never holds all logits at once.
         contestants: Name → what sets the method up.
         tell: Is told the share that is done.
 
@@ -111,7 +116,7 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
         {name: run for name, run in contestants.items() if name in (preset.methods or contestants)}
     )
     settled = settle_dtype(preset.dtype, preset.device)
-    groups = _plan(preset, there, settled[0])
+    groups = [replace(group, chunked=chunked) for group in _plan(preset, there, settled[0])]
     bar = _Bar(tell, len(preset.models) * sum(group.tokens for group in groups))
     rows: list[Row] = []
     for name, source in preset.models.items():
@@ -119,7 +124,7 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
         rows += [{**row, "model": name} for row in _bench_model(base, groups, bar)]
         del base
         _free()
-    return Report(settings=_settings(preset, liger, left_out, settled), rows=rows)
+    return Report(settings=_settings(preset, liger, chunked, left_out, settled), rows=rows)
 
 
 def _bench_model(base: PreTrainedModel, groups: Sequence[Group], bar: _Bar) -> Iterator[Row]:
@@ -148,6 +153,7 @@ def training_line(row: Row) -> dict[str, str]:
         "ms": "no memory" if row.get("out_of_memory") else f"{row['step_ms']:.0f} ({spread})",
         "/ floor": shown("floor_ratio", ".3f"),
         "saved MB": shown("saved_bytes", ".1f", 1e6),
+        "step MB": shown("step_bytes", ".0f", 1e6),
         "peak GB": shown("peak_bytes", ".1f", 1e9),
     }
 
@@ -171,14 +177,14 @@ def _plan(preset: Preset, methods: Mapping[str, Prepare], dtype: torch.dtype) ->
             Run({"method": name, "variant": "fp32, autocast"}, prepare, preset.budget)
             for name, prepare in usual.items()
         ]
-        groups.append(Group([*floor, *autocast, *runs(ABLATION)], preset.cells[:1], frozenset({"floor"})))
+        groups.append(Group([*floor, *autocast, *runs(ABLATION)], preset.cells[:1], hidden=frozenset({"floor"})))
     return groups
 
 
 def _bench_group(base: PreTrainedModel, group: Group, bar: _Bar) -> Iterator[tuple[Cell, Row]]:
     alone = len(group.runs) == 1
     with ExitStack() as stack:
-        contestants = [_enter(stack, run, base if alone else copy.deepcopy(base)) for run in group.runs]
+        contestants = [_enter(stack, run, base if alone else copy.deepcopy(base), group.chunked) for run in group.runs]
         for cell in group.cells:
             words = base.config.get_text_config().vocab_size
             ids = torch.randint(words, (cell.batch_size, cell.seq_len), device=base.device)
@@ -188,14 +194,17 @@ def _bench_group(base: PreTrainedModel, group: Group, bar: _Bar) -> Iterator[tup
                 yield cell, {**run.labels, **_row(cell, contestant, times, ids, peak)}
 
 
-def _enter(stack: ExitStack, run: Run, base: PreTrainedModel) -> Contestant | None:
+def _enter(stack: ExitStack, run: Run, base: PreTrainedModel, chunked: bool) -> Contestant | None:
     """The contestant, until `stack` closes; None if there is too little memory to set it up."""
+    if chunked:
+        stack.enter_context(chunked_head(base))
     try:
         contestant = stack.enter_context(run.prepare(base, round(run.budget * base.num_parameters())))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        contestant = None
+        return None
+    contestant.chunked = chunked
     return contestant
 
 
@@ -245,11 +254,12 @@ def _row(
     trainable = None if contestant is None else contestant.trainable
     row: Row = {"batch_size": cell.batch_size, "seq_len": cell.seq_len, "trainable": trainable}
     if contestant is None or times is None:
-        nothing = dict.fromkeys(("floor_ratio", "saved_bytes", "peak_bytes"))
+        nothing = dict.fromkeys(("floor_ratio", "saved_bytes", "peak_bytes", "step_bytes"))
         return {**row, **no_spread("step_ms"), **nothing, "out_of_memory": True}
     row |= {**spread(times, "step_ms"), "floor_ratio": None}
+    needed = peak_of(lambda: contestant.step(ids), ids.device)
     saved = saved_bytes(lambda: contestant.body(ids), own_tensors(contestant.model))
-    return {**row, "saved_bytes": saved, "peak_bytes": peak}
+    return {**row, "saved_bytes": saved, "peak_bytes": peak, "step_bytes": needed}
 
 
 def _ratio(own: float | None, floor: float | None) -> float | None:
@@ -262,7 +272,9 @@ def _installed(methods: Mapping[str, Prepare]) -> tuple[dict[str, Prepare], dict
     return {name: prepare for name, prepare in methods.items() if name not in left_out}, left_out
 
 
-def _settings(preset: Preset, liger: bool, left_out: dict[str, str], settled: tuple[torch.dtype, str]) -> Row:
+def _settings(
+    preset: Preset, liger: bool, chunked: bool, left_out: dict[str, str], settled: tuple[torch.dtype, str]
+) -> Row:
     defaults = TrainOptions.model_fields
     dtype = "bf16" if settled[0] == torch.bfloat16 else "fp32"
     autocast = "; in the variants fp32, autocast: what is trained and its states fp32, computed in bf16"
@@ -274,6 +286,7 @@ def _settings(preset: Preset, liger: bool, left_out: dict[str, str], settled: tu
         "budget": preset.budget,
         "main": asdict(preset.cells[0]),
         "liger": liger,
+        "chunked": chunked,
         "left_out": left_out,
         "loss": "next token; saved_bytes without the head",
         "dtypes": f"weights, gradients and optimizer states {dtype}; deltas of S²FT and their states fp32; no dropout"
