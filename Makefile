@@ -119,6 +119,11 @@ test-gpu: setup
 test-engines: setup
 	$(BIN)/python tests/engines/run.py
 
+# Tokens per second of vLLM (CPU) with an exported LoRA, a merged model, and a base that s2ft.sync has written into
+.PHONY: bench-engines
+bench-engines: setup
+	$(BIN)/python tests/engines/run.py --speed --json engines-speed.json
+
 # Source distribution and wheel, as they would be uploaded, in build/dist; the wheel is built from the source distribution
 dist:
 	rm -rf build/dist build/packaging

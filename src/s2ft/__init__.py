@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from s2ft.adapters.merge import merge
     from s2ft.common.errors import S2FTError
     from s2ft.exports.export import export
+    from s2ft.exports.sync import sync
     from s2ft.format.config import S2FTConfig
     from s2ft.format.digest import any_base
     from s2ft.selection.select import Selection, select
@@ -39,6 +40,7 @@ __all__ = [
     "read_adapter",
     "select",
     "switch",
+    "sync",
 ]
 
 _HOMES = {
@@ -56,6 +58,7 @@ _HOMES = {
     "read_adapter": "adapters.file",
     "select": "selection.select",
     "switch": "tuner.switching",
+    "sync": "exports.sync",
 }
 
 

@@ -1,7 +1,10 @@
 """Exported adapters in real engines, token for token: `make test-engines`, or `python tests/engines/run.py [--json FILE]`.
 
+With `--speed` instead: tokens per second of vLLM with a LoRA, a merged model, and a base that `s2ft.sync` has written into.
+
     here         transformers' generate(adapter_names=...) says what each row must be      (cases.py)
     vLLM         two exported adapters and the base in one batch; merged checkpoints       (vllm_check.py)
+    vLLM sync    adapters into a running engine's weights, one after the other, and out    (vllm_sync.py)
     vLLM server  the same rows from native folders, found by name through our plug-in      (vllm_server.py)
     llama.cpp    each adapter and the base; merged checkpoints                             (llama_check.py)
 
@@ -45,17 +48,40 @@ ENVIRONMENT = {
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--json", type=Path, help="write what ran, with versions, here")
-    target = options.parse_args().json
-    pythons = {name: install(name) for name in ENGINES}
+    options.add_argument("--speed", action="store_true", help="measure tokens per second instead")
+    chosen = options.parse_args()
+    target = chosen.json
+    pythons = {name: install(name) for name in (["vllm"] if chosen.speed else ENGINES)}
     import cases
 
     asked = cases.make(WORK)
+    if chosen.speed:
+        return measure(pythons["vllm"], target)
     checks = [*vllm_checks(pythons["vllm"], asked), *llama_checks(pythons["llama"], asked)]
     for name, passed in checks:
         print(f"{'equal' if passed else 'DIFFERS':7}  {name}")
     if target is not None:
         target.write_text(json.dumps(report(checks, asked), indent=2) + "\n")
     return 0 if all(passed for _, passed in checks) else 1
+
+
+def measure(python: Path, target: Path | None) -> int:
+    """One engine after the other, in one run; prints and writes tokens per second."""
+    rows, sent = [], None
+    for kind in ("lora", "merged", "patched"):
+        run(python, "vllm_speed.py", kind, more={"OMP_NUM_THREADS": str(os.cpu_count())})
+        found = read(f"vllm-speed-{kind}")
+        sent = found["sent"] or sent
+        rows += [{"kind": name, **speed} for name, speed in found["speeds"].items()]
+    for row in rows:
+        print(f"{row['kind']:8} {row['tokens_per_s']:8.0f} tokens/s   {row['tokens']}")
+    print(f"sent: {sent}")
+    if target is not None:
+        from s2ft.runtime.environment import environment
+
+        whole = {"environment": environment(), "settings": {"engine": ENGINES["vllm"][0], "sent": sent}, "rows": rows}
+        target.write_text(json.dumps(whole, indent=2) + "\n")
+    return 0
 
 
 def install(name: str) -> Path:
@@ -79,6 +105,9 @@ def vllm_checks(python: Path, asked: dict[str, Any]) -> list[tuple[str, bool]]:
     for name, rows in asked["merged"].items():
         run(python, "vllm_check.py", "merged", name)
         found.append((f"vLLM: merged {name}", same(rows, f"vllm-merged{name}")))
+    run(python, "vllm_sync.py")
+    for step, rows in read("vllm-sync")["rows"].items():
+        found.append((f"vLLM sync: {step}", all(row["tokens"] == row["expected"] for row in rows)))
     run(python, "vllm_server.py")
     refused = read("vllm-server")["refused"]
     found.append(("vLLM server: native adapters by name, and the base", same(asked["rows"], "vllm-server")))
@@ -92,10 +121,12 @@ def llama_checks(python: Path, asked: dict[str, Any]) -> list[tuple[str, bool]]:
     return found + [(f"llama.cpp: merged {name}", tokens(asked["merged"][name]) == merged[name]) for name in merged]
 
 
-def run(python: Path, script: str, *arguments: str) -> None:
+def run(python: Path, script: str, *arguments: str, more: dict[str, str] | None = None) -> None:
     """Runs a check in an engine's environment; what it prints is shown only when it fails."""
     command = [str(python), str(HERE / script), str(WORK), *arguments]
-    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT, **(more or {})}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
 

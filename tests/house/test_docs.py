@@ -17,6 +17,7 @@ TODAY = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names w
 OF_OTHERS = {"--multi_gpu", "--num_processes", "--num_machines", "--mixed_precision", "--dynamo_backend"}  # accelerate
 OF_OTHERS |= {"--config_file"}  # accelerate, too
 OF_OTHERS |= {"--enable-lora", "--max-lora-rank", "--max-loras", "--tensor-parallel-size"}  # vLLM
+OF_OTHERS |= {"--weight-transfer-config", "--lora-backend"}  # vLLM, SGLang
 OF_OTHERS |= {"--model_args", "--tasks", "--help"}  # the lm-evaluation-harness, and every command's
 
 

@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -36,6 +37,7 @@ def register() -> None:
     Raises:
         S2FTError: if the environment names a folder that is not there.
     """
+    _register_backend()
     root = os.environ.get(ROOT)
     if not root:
         return
@@ -45,6 +47,16 @@ def register() -> None:
 
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver(NAME, _resolver(Path(root)))
+
+
+def _register_backend() -> None:
+    """Makes `s2ft.sync` possible, where this vLLM has weight updates that others can add to."""
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    except ImportError:
+        return
+    with suppress(ValueError):  # it was registered before
+        WeightTransferEngineFactory.register_engine("s2ft", "s2ft.exports.vllm_weights", "SliceEngine")
 
 
 def adapter_folder(root: Path, name: str) -> Path | None:
