@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconMambaConfig, FalconMambaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from families import build, tokens
 from mixtures import mixture
@@ -155,6 +155,17 @@ class Mlp(nn.Module):
         if self.extra:
             x = x + needed[0]
         return self.dropout(self.factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+def test_a_norm_that_does_not_use_its_weight_is_left_alone() -> None:
+    """Falcon-Mamba's norms carry a buffer of ones for kernels, and take input of another width."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    model = FalconMambaForCausalLM(FalconMambaConfig(**sizes))
+    ids = torch.randint(16, (2, 5))
+    expected = model(ids, use_cache=False).logits
+    patches = lean(model)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert model.backbone.layers[0].mixer.dt_layernorm not in {module for module, _ in patches.methods}
 
 
 def test_every_mlp_is_asked_by_itself() -> None:

@@ -180,8 +180,8 @@ def _recognise_norm(norm: nn.Module) -> Forward | None:
     """The lean forward that computes what `norm` does, for input in its own dtype and in others."""
     weight = getattr(norm, "weight", None)
     eps = next((getattr(norm, name) for name in NORM_EPSILONS if hasattr(norm, name)), None)
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or weight.is_meta or not isinstance(eps, float):
-        return None
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.is_meta or not isinstance(eps, float):
+        return None  # a buffer may be there for show, as in Falcon-Mamba's norms, which take input of any width
     samples = [
         _sample(2, len(weight), like=weight).to(dtype) for dtype in (weight.dtype, torch.bfloat16, torch.float32)
     ]

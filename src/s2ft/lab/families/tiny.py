@@ -97,10 +97,19 @@ _LATENT = {"num_key_value_heads": 4, "head_dim": 4}  # head_dim: of the rotated 
 
 _SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}
 
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "data2vec-vision": {"layer_scale_init_value": 1.0},
     "donut-swin": {"patch_size": 4, "window_size": 2},
+    "dots3_note_text": {"num_hidden_layers": 2},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 1, "num_hidden_layers": 3, "intermediate_size": [48] * 3},
@@ -109,8 +118,12 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16},
+    "mobilevitv2": {"patch_size": 2},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "nemo_speechlm": {"head_config": {"audio_hidden_size": HIDDEN}},
     "neomme": {"head_dim": 16},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "swin": {"patch_size": 4, "window_size": 2},
     "swinv2": {"patch_size": 4, "window_size": 2},
