@@ -95,10 +95,23 @@ class SavedConfig:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        self._join_parameters()
         self.avoid = [self.avoid] if isinstance(self.avoid, str) else self.avoid
         if isinstance(self.slices, dict) and self.slices and self.target_modules in (None, "", set()):
             self.target_modules = set(self.slices)  # PEFT refuses empty ones
         raise_together(self._problems())
+
+    def _join_parameters(self) -> None:
+        """PEFT's `target_parameters` join the modules: a parameter of experts is sliced and saved as a layer is."""
+        if not self.target_parameters:
+            return
+        named = {self.target_parameters} if isinstance(self.target_parameters, str) else set(self.target_parameters)
+        if isinstance(self.target_modules, str) and self.target_modules:
+            raise S2FTError(
+                f"target_parameters={sorted(named)} and target_modules={self.target_modules!r}, a pattern, are both given; "
+                "give a list of modules beside parameters, or a pattern that names both"
+            )
+        self.target_modules, self.target_parameters = {*(self.target_modules or ()), *named}, None
 
     def _problems(self) -> Iterator[str]:
         yield from choice_problems(self)
