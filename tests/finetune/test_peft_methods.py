@@ -58,6 +58,7 @@ def check_trains(run, base, name: str, keys: dict) -> None:
     result = run(f"peft:{name}", peft_config=keys)
     losses = [loss for _, loss in result.card["loss_curve"]]
     assert losses[-1] != losses[0]
+    assert result.card["adapter"]["model_parameters"] == tiny_model().num_parameters()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.output).eval()
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():

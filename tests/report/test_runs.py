@@ -53,7 +53,7 @@ def test_the_page_has_a_dot_for_each_run_and_fetches_nothing(cards) -> None:
     dots = [name for name in re.findall(r"<title>(\w+)</title></circle>", page) if name in ("a", "b")]
     assert page.count('r="6"') == 3 * 2  # against parameters, time and memory
     assert dots.count("a") == dots.count("b")
-    assert "123.5k" in page
+    assert "123,456" in page
     assert cards["a"]["command"].split()[0] in page
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", page) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,6 @@ from s2ft.common.outputs import check_place, check_writable
 from s2ft.finetune.options import TrainOptions, read_config
 from s2ft.runtime.lookup import check_hub
 
-if TYPE_CHECKING:
-    from s2ft.report.runs import Row
-
 HELP = """Compare runs of `s2ft train`: a table, and a page with pictures of quality against parameters, time and memory.
 
 Example: `s2ft compare math-s2ft math-lora --html comparison.html`
@@ -30,12 +27,6 @@ size of each:
 
 `s2ft compare --methods s2ft,lora,dora,peft:miss --budget 0.01 --model Qwen/Qwen3-0.6B --data math.json --output methods`
 """
-_NAMES = {
-    "learning_rate": "rate",
-    "held_out_loss": "held out",
-    "tokens_per_second": "tokens/s",
-    "memory_bytes": "memory",
-}
 
 
 def command(
@@ -94,11 +85,11 @@ def _train(methods: list[str], values: dict[str, Any], html: Path | None, json_f
 
 
 def _compare(runs: Sequence[Path], html: Path | None, json_file: Path | None) -> int:
-    from s2ft.report.runs import differences, read_runs, rows, runs_page
+    from s2ft.report.runs import differences, read_runs, rows, runs_page, shown
 
     cards = read_runs(runs)
     found = rows(cards)
-    show([_shown(row) for row in found], wraps_first=True)
+    show([shown(row) for row in found], wraps_first=True)
     for difference in differences(cards):
         typer.echo(f"not alike: {difference}")
     if html is not None:
@@ -108,19 +99,6 @@ def _compare(runs: Sequence[Path], html: Path | None, json_file: Path | None) ->
     if json_file is not None:
         write_json(json_file, found)
     return 0
-
-
-def _shown(row: Row) -> dict[str, Any]:
-    """A row of the table."""
-    memory, share = row["memory_bytes"], row["share"]
-    shown = {
-        **row,
-        "parameters": None if row["parameters"] is None else f"{row['parameters']:,}",
-        "share": None if share is None else f"{share:.2%}",
-        "seconds": None if row["seconds"] is None else f"{row['seconds']:,.0f}",
-        "memory_bytes": None if memory is None else f"{memory / 1e9:.2f} GB",
-    }
-    return {_NAMES.get(name, name): value for name, value in shown.items()}
 
 
 _RUNS = Annotated[list[Path] | None, typer.Argument(help="Folders of runs", show_default=False)]

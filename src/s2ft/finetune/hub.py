@@ -28,7 +28,7 @@ def check_push(name: str | None) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise S2FTError(f"{given}: {first_line(error)}") from None
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise S2FTError(f"{given}: HF_HUB_OFFLINE is set, so nothing is uploaded")
     try:
         me = HfApi().whoami()

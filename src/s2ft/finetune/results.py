@@ -43,7 +43,9 @@ def section(options: TrainOptions) -> str:
 def parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers of trained parameters (LISA's at a time) and of the base model's, however they are stored."""
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return trainable, sum(parameter_counts(model).values())
+    added = f".{prefix}" if (prefix := getattr(getattr(model, "base_model", None), "prefix", "")) else None  # by PEFT
+    own = [count for name, count in parameter_counts(model).items() if added is None or added not in name]
+    return trainable, sum(own)
 
 
 def save_result(

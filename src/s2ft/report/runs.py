@@ -33,6 +33,14 @@ ALIKE = {  # what should not differ → where a card has it
 }
 
 
+_NAMES = {
+    "learning_rate": "rate",
+    "held_out_loss": "held out",
+    "tokens_per_second": "tokens/s",
+    "memory_bytes": "memory",
+}
+
+
 class Quality(NamedTuple):
     """What the pictures show as quality."""
 
@@ -92,6 +100,23 @@ def _scores(card: Mapping[str, Any], tasks: list[str]) -> Row:
     return {task: card.get("scores", {}).get(task, {}).get("tuned") for task in tasks}
 
 
+def shown(row: Row) -> Row:
+    """A row as tables show it; None where there is no figure.
+
+    Example:
+        >>> shown({"run": "a", "method": "lora", "parameters": 63168, "share": 0.0389, "loss": 0.5, "memory_bytes": 6.1e8})
+        {'run': 'a', 'method': 'lora', 'parameters': '63,168', 'share': '3.89%', 'loss': '0.5', 'memory': '0.61 GB'}
+    """
+    forms = {"parameters": "{:,}", "share": "{:.2%}", "seconds": "{:,.0f}", "tokens_per_second": "{:,.0f}"}
+    found = {}
+    for name, value in row.items():
+        in_words = value is None or isinstance(value, str)
+        value = value / 1e9 if name == "memory_bytes" and value is not None else value
+        form = "{:.2f} GB" if name == "memory_bytes" else forms.get(name, "{:.4g}")
+        found[_NAMES.get(name, name)] = value if in_words else form.format(value)
+    return found
+
+
 def quality(cards: Cards) -> Quality:
     """The best measure that all runs have."""
     table = {row["run"]: row for row in rows(cards)}
@@ -126,7 +151,7 @@ def runs_page(cards: Cards) -> str:
         charts.append(line_chart(title, "optimizer step", "loss", lines))
     return render(
         "runs.html",
-        rows=table,
+        rows=[shown(row) for row in table],
         cards=cards,
         charts=[chart for chart in charts if chart is not None],
         measure=measure.name,
