@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised test-distributed test-trackers test-embeddings test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised bench-quantised test-distributed test-trackers test-embeddings test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
 
 setup: .venv/ready
 
@@ -55,14 +55,23 @@ build/lowest/ready: pyproject.toml constraints-lowest.txt
 	build/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[train]' pytest hypothesis gguf packaging
 	touch $@
 
-# Quantised bases by bitsandbytes, torchao and quanto, none of which may be missing, in an environment of their own (6 GB)
+# Quantised bases by bitsandbytes, torchao, quanto and gptqmodel, in an environment of their own (6 GB)
 test-quantised: build/quantised/ready
-	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/format/test_digest.py tests/layer/test_frozen.py tests/tuner/test_quantised.py
+	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/format/test_digest.py tests/layer/test_frozen.py tests/tuner/test_quantised.py \
+		tests/runtime/test_quantisation.py tests/finetune/test_quantised_base.py tests/lab/test_bench_quantised.py
 
+# Their figures: gradients against the dequantised model, and a step's time and memory beside QLoRA's
+bench-quantised: build/quantised/ready
+	build/quantised/bin/s2ft bench quantised --json results/quantised.json
+	build/quantised/bin/s2ft bench training --quantize nf4 --json results/training-nf4.json
+
+# gptqmodel asks for a newer torch than it needs, so it comes without its dependencies
 build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 	$(PYTHON) -m venv build/quantised
 	build/quantised/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-quantised.txt \
-		--editable '.[train]' pytest bitsandbytes optimum-quanto torchao
+		--editable '.[train,lab]' pytest hypothesis bitsandbytes optimum-quanto torchao
+	build/quantised/bin/python -m pip install --quiet --constraint constraints-quantised.txt --no-deps \
+		gptqmodel optimum pypcre tokenicer device-smi logbar defuser threadpoolctl
 	touch $@
 
 # FSDP2 and DeepSpeed on two processes of the CPU; DeepSpeed, without its kernels, in an environment of its own above this one

@@ -22,6 +22,9 @@ class Grid(Tensor):
         self.scale = values.abs().amax(1, keepdim=True) / levels
         self.codes = (values / self.scale).round().to(torch.int8)
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
     def dequantize(self) -> Tensor:
         return self.codes.to(self.scale.dtype) * self.scale
 

@@ -62,6 +62,7 @@ OPTIONAL = {  # libraries that a folder does without; the code asks whether they
     "training": {"liger-kernel": "liger"},
     "finetune": {"galore-torch": "baselines", "deepspeed": None, "wandb": None},
     "evaluate": {"vllm": None},
+    "runtime": {"torchao": None},  # a base is quantised by what its user has
     "lab": {"liger-kernel": "liger"},
 }
 

@@ -17,6 +17,7 @@ from s2ft.finetune.trackers import check_trackers
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.terms import PURE
 from s2ft.runtime.processes import ZERO, accelerate_uses, engine, is_divided, is_managed, process_count
+from s2ft.runtime.quantisation import check_optimizer, check_quantisation, own_quantisation
 
 UNKNOWN = {  # accelerate's name → what it does
     "MEGATRON_LM": "Megatron-LM keeps parts of layers, or some layers, in each process",
@@ -29,6 +30,8 @@ def check_run(options: TrainOptions) -> None:
     problems = gathered(
         find_method(options.method).check,
         partial(check_processes, options),
+        partial(check_base, options),
+        partial(check_optimizer, options.optim),
         partial(check_place, options.output),
         partial(check_push, options.push_to_hub),
         partial(check_trackers, options.report_to or []),
@@ -39,6 +42,20 @@ def check_run(options: TrainOptions) -> None:
 
         problems += gathered(partial(check_output, options))
     raise_together(problems)
+
+
+def check_base(options: TrainOptions) -> None:
+    """Raises `S2FTError` for a quantisation that cannot be run here, or that the method would have to train."""
+    how = options.quantize or own_quantisation(options.model)
+    if how is not None and find_method(options.method).leaves_model:
+        raise S2FTError(
+            f"method={options.method!r} trains the weights, which are quantised ({how}); take s2ft, or lora (QLoRA)"
+        )
+    if how is not None and is_divided():
+        raise S2FTError(
+            f"the base is quantised ({how}), and {engine()} divides its weights; launch with DDP, ZeRO-1 or ZeRO-2"
+        )
+    check_quantisation(options.quantize, options.model)
 
 
 def check_processes(options: TrainOptions) -> None:

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.trial import Batch, Loss, Trial, try_in_turns
@@ -78,12 +78,12 @@ def _try(loss: Loss, model: nn.Module, batch: Batch, names: list[str], rounds: i
 def _obstacle(model: nn.Module) -> str | None:
     """Why in place is impossible or would change nothing; None if it is worth timing."""
     layers = [module for module in model.modules() if isinstance(module, S2FTLinear)]
-    if any(type(layer.weight.data) is not Tensor for layer in layers):
+    if any(type(layer.weight.data).__name__ == "DTensor" for layer in layers):
         return "the weights are sharded"
     try:
         with in_place(model) as entered:
-            held = [place for place in entered.placements if place.how != "added"]
+            changes = bool(entered.patches.methods) or any(place.how != "added" for place in entered.placements)
             reasons = sorted({place.reason for place in entered.placements})
     except S2FTError as error:
         return str(error)
-    return None if held else "; ".join(reasons)
+    return None if changes else "; ".join(reasons)

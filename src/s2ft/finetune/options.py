@@ -33,7 +33,7 @@ from s2ft.finetune.values import (
     Weights,
 )
 from s2ft.format.choice import choice_problems
-from s2ft.format.terms import PURE
+from s2ft.format.terms import PURE, QUANTISATIONS
 from s2ft.format.unknown import hint
 
 ADAM_BETAS = (0.9, 0.95)
@@ -63,6 +63,12 @@ def _rates() -> str:
     return ", ".join(
         f"{rate} ({', '.join(name for name in rates if rates[name] == rate)})" for rate in dict.fromkeys(rates.values())
     )
+
+
+def _known_quantisation(value: str) -> str:
+    if value not in QUANTISATIONS:
+        raise ValueError(f"unknown; choose from {', '.join(QUANTISATIONS)}")
+    return value
 
 
 def _known_optimizer(value: str) -> str:
@@ -151,6 +157,9 @@ class TrainOptions(ObjectiveOptions, MethodOptions, DataOptions):
         "auto",
         description="Of the computation: auto, bf16, fp32; what is trained is fp32, but with pure-bf16 (s2ft only), "
         "where steps are rounded stochastically",
+    )
+    quantize: Annotated[str, AfterValidator(_known_quantisation)] | None = Field(
+        None, description=f"Quantise the frozen base while it is loaded: {', '.join(QUANTISATIONS)}"
     )
     layout: Literal["auto", "in-place", "indexed"] = Field(
         "auto", description="Where the slices live while they train: auto tries and takes the faster"

@@ -59,9 +59,10 @@ from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Slice
 from s2ft.format.terms import PURE
 from s2ft.layer.sharding import from_first, is_loaded_once
-from s2ft.runtime.models import load_model, load_scorer, load_tokenizer
+from s2ft.runtime.models import load_model, load_scorer, load_tokenizer, place
 from s2ft.runtime.precision import choose_precision
 from s2ft.runtime.processes import as_leader, engine, is_divided
+from s2ft.runtime.trainable import check_trainable
 
 log = logging.getLogger("s2ft")
 
@@ -129,7 +130,7 @@ def prepare(options: TrainOptions) -> Setup:
     dtype, autocast, reasons["precision"] = method.precision(*choose_precision(options.precision))
     log.info("precision: %s", reasons["precision"])
     with loading():
-        model = (load_model if objective.answers else load_scorer)(options.model, dtype)
+        model = (load_model if objective.answers else load_scorer)(options.model, dtype, options.quantize)
     autocast |= computes_in_bf16(dtype)
     max_length = longest(options, model)
     data = _tokenized(options, examples, digest, tokenizer, max_length)
@@ -139,7 +140,8 @@ def prepare(options: TrainOptions) -> Setup:
     arguments = partial(trainer_config, max_length=max_length, autocast=autocast, **method.arguments(options, model))
     device = arguments(options).device
     if not is_divided():
-        model.to(device)
+        place(model, device)
+        check_trainable(model)
     if options.packing:
         check_packing(model)
     config = _adapter(options, paused, model, data)

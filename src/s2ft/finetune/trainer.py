@@ -32,6 +32,7 @@ from s2ft.finetune.holdout import WEIGHT, held_out_loader, summed_losses
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.rates import ONE, rate_factors, split_groups
+from s2ft.layer.block import S2FTBlock
 from s2ft.runtime.processes import anywhere, is_managed
 from s2ft.training.rounding import round_steps
 
@@ -69,6 +70,8 @@ class RunTrainer(transformers.Trainer):
         with _no_telemetry():
             super().__init__(*args, **kwargs)
         self.pure_bf16 = pure_bf16
+        if not pure_bf16:
+            _keep_fp32(self.model)
         self.rate_factors = {} if slice_rates == ONE else rate_factors(self.model, "default", slice_rates)
         if pure_bf16:
             self.add_callback(_PureBf16())
@@ -200,6 +203,13 @@ def _to_bf16(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
+
+
+def _keep_fp32(model: nn.Module) -> None:
+    """On a base that bitsandbytes quantised, TRL casts all that trains to bf16, where small steps would be lost."""
+    for module in model.modules():
+        if isinstance(module, S2FTBlock) and module.weight.dtype == torch.bfloat16:
+            module.float()
 
 
 class _PureBf16(TrainerCallback):

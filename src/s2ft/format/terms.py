@@ -28,3 +28,14 @@ SUBSETS = ("largest", "smallest")
 ALLOCATIONS = ("uniform", "global")
 DEFAULT_BUDGET = 0.01
 PURE = "pure-bf16"  # of the precisions: the deltas too
+
+QUANTISATIONS = {
+    "nf4": "4 bits by bitsandbytes, as in QLoRA",
+    "fp4": "4 bits by bitsandbytes, as floats",
+    "int8": "8 bits by bitsandbytes",
+    "torchao-int8": "8 bits by torchao",
+    "torchao-float8": "8 bits by torchao, as floats",
+    "quanto-int8": "8 bits by optimum-quanto",
+    "quanto-int4": "4 bits by optimum-quanto",
+}
+"""How a base is quantised while it is loaded; by what: `QUANTISATIONS` in runtime/quantisation.py."""

@@ -97,11 +97,19 @@ BENCHMARKS = {
             "budget": Option(
                 str | None, None, "Share of the parameters; several are rows of S²FT: 0.005,0.01 [default: 0.01]"
             ),
+            "quantize": Option(
+                str | None, None, "Quantise the base, as in s2ft train; on it floor,qlora,s2ft are measured", "nf4"
+            ),
             "liger": Option(bool, False, "Give every method Liger's kernels (GPU)"),
             "chunked": Option(
                 bool, False, "Compute the loss as `s2ft train` does, in chunks, without all logits at once"
             ),
         },
+    ),
+    "quantised": Entry(
+        "Compare the gradient of every slice on each quantisation with full autograd on the dequantised model.",
+        {"seed": Option(int, 0, "Seed of the model's weights")},
+        has_picture=False,
     ),
     "switch": Entry(
         "Time how long a weight of dimension 1k to 32k takes to take an adapter in: S²FT, LoRA, and one copy of the slice.",

@@ -48,9 +48,14 @@ def through_frozen(
     x: Tensor,  # [*, in_features]
 ) -> Tensor:  # [*, out_features]
     """product(x), which runs a linear layer; by `FrozenProduct` if that is quantised, frozen, and can be read."""
-    if not eager_grad(x) or not is_quantised(linear) or why_unreadable(linear):
-        return product(x)
-    if any(parameter.requires_grad for parameter in linear.parameters()):
+    if not eager_grad(x) or not is_quantised(linear) or why_not_frozen(linear):
         return product(x)
     y: Tensor = FrozenProduct.apply(x, linear, product)
     return y
+
+
+def why_not_frozen(linear: nn.Module) -> str | None:
+    """Why a quantised layer's own backward has to run."""
+    if any(parameter.requires_grad for parameter in linear.parameters()):
+        return "is trained itself"
+    return why_unreadable(linear)

@@ -8,9 +8,10 @@ storage that it keeps alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import psutil  # comes with accelerate
@@ -30,7 +31,7 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
         >>> saved_bytes(lambda: (x * weight).exp().sum(), own=[weight])  # x, and the output of exp; 4 bytes each number
         24
     """
-    left_out = {_storage(tensor) for tensor in own}
+    left_out = {_address(part) for tensor in own for part in _parts(tensor)}
     kept: WeakSet[_Saved] = WeakSet()  # weak: what a part of the graph saved is dropped with that part
 
     def pack(tensor: Tensor) -> _Saved | Tensor:  # of any shape
@@ -42,7 +43,7 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
 
     with saved_tensors_hooks(pack, _unpack):
         output = forward()  # keeps the graph alive until the count
-    sizes = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in kept}
+    sizes = {_address(part): part.untyped_storage().nbytes() for saved in kept for part in _parts(saved.tensor)}
     del output
     return sum(size for storage, size in sizes.items() if storage not in left_out)
 
@@ -63,7 +64,16 @@ def own_tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.layout is torch.strided]
 
 
-def _storage(tensor: Tensor) -> int:
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors that hold what `tensor` stands for: codes and scales, where a quantisation library wraps them."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
+
+
+def _address(tensor: Tensor) -> int:
     """What tells storages apart: on device meta, where none has an address, the object, which lives as long as the storage."""
     storage = tensor.untyped_storage()
     return id(storage) if tensor.is_meta else int(storage.data_ptr())

@@ -24,6 +24,8 @@ from s2ft.common.errors import S2FTError, first_line
 from s2ft.runtime import gguf
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.lookup import check_folder
+from s2ft.runtime.processes import own_device
+from s2ft.runtime.quantisation import QUANTISATIONS, check_quantisation
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 HEADS = ("score", "classifier", "pre_classifier")  # of sequence classifiers
@@ -43,16 +45,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise S2FTError(_unloadable(name, "tokenizer", error)) from error
 
 
-def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(name: str, dtype: torch.dtype, quantize: str | None = None) -> PreTrainedModel:
     """The causal language model `name`, its weights in `dtype`.
 
+    Args:
+        name: A folder, a GGUF file or a name on the Hub.
+        dtype: Of what is not quantised, and of the computation.
+        quantize: One of `QUANTISATIONS`: quantised while it is loaded, onto the device that it is to run on.
+
     Raises:
-        S2FTError: if there is no such model, or its files are incomplete or of another kind.
+        S2FTError: if there is no such model, its files are incomplete or of another kind, or it cannot be quantised so.
     """
-    return _loaded(name, AutoModelForCausalLM, dtype, may_lack=())
+    return _loaded(name, AutoModelForCausalLM, dtype, quantize, may_lack=())
 
 
-def load_scorer(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_scorer(name: str, dtype: torch.dtype, quantize: str | None = None) -> PreTrainedModel:
     """The model `name` with a head that gives a text one score; a head that its files lack is drawn, always alike.
 
     Raises:
@@ -66,15 +73,21 @@ def load_scorer(name: str, dtype: torch.dtype) -> PreTrainedModel:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _loaded(name, AutoModelForSequenceClassification, dtype, may_lack=HEADS, num_labels=1)
+        return _loaded(name, AutoModelForSequenceClassification, dtype, quantize, may_lack=HEADS, num_labels=1)
 
 
-def _loaded(name: str, kind: Any, dtype: torch.dtype, may_lack: tuple[str, ...], **settings: Any) -> PreTrainedModel:
+def _loaded(
+    name: str, kind: Any, dtype: torch.dtype, quantize: str | None, may_lack: tuple[str, ...], **settings: Any
+) -> PreTrainedModel:
     """The model as a class of transformers reads it; weights may be missing only in the modules named."""
     check_folder(name)
+    check_quantisation(quantize, name)
     try:
         source, options = gguf.reading(name)
         options |= gguf.dequantising() if options else {"use_safetensors": True}  # the older .bin files are pickles
+        if quantize is not None:
+            config = QUANTISATIONS[quantize].config(dtype)
+            options |= {"quantization_config": config, "device_map": {"": own_device()}}
         model, info = kind.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False, **settings, **options
         )
@@ -119,6 +132,12 @@ def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
+
+
+def place(model: PreTrainedModel, device: torch.device | str) -> None:
+    """Moves the model to a device; a quantised one was loaded onto its own, and some refuse to be moved."""
+    if not getattr(model, "is_quantized", False) or next(model.parameters()).device != torch.device(device):
+        model.to(device)
 
 
 def positions(model: PreTrainedModel) -> int | None:

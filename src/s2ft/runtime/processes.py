@@ -69,6 +69,14 @@ def _zero_stage() -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def own_device() -> str:
+    """Where this process runs a model: its accelerator, else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else f"{accelerator.type}:{_launched('LOCAL_RANK', alone=0)}"
+
+
 def as_leader(value: T) -> T:
     """Rank 0's value, in every process; all must call this."""
     if process_count() > 1:

@@ -3,6 +3,8 @@
     gated activation   h = act(g) · u                  autograd saves g, act(g), u;     here g and u
     RMSNorm            y = w · x / sqrt(mean x² + ε)   autograd saves x in fp32;        here x as it came, and one number a row
 
+    quantised y = x Wᵀ        libraries save x, or W dequantised;          here nothing (`layer/frozen.py`)
+
 `lean(model)` gives these to every module that computes them, which it finds out on random input, not by the module's class.
 On a GPU, Liger's kernels do the same where they are installed.
 """
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from s2ft.layer.dequantise import quantised_layers
+from s2ft.layer.frozen import through_frozen, why_not_frozen
 from s2ft.layer.linears import features, linear_layer, weight_of
 from s2ft.selection.families import ACTIVATIONS, NORM_EPSILONS, RMS_NORM
 from s2ft.selection.structure import read_structures
@@ -174,6 +178,22 @@ def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, str, Recognise]]:
             yield module, "forward", partial(_recognise_mlp, names=names)
         elif type(module).__name__.endswith(RMS_NORM):
             yield module, "forward", _recognise_norm
+    for path, layer in quantised_layers(model).items():
+        if "forward" not in vars(layer) and not path.endswith(".base_layer"):  # a tuner layer sees to its own
+            yield layer, "forward", _recognise_quantised
+
+
+def _recognise_quantised(linear: nn.Module) -> Forward | None:
+    """The layer with nothing saved; None if it cannot be read, or is trained itself."""
+    return None if why_not_frozen(linear) else _frozen_forward
+
+
+def _frozen_forward(linear: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    product = type(linear).forward
+    if len(args) != 1 or kwargs:
+        y: Tensor = product(linear, *args, **kwargs)
+        return y
+    return through_frozen(linear, partial(product, linear), args[0])
 
 
 def _recognise_norm(norm: nn.Module) -> Forward | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from s2ft.runtime.models import empty_model, load_model
+from s2ft.layer.dequantise import keep_trainable
+from s2ft.runtime.models import empty_model, load_model, place
 from s2ft.runtime.precision import choose_precision
 
 log = logging.getLogger("s2ft")
@@ -30,13 +32,18 @@ def shell(source: Source) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(_config(source))
 
 
-def frozen_base(source: Source, device: str, dtype: torch.dtype, liger: bool) -> PreTrainedModel:
-    """The model, frozen, in training mode, without dropout; with Liger's kernels if asked for."""
+def frozen_base(
+    source: Source, device: str, dtype: torch.dtype, liger: bool, quantize: str | None = None
+) -> PreTrainedModel:
+    """The model, frozen, in training mode, without dropout; with Liger's kernels, or quantised, if asked for."""
     if isinstance(source, str):
-        base = load_model(source, dtype).to(device)
+        base = load_model(source, dtype, quantize)
+        place(base, device)
     else:
         with torch.device(device):
             base = AutoModelForCausalLM.from_config(_config(source), dtype=dtype)
+        if quantize is not None:
+            base = _quantised(base, dtype, quantize)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -52,6 +59,15 @@ def frozen_base(source: Source, device: str, dtype: torch.dtype, liger: bool) ->
 def _config(shapes: Mapping[str, Any]) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.for_model(**{"model_type": "llama", **shapes})
     return config
+
+
+def _quantised(base: PreTrainedModel, dtype: torch.dtype, quantize: str) -> PreTrainedModel:
+    """The model, saved and loaded again as `s2ft train` loads it."""
+    with TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        model = load_model(folder, dtype, quantize)
+    keep_trainable(model)
+    return model
 
 
 def settle_dtype(wanted: str, device: str) -> tuple[torch.dtype, str]:

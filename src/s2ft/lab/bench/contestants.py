@@ -8,8 +8,8 @@
 On a mixture of experts, `ON_EXPERTS` are S²FT and LoRA on the same parameters: the experts' down.
 
 Rivals get their cheapest setting: weights, gradients and optimizer states in the base's dtype, no dropout, torch's fused
-AdamW. The deltas of S²FT are fp32, as always. `AS_TRAINED` holds rivals as they are usually run, and as `s2ft train` runs
-them: what they train is fp32 too, under autocast.
+AdamW; on a quantised base, LoRA is QLoRA. The deltas of S²FT are fp32, as always. `AS_TRAINED` holds rivals as they are usually
+run, and as `s2ft train` runs them: what they train is fp32 too, under autocast.
 """
 
 from __future__ import annotations
@@ -213,6 +213,8 @@ CONTESTANTS: dict[str, Prepare] = {
 ON_EXPERTS: dict[str, Prepare] = {"floor": floor, "lora": lora_on_experts, "s2ft": s2ft_on_experts}
 
 BESIDE_EXPERTS: dict[str, Prepare] = {"indexed": partial(s2ft_on_experts, inside=nullcontext)}
+
+ON_QUANTISED: dict[str, Prepare] = {"floor": floor, "qlora": partial(rival, name="lora"), "s2ft": s2ft}
 
 AS_TRAINED: dict[str, Prepare] = {name: partial(rival, name=name, fp32=True) for name in ("full", "lora", "dora")}
 

@@ -21,6 +21,7 @@ from s2ft.lab.registry import TrainingDtype
 from s2ft.lab.shapes import EXPERTS, LLAMA2_7B, LLAMA3_8B, QWEN3_30B_A3B_8_BLOCKS, SMALL
 from s2ft.runtime.lookup import check_folder, check_hub
 from s2ft.runtime.models import positions
+from s2ft.runtime.quantisation import QUANTISATIONS, check_quantisation
 from s2ft.selection.select import select
 
 Value = TypeVar("Value", int, float, str)
@@ -57,6 +58,7 @@ class Preset:
     methods: Sequence[str] | None = None  # None: all, and S²FT on the upper half
     ablation: bool = False  # variants of S²FT and of the others, at the main cell
     experts: bool = False  # S²FT and LoRA train the experts' down alone
+    quantize: str | None = None  # how the frozen base is quantised
 
     @property
     def budget(self) -> float:
@@ -135,11 +137,17 @@ def adjusted(
     return replace(preset, budgets=budgets or preset.budgets)
 
 
+def quantised(preset: Preset, quantize: str | None) -> Preset:
+    """The preset on a base that is quantised so, without the ablation."""
+    return preset if quantize is None else replace(preset, quantize=quantize, ablation=False)
+
+
 def check(preset: Preset, liger: bool, known: Collection[str]) -> None:
     """Raises `S2FTError` with all that cannot be measured; of models, the configuration alone is read."""
     problems = [*_machine_problems(preset, liger), *_method_problems(preset, known)]
     named = [source for source in preset.models.values() if isinstance(source, str)]
     problems += gathered(*(partial(check_model, name) for name in named))
+    problems += [] if preset.quantize is None else list(_quantise_problems(preset))
     raise_together(problems)
     raise_together(_model_problems(preset, liger, "s2ft" in (known if preset.methods is None else preset.methods)))
 
@@ -194,6 +202,14 @@ def _machine_problems(preset: Preset, liger: bool) -> Iterator[str]:
         yield "liger=True needs a preset for GPUs, such as 7b: Liger's kernels do not run on a CPU"
     if liger and find_spec("liger_kernel") is None:
         yield "liger=True needs the package liger-kernel; install it with: pip install 's2ft[liger]'"
+
+
+def _quantise_problems(preset: Preset) -> Iterator[str]:
+    if preset.quantize not in QUANTISATIONS:
+        yield f"quantize={preset.quantize!r} is unknown; choose from {', '.join(QUANTISATIONS)}"
+        return
+    for name, source in preset.models.items():
+        yield from gathered(partial(check_quantisation, preset.quantize, source if isinstance(source, str) else name))
 
 
 def _method_problems(preset: Preset, known: Collection[str]) -> Iterator[str]:

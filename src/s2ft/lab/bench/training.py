@@ -30,12 +30,13 @@ from s2ft.lab.bench.contestants import (
     BESIDE_EXPERTS,
     CONTESTANTS,
     ON_EXPERTS,
+    ON_QUANTISED,
     UPPER_HALF,
     Contestant,
     Prepare,
     chunked_head,
 )
-from s2ft.lab.bench.presets import PRESETS, Cell, Preset, adjusted, check, usual_preset
+from s2ft.lab.bench.presets import PRESETS, Cell, Preset, adjusted, check, quantised, usual_preset
 from s2ft.lab.bench.report import Report
 from s2ft.lab.bench.training_plot import draw_training as draw_training
 from s2ft.lab.registry import TellShare
@@ -78,9 +79,10 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
     batch: str | None = None,
     methods: str | None = None,
     budget: str | None = None,
+    quantize: str | None = None,
     liger: bool = False,
     chunked: bool = False,
-    contestants: Mapping[str, Prepare] = CONTESTANTS,
+    contestants: Mapping[str, Prepare] | None = None,
     tell: TellShare = lambda done: None,
 ) -> Report:
     """Measures every method at every cell of a preset, or of the one of that name in `PRESETS`.
@@ -99,9 +101,10 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
         methods: Names with commas, out of those of `contestants`; None: all, and variants.
         budget: Shares of the parameters, likewise: a row of S²FT for each. The others train as many as it does at 0.01, or, if
             that is not among them, at the first.
+        quantize: Quantises the frozen base, as `s2ft train --quantize` does; floor, qlora and s2ft train on it.
         liger: Gives every method Liger's kernels.
         chunked: Computes the loss as `s2ft train` does, by TRL's head, which never holds all logits at once.
-        contestants: Name → what sets the method up.
+        contestants: Name → what sets the method up; None: all that there are on such a base.
         tell: Is told the share that is done.
 
     Raises:
@@ -110,7 +113,9 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
     """
     preset = usual_preset(model) if preset is None else PRESETS[preset] if isinstance(preset, str) else preset
     preset = replace(adjusted(preset, model, length, batch, methods, budget), dtype=str(dtype))
-    contestants = ON_EXPERTS if preset.experts and contestants is CONTESTANTS else contestants
+    preset = quantised(preset, quantize)
+    if contestants is None:
+        contestants = ON_EXPERTS if preset.experts else CONTESTANTS if quantize is None else ON_QUANTISED
     check(preset, liger, contestants)
     there, left_out = _installed(
         {name: run for name, run in contestants.items() if name in (preset.methods or contestants)}
@@ -120,7 +125,7 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
     bar = _Bar(tell, len(preset.models) * sum(group.tokens for group in groups))
     rows: list[Row] = []
     for name, source in preset.models.items():
-        base = frozen_base(source, preset.device, settled[0], liger)
+        base = frozen_base(source, preset.device, settled[0], liger, quantize)
         rows += [{**row, "model": name} for row in _bench_model(base, groups, bar)]
         del base
         _free()
