@@ -91,6 +91,24 @@ def test_what_is_finished_is_kept_and_the_page_has_all(s2ft, trained, base, data
     assert (tmp_path / "two.html").is_file()
 
 
+def test_each_method_gets_the_options_that_it_takes_and_looks_for_its_own_rate(base, data):
+    values = {"model": base, "data": [data], "output": "o", "lora_rank": "4", "strategy": "random", "epochs": "2"}
+    runs = contest.plan(["s2ft", "lora", "full", "peft:oft"], values)
+    assert [run.learning_rate for run in runs] == ["auto", "auto", None, "auto"]
+    assert [run.strategy for run in runs] == ["random", None, None, None]
+    assert runs[1].lora_rank == 4
+    assert {run.epochs for run in runs} == {2.0}
+    assert runs[3].output == "o/peft-oft"
+
+
+@pytest.mark.slow
+def test_each_run_has_a_process_of_its_own(s2ft, base, data, tmp_path):
+    words = ["compare", "--methods", "s2ft,lora", "--model", base, "--data", data, "--output", str(tmp_path / "out")]
+    code, printed, errors = s2ft(*words, "--learning-rate", "0.01", *SHORT)
+    assert code == 0, errors
+    assert re.search(r"s2ft\s.*\d\.\d\d GB", printed)
+
+
 def test_a_paused_run_goes_on(base, data, tmp_path, monkeypatch):
     options = parse_options({"model": base, "data": data, "output": str(tmp_path / "out"), "layers": [1]})
     started = []
