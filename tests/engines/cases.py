@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import s2ft
@@ -53,6 +54,7 @@ def make(folder: Path) -> dict[str, Any]:
         write_base(folder / "merged" / name, folder / f"merged-{name}.gguf")
         print(f"{name}: {exported.facts()}", flush=True)
     _foreign_adapter(folder, base)
+    _adapters_that_would_do_nothing(folder, base)
     asked = {"end": END, "rows": rows, "merged": {name: _merged_rows(folder, rows, name) for name in ADAPTERS}}
     (folder / "asked.json").write_text(json.dumps(asked))
     return asked
@@ -119,6 +121,16 @@ def _foreign_adapter(folder: Path, base: Path) -> None:
         other.model.layers[0].mlp.down_proj.weight.add_(1)
     model = get_peft_model(other, s2ft.S2FTConfig(ratios={"down_proj": 0.05}, task_type="CAUSAL_LM"))
     model.save_pretrained(folder / "native" / "foreign")
+
+
+def _adapters_that_would_do_nothing(folder: Path, base: Path) -> None:
+    """One with deltas of zero, and an exported one whose modules have other names than the engine's."""
+    model = get_peft_model(_load(base), s2ft.S2FTConfig(ratios={"down_proj": 0.05}, task_type="CAUSAL_LM"))
+    model.save_pretrained(folder / "native" / "zero")
+    shutil.copytree(folder / "vllm" / "a", folder / "wrong-prefix")
+    weights = folder / "wrong-prefix" / "adapter_model.safetensors"
+    renamed = {name.replace(".model.model.", ".model.text.model."): one for name, one in load_file(weights).items()}
+    save_file(renamed, weights)
 
 
 def _load(folder: Path) -> PreTrainedModel:

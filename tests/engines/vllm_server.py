@@ -17,7 +17,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-REFUSED = {"../native/a": 404, "/etc": 404, "a/../b": 404, "nothing": 404, "foreign": 400}  # name → status
+REFUSED = {"../native/a": 404, "/etc": 404, "a/../b": 404, "nothing": 404, "foreign": 400, "zero": 400}  # name → status
 PATIENCE = 240  # seconds until the server answers
 
 
@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
         refused = {
             name: ask(port, name, asked["rows"][0]["prompt"], asked)[0] == status for name, status in REFUSED.items()
         }
+        refused["a LoRA under other names"] = load(port, "wrong", folder / "wrong-prefix") >= 400
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # the server and the engine that it started
         process.wait(60)
@@ -98,6 +99,19 @@ def ask(port: int, model: str, prompt: list[int], asked: dict) -> tuple[int, lis
             return answer.status, json.load(answer)["choices"][0]["token_ids"]
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def load(port: int, name: str, path: Path) -> int:
+    """The status of vLLM's own route for loading a LoRA."""
+    body = json.dumps({"lora_name": name, "lora_path": str(path)}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/load_lora_adapter", body, {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 if __name__ == "__main__":

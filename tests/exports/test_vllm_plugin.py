@@ -8,7 +8,7 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from safetensors.torch import load_file
@@ -31,14 +31,35 @@ class Registry(dict):
         self[name] = resolver
 
 
+class Manager:
+    """As vLLM's: of a model whose q, k and v are one layer."""
+
+    modules: ClassVar = {"model.layers.0.self_attn.qkv_proj": None, "model.layers.0.self_attn.o_proj": None}
+    packed_modules: ClassVar = {
+        "model.layers.0.self_attn.qkv_proj": [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
+    }
+
+    def add_adapter(self, lora: Any) -> bool:
+        return True
+
+
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     found = Registry()
     request, resolver = ModuleType("vllm.lora.request"), ModuleType("vllm.lora.resolver")
+    managers, distributed = ModuleType("vllm.lora.model_manager"), ModuleType("vllm.distributed")
+    managers.LoRAModelManager, managers.LRUCacheLoRAModelManager = type("M", (Manager,), {}), type("L", (Manager,), {})
+    distributed.get_pp_group = lambda: SimpleNamespace(world_size=1)
     request.LoRARequest = SimpleNamespace
     resolver.LoRAResolver, resolver.LoRAResolverRegistry = object, found
     modules = {"vllm": ModuleType("vllm"), "vllm.lora": ModuleType("vllm.lora")}
-    for name, module in {**modules, "vllm.lora.request": request, "vllm.lora.resolver": resolver}.items():
+    for name, module in {
+        **modules,
+        "vllm.lora.request": request,
+        "vllm.lora.resolver": resolver,
+        "vllm.lora.model_manager": managers,
+        "vllm.distributed": distributed,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     (tmp_path / "adapters").mkdir()
     monkeypatch.setenv(ROOT, str(tmp_path / "adapters"))
@@ -136,3 +157,23 @@ def test_what_cannot_be_served_says_why_and_leaves_nothing(registry: Registry, t
     with pytest.raises(S2FTError, match="no whole adapter"):
         resolve(registry, base, "math")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_lora_whose_modules_the_engine_does_not_have_is_refused(registry: Registry) -> None:
+    register()
+    register()
+    managers = sys.modules["vllm.lora.model_manager"]
+    for kind in (managers.LoRAModelManager, managers.LRUCacheLoRAModelManager):
+        names = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "o_proj")]
+        assert kind().add_adapter(SimpleNamespace(loras=dict.fromkeys([*names, "lm_head"])))
+        with pytest.raises(ValueError, match=r"has no language_model\.model\.layers.*would answer as the base"):
+            kind().add_adapter(
+                SimpleNamespace(loras=dict.fromkeys(["language_model.model.layers.0.self_attn.q_proj", *names]))
+            )
+
+
+def test_an_adapter_that_changes_nothing_is_refused(registry: Registry, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    save_adapter(tmp_path / "adapters" / "zero", base, {"o_proj": 0.5}, size=0.0)
+    with pytest.raises(S2FTError, match="all deltas of the adapter 'zero' are zero"):
+        resolve(registry, base, "zero")

@@ -5,6 +5,9 @@
 vLLM finds `register` by the entry point `vllm.general_plugins`, in every process that it starts. It asks resolvers for
 names that it does not know only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. A changed adapter has another hash, and is
 converted anew; the cache is in $XDG_CACHE_HOME/s2ft/vllm (by default ~/.cache).
+
+Nothing is served that would silently answer as the base: an adapter whose deltas are all zero, or, in the engine, a LoRA for
+modules that the engine's model does not have under these names (vLLM itself looks at the last part of a name only).
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path, PurePath
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from s2ft.adapters.file import open_adapter
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import is_clean
 from s2ft.exports.export import export
@@ -45,6 +51,7 @@ def register() -> None:
         raise S2FTError(f"{ROOT}={root!r} is not a folder; it holds the adapters, each in a folder of its own")
     from vllm.lora.resolver import LoRAResolverRegistry
 
+    _refuse_lost_modules()
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver(NAME, _resolver(Path(root)))
 
@@ -57,6 +64,42 @@ def _register_backend() -> None:
         return
     with suppress(ValueError):  # it was registered before
         WeightTransferEngineFactory.register_engine("s2ft", "s2ft.exports.vllm_weights", "SliceEngine")
+
+
+def _refuse_lost_modules() -> None:
+    """Lets the engine's manager of LoRAs refuse those whose modules it does not have."""
+    from vllm.distributed import get_pp_group
+    from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+
+    def checked(add: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+        @wraps(add)
+        def add_adapter(manager: Any, lora: Any) -> bool:
+            lost = lost_modules(lora.loras, manager.modules, manager.packed_modules)
+            if lost and get_pp_group().world_size == 1:  # else another process may have them
+                raise ValueError(
+                    f"the model has no {lost[0]}, which the LoRA is for: it would answer as the base there"
+                )
+            return add(manager, lora)
+
+        return add_adapter
+
+    for manager in (LoRAModelManager, LRUCacheLoRAModelManager):
+        if not hasattr(manager.add_adapter, "__wrapped__"):
+            manager.add_adapter = checked(manager.add_adapter)
+
+
+def lost_modules(names: Iterable[str], modules: Iterable[str], packed: Mapping[str, list[str]]) -> list[str]:
+    """Those of a LoRA's modules that are neither the engine's nor parts of one; experts, heads and embeddings go their own way.
+
+    Example:
+        >>> lost_modules(["m.0.q_proj", "x.0.q_proj"], ["m.0.qkv_proj"], {"m.0.qkv_proj": ["m.0.q_proj", "m.0.k_proj"]})
+        ['x.0.q_proj']
+    """
+    known = {*modules, *(part for parts in packed.values() for part in parts)}
+    own_way = ("lm_head", "embed_tokens")
+    return sorted(
+        name for name in set(names) - known if ".experts" not in name and name.rpartition(".")[2] not in own_way
+    )
 
 
 def adapter_folder(root: Path, name: str) -> Path | None:
@@ -81,10 +124,11 @@ def converted(folder: Path, base: str) -> Path:
     """The adapter as a LoRA for vLLM, in the cache.
 
     Raises:
-        S2FTError: if it is damaged, for another base, or more than vLLM serves.
+        S2FTError: if it is damaged, for another base, more than vLLM serves, or changes nothing.
     """
     target = _cache() / _key(folder, base)
     if not target.is_dir():
+        _refuse_zeros(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent))
         try:
@@ -96,6 +140,12 @@ def converted(folder: Path, base: str) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _refuse_zeros(folder: Path) -> None:
+    adapter = open_adapter(folder)
+    if not adapter.kept and not any(bool(adapter.delta(module).any()) for module in adapter.slices):
+        raise S2FTError(f"all deltas of the adapter {folder.name!r} are zero: it would answer as the base")
 
 
 def _resolver(root: Path) -> Any:
