@@ -58,7 +58,7 @@ build/lowest/ready: pyproject.toml constraints-lowest.txt
 # Quantised bases by bitsandbytes, torchao, quanto and gptqmodel, in an environment of their own (6 GB)
 test-quantised: build/quantised/ready
 	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/format/test_digest.py tests/layer/test_frozen.py tests/tuner/test_quantised.py \
-		tests/runtime/test_quantisation.py tests/finetune/test_quantised_base.py tests/lab/test_bench_quantised.py
+		tests/runtime/test_quantisation.py tests/runtime/test_merging.py tests/finetune/test_quantised_base.py tests/lab/test_bench_quantised.py
 
 # Their figures: gradients against the dequantised model, and a step's time and memory beside QLoRA's
 bench-quantised: build/quantised/ready

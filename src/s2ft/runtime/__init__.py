@@ -3,6 +3,7 @@
 lookup       is there a model of a name, here or on the Hub?
 models       base model and tokenizer, from a folder or the Hub
 quantisation  how a base is quantised, and what that needs
+merging      merging into a quantised base, on files
 trainable    whether gradients pass through a quantised model
 precision    bf16 or fp32, and why
 processes    several processes: which one is first, and how they agree
