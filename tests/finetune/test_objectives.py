@@ -93,6 +93,21 @@ def test_a_run_lowers_the_loss_and_says_what_it_was(objective, run):
     assert OBJECTIVES[objective].title in (result.output / "README.md").read_text()
 
 
+def test_an_edited_reward_function_is_not_resumed(run, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 1)
+    assert run("grpo", limit=4, max_steps=2).interrupted
+    rewards = {
+        "reward_function": f"{tmp_path / 'rewards.py'}:vowels",
+        "generations": 4,
+        "completion_length": 6,
+        "beta": 0.1,
+    }
+    with (tmp_path / "rewards.py").open("a") as file:
+        file.write("# edited")
+    with pytest.raises(S2FTError, match=r"reward_function=.* has changed since .*checkpoint-1 was made"):
+        run("grpo", limit=4, max_steps=2, resume=True, **rewards)
+
+
 SLOW = {"kto", "orpo", "reward"}
 
 

@@ -24,6 +24,7 @@ from s2ft.finetune.checkpoints import is_unfinished, whole_checkpoints
 from s2ft.finetune.layout import AUTO, IN_PLACE, INDEXED
 from s2ft.finetune.methods import METHODS, find_method
 from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.reward_functions import rewards_digest
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config_file import method_of
 from s2ft.format.terms import METHOD
@@ -64,6 +65,7 @@ class Paused:
     processes: int
     engine: str
     search: dict[str, Any] | None = None  # how its learning rate was found, where short runs did
+    rewards: str | None = None  # digest of the files with its reward functions, where it has some
 
     @classmethod
     def read(cls, checkpoint: Path) -> Paused:
@@ -84,7 +86,7 @@ class Paused:
         search = note.get("learning_rate_search")
         search = search if isinstance(search, dict) else None
         by = str(note.get("engine", DDP if processes > 1 else ALONE))
-        return cls(checkpoint, settled_options(options), data["digest"], processes, by, search)
+        return cls(checkpoint, settled_options(options), data["digest"], processes, by, search, note.get("rewards"))
 
     @property
     def method(self) -> str:
@@ -120,6 +122,8 @@ class Paused:
             problems = [f"engine: {engine()} here, but {self.checkpoint} was made by {self.engine}"]
         if not problems and self.digest != digest:
             problems = [f"data={options.data!r} has changed since {self.checkpoint} was made"]
+        if not problems and self.rewards != rewards_digest(options.reward_function):
+            problems = [f"reward_function={options.reward_function!r} has changed since {self.checkpoint} was made"]
         raise_together(problems)
 
 
@@ -146,6 +150,7 @@ def note_run(
     note = {"options": options.model_dump(mode="json"), "data": data, "processes": process_count()}
     note |= {"engine": engine()}
     note |= {} if search is None else {"learning_rate_search": search}
+    note |= {} if (rewards := rewards_digest(options.reward_function)) is None else {"rewards": rewards}
     (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

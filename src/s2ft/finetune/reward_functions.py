@@ -11,6 +11,7 @@ machine are read, and before anything runs, their text is searched for the funct
 from __future__ import annotations
 
 import ast
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -44,6 +45,13 @@ def check_reward(name: str) -> None:
         raise S2FTError(
             f"reward_function={name!r}: {path} defines no function {function}; it has {', '.join(known) or 'none'}"
         )
+
+
+def rewards_digest(names: Sequence[str] | None) -> str | None:
+    """SHA-256 over the files that hold the functions; None without any."""
+    if not names:
+        return None
+    return hashlib.sha256(b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in names)).hexdigest()
 
 
 def load_reward(name: str) -> Rewards:
