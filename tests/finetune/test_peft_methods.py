@@ -23,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATHS = {"model": "m", "data": "d", "output": "o", "learning_rate": 1e-3}
 FITTING = {  # what a model as small as the tests' needs
-    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
     "c3a": {"block_size": 8},
     "fourierft": {"n_frequency": 40},
     "gralora": {"r": 4},
@@ -129,6 +128,7 @@ def test_sizes_are_tried_until_none_is_nearer():
         ({"method": "peft:mis"}, r"method='peft:mis': it is none of PEFT's methods; did you mean peft:miss\?"),
         ({"method": "peft:prompt_tuning"}, "cannot be trained here: it trains tokens before the prompt"),
         ({"method": "peft:s2ft"}, "that is method=s2ft"),
+        ({"method": "peft:adaption_prompt"}, "a forward that TRL's loss does not pass through"),
         ({"method": "peft:miss", "peft_config": "rank=4"}, "peft_config=rank=4: miss has no rank; it has bias"),
         ({"method": "peft:gralora", "peft_config": "r=5"}, "peft_config=r=5: r should be divisible by gralora_k"),
         ({"method": "peft:miss", "peft_config": "r"}, "peft_config='r': must be key=value"),

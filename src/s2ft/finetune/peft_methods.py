@@ -40,8 +40,9 @@ SIZES = (
 )  # keys; a method's is the first that it has
 LARGEST = 20  # power of two that is tried as a size
 MOST_REFUSED = 4  # sizes in a row, before no larger one is tried
-OWN_TARGETS = ("adaption_prompt", "ia3", "ln_tuning", "shadow", "trainable_tokens")  # what they lie on is their idea
+OWN_TARGETS = ("ia3", "ln_tuning", "shadow", "trainable_tokens")  # what they lie on is their idea
 UNFIT = {  # name → why it cannot be trained here
+    "adaption_prompt": "PEFT gives its model a forward that TRL's loss does not pass through",
     "adalora": "its ranks are shared out anew while it trains, by a training loop that asks it to",
     "poly": "it needs to know the task of each example",
     "s2ft": "that is method=s2ft",
