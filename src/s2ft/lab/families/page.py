@@ -24,11 +24,12 @@ code allows it. This page is written by
 An adapter of half the heads and channels of all projections that are read, with random deltas, is trained, saved, loaded,
 merged and laid out in place.
 
-- **exact**: the gradient of every slice is that of full autograd (worst relative error in float64: {worst}), a loaded
-  adapter gives the same output bit for bit, and merged weights are the sums bit for bit.
+- **exact**: the gradient of every slice is that of full autograd (worst relative error in float64: {worst}; with experts,
+  whose routers round to float32: {routed}), a loaded adapter gives the same output bit for bit, and merged weights are the
+  sums bit for bit.
 - **heads**: they are read on q, k, v and o, so that they can be permuted.
 - **in place**: slices that lie in one piece, of all. The others are gathered, for a reason that `layout.placements` gives.
-- **experts**: some are stacked in one parameter, which s2ft leaves out.
+- **experts**: those that are stacked in one parameter are trained as well, each on channels of its own.
 - **LoRA**: exported as one and loaded by PEFT, an adapter gives the same output. **GGUF**: adapters export to llama.cpp.
 
 {summary}
@@ -43,10 +44,15 @@ def page_of(report: Mapping[str, Any]) -> str:
     """
     rows = report["rows"]
     exact = [row for row in rows if row.get("exact") and row["dtype"] == "float64"]
-    worst = max((row["gradient_error"] for row in exact), default=0.0)
+    worst, routed = (
+        max((row["gradient_error"] for row in exact if bool(row["experts"]) is with_experts), default=0.0)
+        for with_experts in (False, True)
+    )
     counts = [_count(title, [row for row in rows if row["kind"] == kind]) for kind, title in TITLES.items()]
     summary = "\n".join(["| kind | classes | run | exact | with heads |", "|---|---|---|---|---|", *counts])
-    head = HEAD.format(version=report["settings"]["transformers"], worst=f"{worst:.0e}", summary=summary)
+    head = HEAD.format(
+        version=report["settings"]["transformers"], worst=f"{worst:.0e}", routed=f"{routed:.0e}", summary=summary
+    )
     parts = [_part(title, [row for row in rows if row["kind"] == kind]) for kind, title in TITLES.items()]
     return "\n".join([head, *filter(None, parts)])
 
