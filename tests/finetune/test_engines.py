@@ -50,21 +50,11 @@ def options(tmp_path: Path) -> dict[str, Any]:
 def launch(options: dict[str, Any], variables: dict[str, str], resume: bool = False) -> str:
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     module = "fsdp_on_cpu" if variables.get("ACCELERATE_USE_FSDP") else "s2ft.cli.app"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        "-m",
-        module,
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     on_cpu = ON_CPU if module == "fsdp_on_cpu" else {k: v for k, v in ON_CPU.items() if k != "ACCELERATE_USE_CPU"}
     paths = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, "train", *words, *(["--resume"] if resume else [])],
+        [*launcher, "-m", module, "train", *words, *(["--resume"] if resume else [])],
         env={**os.environ, **on_cpu, **variables, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -143,6 +133,7 @@ def test_the_stage_of_a_deepspeed_config_is_read(tmp_path: Path, monkeypatch: py
         ),
         ({}, {"layout": "in-place"}, "layout='in-place' needs whole weights, and fsdp2 leaves each process a part"),
         ({}, {"samples": 2}, "samples=2 needs whole weights"),
+        ({}, {"quantize": "nf4"}, "quantize='nf4' needs whole weights"),
         ({}, {"reselect": 1}, "reselect=1 does not go with fsdp2"),
         ({}, {"learning_rate": "auto"}, "learning_rate='auto' trains several times"),
         ({}, {}, "accelerate turns on for accelerators only, and this process runs on cpu"),

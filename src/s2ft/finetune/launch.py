@@ -104,6 +104,7 @@ def _division_problems(options: TrainOptions, name: str) -> Iterator[str]:
         "layout": options.layout == "in-place",
         "samples": options.samples,
         "objective": options.objective != "sft",
+        "quantize": options.quantize is not None,
     }
     for option in (option for option, is_given in given.items() if is_given):
         value, default = getattr(options, option), TrainOptions.model_fields[option].default

@@ -161,6 +161,10 @@ BENCHMARKS = {
         },
         has_picture=False,
     ),
+    "distributed": Entry(
+        "Train in two processes by DDP, FSDP2, ZeRO-2 and ZeRO-3: error beside one process, memory and time beside LoRA.",
+        has_picture=False,
+    ),
     "evaluation": Entry(
         "Time the answers to 200 GSM8K questions by `s2ft eval`, beside transformers' `generate`, with the embedded base.",
         {

@@ -17,5 +17,7 @@ serve          many clients ask `s2ft serve`, and what is compared with it
 clients        those who ask
 servers        servers in processes of their own
 everyday       commands on files, and preparing data, beside reading and writing the bytes
+distributed    two processes under each engine, beside one process and LoRA
+divided        one of those processes
 evaluation     how fast answers are generated, beside plain `generate`
 """
