@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised bench-quantised test-distributed test-trackers test-embeddings test-kernels test-gpu test-engines dist test-wheel lint-container docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised bench-quantised test-distributed test-trackers test-embeddings test-kernels test-gpu test-engines dist test-wheel lint-container test-notebook docs lint clean
 
 setup: .venv/ready
 
@@ -150,6 +150,16 @@ test-wheel: dist
 	cd build/wheel && env/bin/python -W ignore ../../tests/house/core_alone.py
 	build/wheel/env/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo build/dist/s2ft-*.whl)[train]"
 	cd build/wheel && env/bin/s2ft env && env/bin/s2ft quickstart
+
+# The notebook, by a kernel of its own, as Jupyter runs it: half a minute; `make test` runs its cells on less data
+test-notebook: setup
+	rm -rf build/notebook && mkdir -p build/notebook
+	$(BIN)/python -m venv build/notebook/env
+	build/notebook/env/bin/python -m pip install --quiet nbconvert ipykernel
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+		> $$(build/notebook/env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	cp examples/quickstart.ipynb build/notebook
+	build/notebook/env/bin/python -m nbconvert --to notebook --execute --inplace build/notebook/quickstart.ipynb
 
 # The container's recipe, by hadolint; `docker build --target cpu .` needs Docker
 lint-container:
