@@ -19,7 +19,7 @@ from families import FAMILIES
 from live import same
 from s2ft import S2FTError
 from s2ft.adapters.checkpoint import Checkpoint
-from s2ft.adapters.file import read_adapter
+from s2ft.adapters.file import open_adapter, read_adapter
 from s2ft.adapters.merge import merge
 from s2ft.cli.app import app
 from tiny_base import CHAT_TEMPLATE, byte_tokenizer
@@ -253,3 +253,29 @@ def test_the_links_of_the_hubs_cache_and_within_the_base_are(tmp_path: Path) -> 
         merged = merge(adapter, tmp_path / f"merged-{name.name}", str(name))
         assert contents(merged) == contents(tmp_path / "expected")
         assert not any(path.is_symlink() for path in merged.iterdir())
+
+
+@pytest.mark.parametrize(("family", "dtype", "known"), [
+    ("llama", torch.bfloat16, True),
+    ("llama", torch.float32, True),
+    ("llama", torch.float16, False),  # no SHA-256 is kept of float16
+    ("gpt2", torch.float32, False),  # its weights are stored as [in, out]
+])  # fmt: skip
+def test_recognised_layers_are_merged_as_by_the_model(
+    family: str, dtype: torch.dtype, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base", family, dtype)
+    adapter = save_adapter(tmp_path / "adapter", base, SIDES["both"])
+    opened = open_adapter(adapter)
+    assert Checkpoint(Path(base), opened).recognises(opened) == known
+    merge(adapter, tmp_path / "quick")
+    monkeypatch.setattr(Checkpoint, "recognises", lambda self, adapter: False)
+    merge(adapter, tmp_path / "by model")
+    assert same(stored(tmp_path / "quick"), stored(tmp_path / "by model"))
+
+
+def test_other_weights_of_the_same_names_and_shapes_are_not_recognised(tmp_path: Path) -> None:
+    base, other = (save_base(tmp_path / name, "llama", torch.bfloat16) for name in ("base", "other"))
+    opened = open_adapter(save_adapter(tmp_path / "adapter", base, SIDES["both"]))
+    assert Checkpoint(Path(base), opened).recognises(opened)
+    assert not Checkpoint(Path(other), opened).recognises(opened)

@@ -20,10 +20,11 @@ from s2ft.format.terms import TASK_TYPES
 BY_FILES = """
 import sys
 import s2ft_command
-import s2ft.adapters.fusion, s2ft.adapters.inspection
+import s2ft.adapters.fusion, s2ft.adapters.inspection, s2ft.adapters.merge
 from s2ft.adapters.file import read_adapter
 s2ft.adapters.inspection.summary(read_adapter(sys.argv[1]))
 s2ft.adapters.fusion.fuse([sys.argv[1]], output=sys.argv[2])
+s2ft.adapters.merge.merge(sys.argv[1], sys.argv[3])
 print(*{"peft", "transformers", "trl", "accelerate"} & set(sys.modules))
 """
 
@@ -63,8 +64,8 @@ def test_it_refuses_what_the_config_refuses(values, message):
         SavedConfig(**values)
 
 
-def test_inspecting_and_fusing_files_needs_neither_peft_nor_transformers(adapter, tmp_path):
-    words = [sys.executable, "-c", BY_FILES, str(adapter), str(tmp_path / "fused")]
+def test_inspecting_fusing_and_merging_files_needs_neither_peft_nor_transformers(adapter, tmp_path):
+    words = [sys.executable, "-c", BY_FILES, str(adapter), str(tmp_path / "fused"), str(tmp_path / "merged")]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
     assert S2FTConfig.from_folder(tmp_path / "fused").slices == S2FTConfig.from_folder(adapter).slices

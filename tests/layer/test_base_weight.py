@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from s2ft.layer.base_weight import BaseWeight, add_delta
+from s2ft.layer.base_weight import BaseWeight
+from s2ft.layer.columns import add_delta
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

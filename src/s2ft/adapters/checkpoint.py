@@ -12,26 +12,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from s2ft.adapters.compatibility import check_fits
 from s2ft.adapters.file import AdapterFile
-from s2ft.adapters.stored import Place, channel_numbers, places
+from s2ft.adapters.stored import Place, channel_numbers, places, plain_numbers
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.reading import check_regular, read_json
-from s2ft.format.digest import check_base, digest_parts, join_digests, slice_digest
+from s2ft.format.digest import check_base, digest_parts, join_digests, proves, slice_digest
 from s2ft.format.folder import CONFIG_FILE
 from s2ft.format.slices import Slice
-from s2ft.layer.linears import features
+from s2ft.layer.linears import features, is_conv1d
 from s2ft.layer.stacked import StackedLinear, linear_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # as transformers has them
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -52,9 +55,45 @@ SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 class Checkpoint:
     """The base model of an adapter, on disk; `open_base` makes and checks it."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+    def __init__(self, folder: Path, adapter: AdapterFile) -> None:
         self.folder = folder
-        self.model = model  # on device meta
+        self._adapter = adapter
+        self._recognised: dict[str, list[int]] = {}  # layers that need no model to be found → shapes of their weights
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on device meta, by transformers, whose import takes seconds."""
+        return _empty_model(self._adapter, self.folder)
+
+    def recognises(self, adapter: AdapterFile) -> bool:
+        """Whether every slice of the adapter is found in the files by name, shape and SHA-256.
+
+        Then these are the layers that it was made for, stored as they are, and no model is needed to say where they lie.
+        """
+        if adapter.kept or read_json(self.folder / "config.json").get("quantization_config") is not None:
+            return False
+        shapes = {
+            module: self._plain_shape(module, one, adapter.shapes[module]) for module, one in adapter.slices.items()
+        }
+        self._recognised = {module: shape for module, shape in shapes.items() if shape is not None}
+        expected = adapter.config.base_digest or {}
+        known = len(self._recognised) == len(shapes) and all(
+            proves(expected.get(module, ""), self._digest(module, one, expected.get(module, "")))
+            for module, one in adapter.slices.items()
+        )
+        self._recognised = self._recognised if known else {}
+        return known
+
+    def _plain_shape(self, module: str, trained: Slice, delta: tuple[int, ...]) -> list[int] | None:
+        """The shape of the module's weight, if it is stored under its own name as plain values, of a size that fits."""
+        name = f"{module}.weight"
+        if name not in self.files:
+            return None
+        with safe_open(self.files[name], framework="pt") as file:
+            found = file.get_slice(name)
+            dtype, shape = found.get_dtype(), list(found.get_shape())
+        fits = len(shape) == 2 and shape[1 - trained.dim] == delta[1 - trained.dim]
+        return shape if fits and dtype in _PLAIN and int(trained.indices[-1]) < shape[trained.dim] else None
 
     def linear(self, module: str) -> nn.Module:
         """The linear layer at a path, on device meta."""
@@ -72,7 +111,7 @@ class Checkpoint:
 
     def is_transposed(self, module: str) -> bool:
         """Whether the layer keeps its weight as [in, out], as GPT-2's Conv1D does."""
-        return isinstance(self.linear(module), Conv1D)
+        return is_conv1d(self.linear(module))
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -155,6 +194,8 @@ class Checkpoint:
         Raises:
             S2FTError: if the module's weight is not there, or stored in another form.
         """
+        if (shape := self._recognised.get(module)) is not None:
+            return places(plain_numbers(f"{module}.weight", shape, trained.side), trained, shape[1 - trained.dim])
         across = features(self.linear(module))[1 if trained.side == "in" else 0]
         for converted in (False, True):
             numbers = channel_numbers(self.model, module, trained.side, converted)
@@ -218,13 +259,24 @@ def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = Fal
     if not name:
         raise S2FTError(f"{adapter.folder} does not say which base it is for; name it with base=")
     folder = _folder(str(name), adapter.config.revision, weights)
-    base = Checkpoint(folder, _empty_model(adapter, folder))
+    base = Checkpoint(folder, adapter)
+    if weights and _recognises(base, adapter):
+        return base
+    from s2ft.adapters.compatibility import check_fits  # here, since it imports transformers and PEFT
+
     check_fits(base.model, adapter.config, adapter.shapes)
     if weights:
         base.check_plain(adapter)
     if weights or _has_weights(folder):
         base.check_made_for(adapter)
     return base
+
+
+def _recognises(base: Checkpoint, adapter: AdapterFile) -> bool:
+    try:
+        return base.recognises(adapter)
+    except S2FTError:  # files that are damaged or missing: said by the checks that follow
+        return False
 
 
 def settings_files(folder: Path) -> Iterator[Path]:
@@ -264,6 +316,9 @@ def _has_weights(folder: Path) -> bool:
 
 def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:
     """The model without values, of the class that the adapter's module paths are of."""
+    import transformers
+    from transformers import AutoConfig, PreTrainedModel
+
     mapping = adapter.config.auto_mapping
     named = getattr(transformers, str((mapping or {}).get("base_model_class")), None)
     try:

@@ -26,7 +26,7 @@ from s2ft.common.files import new_folder
 from s2ft.common.outputs import Progress, check_free
 from s2ft.format.names import bare, is_of_module
 from s2ft.format.slices import Slice, all_finite
-from s2ft.layer.base_weight import add_delta
+from s2ft.layer.columns import add_delta
 
 
 def merge(adapter: str | Path, output: str | Path, base: str | None = None, progress: Progress = iter) -> Path:
@@ -103,6 +103,8 @@ def _whole_tensors(adapter: AdapterFile, base: Checkpoint) -> dict[str, Tensor]:
 
 
 def _unmergeable(adapter: AdapterFile, base: Checkpoint) -> list[str]:
+    if not adapter.kept:
+        return []
     whole = adapter.config.modules_to_save or []
     ends = {base.model.get_input_embeddings(), base.model.get_output_embeddings()} - {None}
     tied = {name for name, module in base.model.named_modules() if module in ends} if _is_tied(base) else set()

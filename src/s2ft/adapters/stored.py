@@ -10,18 +10,19 @@ shape of the parameter but one wide across the channels, is converted to the che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 
 from s2ft.format.slices import Slice
-from s2ft.layer.linears import features
+from s2ft.layer.linears import features, is_conv1d
 from s2ft.layer.stacked import StackedLinear, linear_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +63,24 @@ def channel_numbers(model: PreTrainedModel, module: str, side: str, converted: b
     inputs, outputs = features(linear)
     sliced = 1 if side == "in" else 0
     numbers = torch.arange(inputs if side == "in" else outputs, device="cpu")
-    if isinstance(linear, Conv1D) or getattr(linear, "is_transposed", False):
+    if is_conv1d(linear) or getattr(linear, "is_transposed", False):
         sliced = 1 - sliced
     if isinstance(linear, StackedLinear):
         held = {module: numbers.view(linear.experts.count, -1).unsqueeze(2 - sliced)}
     else:
         held = {f"{module}.weight": numbers.unsqueeze(1 - sliced)}
-    return revert_weight_conversion(model, held) if converted else held
+    if not converted:
+        return held
+    from transformers.core_model_loading import revert_weight_conversion  # here, since it takes seconds to import
+
+    numbers_there: dict[str, Tensor] = revert_weight_conversion(model, held)
+    return numbers_there
+
+
+def plain_numbers(name: str, shape: Sequence[int], side: str) -> dict[str, Tensor]:
+    """As `channel_numbers`, of a linear layer whose weight is stored as [out, in] under its own name."""
+    sliced = 1 if side == "in" else 0
+    return {name: torch.arange(shape[sliced], device="cpu").unsqueeze(1 - sliced)}
 
 
 def places(

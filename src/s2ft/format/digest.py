@@ -144,6 +144,21 @@ def check_base(expected: dict[str, str], found: dict[str, str | None], base: str
         )
 
 
+def proves(expected: str, found: str | None) -> bool:
+    """Whether two digests of a slice are of the same weights beyond doubt: the same SHA-256 of each part.
+
+    Example:
+        >>> digest = slice_digest(torch.randn(4, 3))
+        >>> proves(digest, digest), proves("~AQb3", "~AQb3")
+        (True, False)
+    """
+    theirs, ours = _by_part(expected), _by_part(found or "")
+    return theirs.keys() == ours.keys() and all(
+        _EXACT.fullmatch(exact := theirs[part].partition("~")[0]) and exact == ours[part].partition("~")[0]
+        for part in theirs
+    )
+
+
 def _differ(expected: str, found: str | None) -> bool:
     if found is None:
         return False

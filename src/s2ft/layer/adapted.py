@@ -29,9 +29,9 @@ from torch import nn
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.format.slices import all_finite
-from s2ft.layer.base_weight import BaseWeight, add_delta, shared_weights
+from s2ft.layer.base_weight import BaseWeight, shared_weights
 from s2ft.layer.block import S2FTBlock
-from s2ft.layer.columns import take_slice
+from s2ft.layer.columns import add_delta, take_slice
 from s2ft.layer.linears import is_quantised, why_not_plain
 from s2ft.layer.sharding import everywhere, gathered, why_not_writable, written
 from s2ft.layer.turns import Turns

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.layer.block import S2FTBlock
-from s2ft.layer.columns import put_slice, take_slice
+from s2ft.layer.columns import add_delta, put_slice, take_slice
 from s2ft.layer.linears import is_quantised, weight_matrix, weight_of
 from s2ft.layer.sharding import Part, gathered, written
 
@@ -178,16 +178,6 @@ class BaseWeight:
             stash.apply(change)
         if self._shared is not None:
             self._shared.data = change(self._shared.data)
-
-
-def add_delta(base: Tensor, delta: Tensor) -> Tensor:
-    """The sum in the dtype of `base`, computed in float32 at least and rounded once.
-
-    Example:
-        >>> add_delta(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0**-8 + 2.0**-20])).item()  # 1 + 2**-7
-        1.0078125
-    """
-    return (base + delta).to(base.dtype)  # two tensors of half precision, too, torch adds in float32
 
 
 def shared_weights(model: nn.Module) -> set[int]:

@@ -15,6 +15,16 @@ from s2ft.format.slices import put, take
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def add_delta(base: Tensor, delta: Tensor) -> Tensor:
+    """The sum in the dtype of `base`, computed in float32 at least and rounded once.
+
+    Example:
+        >>> add_delta(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0**-8 + 2.0**-20])).item()  # 1 + 2**-7
+        1.0078125
+    """
+    return (base + delta).to(base.dtype)  # two tensors of half precision, too, torch adds in float32
+
+
 def take_slice(
     matrix: Tensor,  # [rows, columns], or [experts, rows, columns]
     dim: int,
