@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from s2ft.common.errors import S2FTError, raise_by_place
+from s2ft.data.cache import cache_options
 from s2ft.data.chat import CALLS, REASONING, Example, Message
 from s2ft.data.examples import conversation, is_chat
 from s2ft.data.template import RefusedTemplateError, left_out, render, turn_end, watched
@@ -92,12 +93,13 @@ def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: in
         S2FTError: as `tokenize`, but for examples that are left out.
     """
     check_tokenizer(tokenizer, is_chat(examples))
+    sources = examples[SOURCE][:] if SOURCE in examples.column_names else None
     rows = examples.map(
         partial(_encode_batch, cut=_Cut(max_length, in_parts, frozenset(end_tokens(tokenizer))), tokenizer=tokenizer),
         batched=True,
         remove_columns=[name for name in examples.column_names if name != SOURCE],
-        keep_in_memory=True,
         desc="Tokenizing",
+        **cache_options(examples, tokenizer, max_length=max_length, in_parts=in_parts, sources=sources),
     )
     if is_chat(examples):
         _check_laid_out(examples, rows["problems"][:])

@@ -21,8 +21,7 @@ from s2ft.common.errors import S2FTError
 from s2ft.exports.sync import Engine, Sent, Synced, send
 from s2ft.format.names import PREFIX
 from s2ft.layer.adapted import adapted_layers
-from s2ft.layer.columns import add_delta
-from s2ft.layer.columns import take_slice
+from s2ft.layer.columns import add_delta, take_slice
 from s2ft.layer.linear import S2FTLinear, sliced_layers
 from s2ft.layer.linears import weight_matrix, weight_of
 
