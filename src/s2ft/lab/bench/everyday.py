@@ -44,15 +44,17 @@ PeftModel.from_pretrained(model, sys.argv[2])
 print(time.perf_counter() - start)
 """
 PREPARE = """
-import sys, time
-from s2ft.data.examples import data_digest, load_examples
-from s2ft.data.tokens import tokenize
-from s2ft.runtime.models import load_tokenizer
-start = time.perf_counter()
-examples = load_examples(sys.argv[2])
-data_digest(examples)
-tokenize(examples, load_tokenizer(sys.argv[1]), 2048)
-print(time.perf_counter() - start)
+import os, sys, tempfile, time
+with tempfile.TemporaryDirectory() as empty:  # or the second run would find the tokens of the first
+    os.environ["HF_DATASETS_CACHE"] = empty
+    from s2ft.data.examples import data_digest, load_examples
+    from s2ft.data.tokens import tokenize
+    from s2ft.runtime.models import load_tokenizer
+    start = time.perf_counter()
+    examples = load_examples(sys.argv[2])
+    data_digest(examples)
+    tokens = tokenize(examples, load_tokenizer(sys.argv[1]), 2048)
+    print(time.perf_counter() - start)
 """
 TEXT = (
     "the a model of language learns to answer questions about cities rivers mountains numbers and people who live there "
