@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from families import build, tokens
+from quantised import stand_in
 from s2ft import S2FTConfig, in_place
 from s2ft.finetune import layout as module_under_test
 from s2ft.finetune import trial
@@ -104,6 +105,14 @@ def test_weights_that_must_not_be_written_to_are_trained_around() -> None:
         )
     model = get_peft_model(base, S2FTConfig(ratios={"down_proj": 0.2}, layers=[0], init_weights=False))
     assert choose_layout(loss, model, batch(), "auto").layout == "indexed"
+
+
+def test_on_a_quantised_base_in_place_saves_less_though_no_weight_is_written_to() -> None:
+    model = get_peft_model(stand_in(build("llama", torch.float32)), S2FTConfig(ratios={"down_proj": 0.2}))
+    chosen = choose_layout(loss, model, batch(), "auto")
+    assert "ms forward and backward in place" in chosen.reason
+    kept = [choose_layout(loss, model, batch(), name).trial.kept for name in ("in-place", "indexed")]
+    assert kept[0] < kept[1]
 
 
 def test_several_adapters_cannot_be_in_place() -> None:

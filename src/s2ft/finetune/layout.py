@@ -16,6 +16,7 @@ from torch import nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.trial import Batch, Loss, Trial, try_in_turns
+from s2ft.layer.dequantise import quantised_layers
 from s2ft.layer.linear import S2FTLinear
 from s2ft.training.in_place import in_place
 
@@ -82,7 +83,7 @@ def _obstacle(model: nn.Module) -> str | None:
         return "the weights are sharded"
     try:
         with in_place(model) as entered:
-            changes = bool(entered.patches.methods) or any(place.how != "added" for place in entered.placements)
+            changes = bool(quantised_layers(model)) or any(place.how != "added" for place in entered.placements)
             reasons = sorted({place.reason for place in entered.placements})
     except S2FTError as error:
         return str(error)
