@@ -117,3 +117,15 @@ def test_no_transformers_is_allowed_that_wants_a_newer_peft_than_is_allowed() ->
     """Since 5.24 transformers refuses PEFT below 0.22; until we allow that one, we must not allow this one."""
     if not NEEDED["peft"].specifier.contains("0.22.0"):
         assert not NEEDED["transformers"].specifier.contains("5.24.0")
+
+
+def test_every_file_beside_the_code_is_in_the_wheel() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = {
+        path
+        for package, patterns in tool["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / "src" / package.replace(".", "/")).glob(pattern)
+    }
+    files = [path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert [path for path in files if path.suffix != ".py" and path not in packed] == []
