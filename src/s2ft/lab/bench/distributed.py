@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ from torch import Tensor
 from s2ft.common.errors import S2FTError
 from s2ft.lab.bench import divided
 from s2ft.lab.bench.report import Report
+from s2ft.training.in_place import in_place
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 SHAPES = {
@@ -55,7 +57,8 @@ def bench_distributed(
         folder = Path(place)
         (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         for method in divided.METHODS:
-            _alone(method, settings, folder)
+            _alone(method, settings, folder / f"alone-{method}-beside the layers", nullcontext)
+        _alone("s2ft", settings, folder / "alone-s2ft-in place", in_place)
         for number, name in enumerate(names):
             found += _by_engine(name, folder)
             tell((number + 1) / len(names))
@@ -78,13 +81,14 @@ def distributed_line(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _alone(method: str, settings: dict[str, Any], folder: Path) -> None:
-    """What one process trains on all rows."""
+def _alone(method: str, settings: dict[str, Any], folder: Path, layout: Callable[[Any], Any]) -> None:
+    """What one process trains on all rows, in the layout: the two round differently."""
     model = divided.make(method, settings)
-    step = divided.plain_step(model, divided.adam(model))
-    for ids in divided.batches(settings, settings["steps"]):
-        step(ids)
-    model.save_pretrained(str(folder / f"alone-{method}"))
+    with layout(model):
+        step = divided.plain_step(model, divided.adam(model))
+        for ids in divided.batches(settings, settings["steps"]):
+            step(ids)
+        model.save_pretrained(str(folder))
 
 
 def _by_engine(name: str, folder: Path) -> list[dict[str, Any]]:
@@ -106,7 +110,7 @@ def _by_engine(name: str, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     times = {row["method"]: row["step_ms"] for row in rows}
     for row in rows:
-        row["error"] = _error(folder / f"{name}-{row['method']}", folder / f"alone-{row['method']}")
+        row["error"] = _error(folder / f"{name}-{row['method']}", folder / f"alone-{row['method']}-{row['layout']}")
         row["time_ratio"] = row["step_ms"] / times["lora"]
     return rows
 
