@@ -33,7 +33,7 @@ def engine_of(model: torch.nn.Module, deepspeed: Any, stage: int = 3) -> Any:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero}
-    settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    settings |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 

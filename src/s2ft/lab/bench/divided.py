@@ -110,6 +110,7 @@ def _deepspeed(stage: int, model: PeftModel) -> tuple[Step, torch.optim.Optimize
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed scales nothing by it
         "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
