@@ -34,6 +34,7 @@ from s2ft.format.config import S2FTConfig
 from s2ft.layer.linears import layer_stack, linear_layer
 from s2ft.runtime.memory import own_tensors, saved_bytes
 from s2ft.selection.coverage import parameter_counts
+from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 WEIGHT, DELTA, COPY, GRADIENT, MOMENTS = 2, 4, 2, 4, 8  # bytes for each parameter
 QUANTISED = {

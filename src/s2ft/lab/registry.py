@@ -126,7 +126,9 @@ BENCHMARKS = {
     "everyday": Entry(
         "Time inspect, fuse, merge, export, loading an adapter and preparing data, beside reading and writing the same bytes.",
         {
-            "model": Option(str, ..., "A folder with a model in safetensors", "smollm2"),
+            "model": Option(
+                str | None, None, "A folder with a model in safetensors [default: the embedded base]", "smollm2"
+            ),
             "examples": Option(int, 100_000, "Examples that are prepared"),
         },
         has_picture=False,

@@ -31,6 +31,7 @@ from s2ft.runtime.memory import own_tensors, saved_bytes
 from s2ft.runtime.processes import is_divided
 from s2ft.runtime.timing import milliseconds, spread
 from s2ft.training.in_place import in_place
+from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 METHODS = ("s2ft", "lora")
 RATE = 1e-3

@@ -25,6 +25,7 @@ import torch
 from peft import get_peft_model
 
 from s2ft.common.files import flush
+from s2ft.demo import base_path
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.bench.report import Report
 from s2ft.runtime.models import load_model
@@ -75,23 +76,27 @@ class Thing:
 
 
 def bench_everyday(
-    model: str, examples: int = 100_000, repeats: int = 3, tell: Callable[[float], Any] = lambda done: None
+    model: str | None = None,
+    examples: int = 100_000,
+    repeats: int = 3,
+    tell: Callable[[float], Any] = lambda done: None,
 ) -> Report:
     """Rows: what, seconds (median), imports_s, bytes (read and written), floor_s, ratio (seconds / floor_s).
 
     Args:
-        model: A folder with a model in safetensors.
+        model: A folder with a model in safetensors; None: the embedded base.
         examples: How many are prepared, of about 110 words each.
         repeats: Runs of each thing.
         tell: Is told the share that is done.
     """
+    base = Path(model or base_path())
     with TemporaryDirectory() as place:
-        things = list(_things(Path(model), Path(place), examples))
+        things = list(_things(base, Path(place), examples))
         rows = []
         for number, thing in enumerate(things):
             rows.append(_row(thing, repeats))
             tell((number + 1) / len(things))
-    settings = {"model": Path(model).name, "examples": examples, "repeats": repeats, "budget": BUDGET}
+    settings = {"model": base.name, "examples": examples, "repeats": repeats, "budget": BUDGET}
     return Report(
         settings={**settings, "torch_import_s": _median(repeats, lambda: _import_seconds("import torch"))}, rows=rows
     )
