@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from s2ft.adapters.file import read_adapter
 from s2ft.cli.app import app
+from s2ft.demo import quickstart as module
 from s2ft.demo.quickstart import NEW_SKILL, OLD_SKILLS, fresh_folder, quickstart
 from s2ft.finetune.card import read_card
+from s2ft.finetune.train import TrainResult
 
 
 def test_a_short_quickstart_leaves_adapter_card_and_scores(tmp_path: Path) -> None:
@@ -19,6 +22,14 @@ def test_a_short_quickstart_leaves_adapter_card_and_scores(tmp_path: Path) -> No
     assert result.accuracies[NEW_SKILL]["base"] == 0
     curve = result.card["loss_curve"]
     assert curve[-1][1] < curve[0][1]
+
+
+def test_an_interrupted_one_compares_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted = TrainResult(tmp_path, True, {}, torch.nn.Identity(), None)
+    monkeypatch.setattr(module, "train", lambda options: interrupted)
+    monkeypatch.setattr(module, "_scores", lambda *_: {})
+    with pytest.raises(KeyboardInterrupt):
+        quickstart(tmp_path / "run", train_examples=1, test_examples=1)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from s2ft.cli.app import app
 from s2ft.data.tokens import IGNORED
 from s2ft.demo.skills import belongs
 from s2ft.evaluate.tasks import DECODING, Decoding
+from s2ft.finetune.train import train
 from s2ft.lab.study import experiment, real
 from s2ft.lab.study.chains import side_by_side
 from s2ft.lab.study.commonsense import ASKED, TRAINED
@@ -140,6 +141,15 @@ def test_defaults_are_those_of_the_command(model, data, tmp_path):
     kept = [json.loads(line) for line in (tmp_path / "runs" / FILE).read_text().splitlines()]
     assert all(entry["result"]["steps"] == 2 for entry in kept)
     assert list(report.settings["rules"]) == ["s2ft on style-50"]
+
+
+def test_a_run_that_was_interrupted_is_not_kept(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "train", lambda options: replace(train(options), interrupted=True))
+    contenders = {"s2ft": {"budget": 0.05, "max_steps": 1}}
+    settings = DefaultsSettings(1, ("style-50",), contenders, rates=(1e-3,), variants={})
+    with pytest.raises(KeyboardInterrupt):
+        study_defaults(tmp_path / "runs", settings, model=model, data=data)
+    assert not (tmp_path / "runs" / FILE).exists()
 
 
 def test_part_of_the_defaults_study_is_chosen_by_name():

@@ -58,7 +58,7 @@ def quickstart(folder: Path, train_examples: int = 1000, test_examples: int = 10
     write_jsonl(data, SKILLS[NEW_SKILL].examples(train_examples, seed=0))
     options = training(data, folder / "adapter")
     base = _scores(*_base_model(options), examples)
-    result = train(options)
+    result = train(options).whole()
     tuned = _scores(result.model, result.tokenizer, examples)
     base_bytes = (base_path() / "model.safetensors").stat().st_size
     comparison = Comparison(result.output, result.card, examples, base, tuned, base_bytes)

@@ -49,6 +49,16 @@ class TrainResult:
     model: torch.nn.Module  # a PeftModel, or the base model itself
     tokenizer: PreTrainedTokenizerBase
 
+    def whole(self) -> TrainResult:
+        """Itself, for callers that go on to measure it.
+
+        Raises:
+            KeyboardInterrupt: if the run was interrupted: what it had come to is not what it would have taught.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self
+
 
 def train(options: TrainOptions) -> TrainResult:
     """Trains an adapter (or, by some methods, the model itself) and writes it to `options.output`, with its run card.

@@ -161,7 +161,7 @@ class Experiments:
             file = Path(folder, "data.json")
             file.write_text(json.dumps(examples), encoding="utf-8")
             common = {"model": self._model, "data": str(file), "output": str(Path(folder, "out"))}
-            found = train(parse_options({**common, "train_seed": settings["seed"], **options}))
+            found = train(parse_options({**common, "train_seed": settings["seed"], **options})).whole()
         training = {name: found.card["training"][name] for name in ("learning_rate", "steps", "seconds")}
         return {**training, **self._measure(found.model, task, "test")}
 
