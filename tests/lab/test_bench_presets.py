@@ -170,7 +170,7 @@ WRONG = {
         ({"length": "65"}, "length=65 is more than the 64 positions of mine"),
         (
             {"methods": "floor,lore,x"},
-            "unknown: lore, x; choose from floor, full, lora, dora, galore, lisa, s2ft",
+            "unknown: lore, x; choose from floor, full, lora, dora, galore, lisa, paca, s2ft",
         ),
         ({"dtype": "fp16"}, "dtype='fp16' is unknown; choose from auto, bf16, fp32"),
         ({"budget": "1e-9"}, "budget=1e-09 of the .* rounds to zero; the smallest budget that trains one is"),

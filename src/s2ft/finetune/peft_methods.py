@@ -211,7 +211,7 @@ def nearest_size(count: Callable[[int], int | None], wanted: int) -> int | None:
 
     Example:
         >>> nearest_size(lambda size: 100 * size, 1130), nearest_size(lambda size: 64 // size if size < 40 else None, 5)
-        (11, 13)
+        (11, 12)
     """
     counts: dict[int, int] = {}
     refused = 0

@@ -91,7 +91,7 @@ BENCHMARKS = {
             "methods": Option(
                 str | None,
                 None,
-                "Of floor,full,lora,dora,galore,lisa,s2ft [default: all, and variants]",
+                "Of floor,full,lora,dora,galore,lisa,paca,s2ft [default: all, and variants]",
                 "floor,s2ft,lora",
             ),
             "budget": Option(
