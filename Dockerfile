@@ -13,7 +13,7 @@ COPY src src
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim AS base
-ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HOME=/work/.cache/huggingface
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 RUN useradd --create-home --home-dir /work --uid 1000 s2ft
 COPY constraints.txt /constraints.txt
 

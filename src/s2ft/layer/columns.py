@@ -1,7 +1,7 @@
 """Some rows or columns of a matrix: taken, put and added, by whichever operation of torch is fastest where they lie.
 
-columns on a CPU    `gather` and `scatter_` of integers of the same size: up to twice as fast as `index_select` and
-                    `index_copy_`; in half precision they add five to ten times as fast as `index_add_`
+columns on a CPU    `gather` and `scatter_` of integers of the same size: faster than `index_select` and `index_copy_`, and in
+                    half precision than `index_add_`
 all else            `index_select`, `index_copy_`, `index_add_`
 """
 

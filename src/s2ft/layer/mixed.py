@@ -17,7 +17,7 @@ and ranks may differ. All of them read the same bytes; which product does it fas
                scalar product for each (token, channel).
     CUDA with Triton    `layer/mixed_triton.py`: one launch for each side
 
-Decoding takes the bag in half precision, where it needs half of the time of `bmm` (with AMX, and less without), and in float32
+Decoding takes the bag in half precision, where it was faster than `bmm` on the input side, and in float32
 only where ranks are too many for matrices. Many tokens and gradients take matrices, else padded ones. `s2ft bench parallel`.
 
 There is no loop over adapters, except when a new set of them is packed into a table. A layer keeps its table until the batch's
