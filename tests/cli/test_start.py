@@ -1,6 +1,7 @@
 """How `s2ft` starts: the command line answers before torch and PEFT are there, and nobody meets PEFT without the method."""
 
 import ast
+import gc
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import s2ft
+from s2ft.cli.importing import importing
 from source import MODULES, SOURCE, imported
 
 HEAVY = {"torch", "peft", "transformers", "trl", "datasets", "matplotlib", "accelerate"}
@@ -112,3 +114,12 @@ def file_of(name: str) -> Path | None:
     parts = name.split(".")[1:]
     files = (SOURCE.joinpath(*parts[:count]).with_suffix(".py") for count in range(len(parts), 0, -1))
     return next((file for file in files if file.is_file()), None)
+
+
+def test_the_collector_of_cycles_is_back_after_imports() -> None:
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()

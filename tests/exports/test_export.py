@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from safetensors.torch import load_file
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import CONFIG_MAPPING, DeepseekV2Config, DeepseekV2ForCausalLM
 from typer.testing import CliRunner
 
 import s2ft
@@ -17,6 +18,7 @@ from adapter_files import WEIGHTS, edit, write_tensors
 from exported import SIDES, load, load_base, save_adapter, save_base
 from families import FAMILIES, tokens
 from s2ft import S2FTError
+from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import read_adapter
 from s2ft.cli.app import app
 from s2ft.exports.lora import factors
@@ -133,6 +135,11 @@ def test_vllm_keeps_mixed_ranks_and_says_the_smallest_maximum(tmp_path: Path) ->
     assert config["rank_pattern"] == config["alpha_pattern"] == counts
     assert config["r"] == config["lora_alpha"] == max(counts.values()) == done.most_channels
     assert done.max_lora_rank == min(rank for rank in VLLM_RANKS if rank >= done.most_channels)
+    same = {"rank_pattern": counts, "alpha_pattern": counts, "target_modules": sorted(counts), "task_type": "CAUSAL_LM"}
+    read = LoraConfig.from_pretrained(str(tmp_path / "vllm"))
+    wanted = LoraConfig(r=config["r"], lora_alpha=config["r"], inference_mode=True, **same)
+    wanted.base_model_name_or_path = str(base)
+    assert read == wanted
     assert done.native_bytes == sum(path.stat().st_size for path in adapter.iterdir())
     assert done.exported_bytes == sum(path.stat().st_size for path in (tmp_path / "vllm").iterdir())
     assert torch.equal(dense(tmp_path / "vllm")[module := next(iter(counts))], expected(adapter, base)[module])
@@ -210,6 +217,18 @@ def test_what_peft_takes_for_experts_is_refused_for_peft_alone(tmp_path: Path) -
     x = tokens(2, 7)
     expected_logits = load(base, heads_alone)(x).logits
     torch.testing.assert_close(load(base, tmp_path / "lora")(x).logits, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_whatever_peft_would_rewrite_speaks_of_experts(tmp_path: Path) -> None:
+    """Only then is PEFT asked, whose import takes seconds."""
+    rewritten = [kind for kind, like in _MODEL_TO_CONVERSION_PATTERN.items() if like in _MOE_TARGET_MODULE_MAPPING]
+    assert "deepseek_v2" in rewritten
+    for kind in filter(CONFIG_MAPPING.__contains__, rewritten):
+        (tmp_path / kind).mkdir()
+        CONFIG_MAPPING[kind]().save_pretrained(tmp_path / kind)
+        assert Checkpoint(tmp_path / kind, None).names_experts, kind
+    save_base(tmp_path / "llama", "llama")
+    assert not Checkpoint(tmp_path / "llama", None).names_experts
 
 
 def test_what_no_lora_can_carry_is_refused_by_name(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from s2ft.adapters.file import read_adapter
 s2ft.adapters.inspection.summary(read_adapter(sys.argv[1]))
 s2ft.adapters.fusion.fuse([sys.argv[1]], output=sys.argv[2])
 s2ft.adapters.merge.merge(sys.argv[1], sys.argv[3])
+from s2ft.exports.export import export
+for to, name in (("lora", "lora"), ("vllm", "vllm"), ("patch", "patch.safetensors")):
+    export(sys.argv[1], to, f"{sys.argv[4]}/{name}")
 print(*{"peft", "transformers", "trl", "accelerate"} & set(sys.modules))
 """
 
@@ -64,8 +67,9 @@ def test_it_refuses_what_the_config_refuses(values, message):
         SavedConfig(**values)
 
 
-def test_inspecting_fusing_and_merging_files_needs_neither_peft_nor_transformers(adapter, tmp_path):
-    words = [sys.executable, "-c", BY_FILES, str(adapter), str(tmp_path / "fused"), str(tmp_path / "merged")]
+def test_inspecting_fusing_merging_and_exporting_files_needs_neither_peft_nor_transformers(adapter, tmp_path):
+    places = [adapter, tmp_path / "fused", tmp_path / "merged", tmp_path]
+    words = [sys.executable, "-c", BY_FILES, *map(str, places)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
     assert S2FTConfig.from_folder(tmp_path / "fused").slices == S2FTConfig.from_folder(adapter).slices

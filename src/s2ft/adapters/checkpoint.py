@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,15 +103,23 @@ class Checkpoint:
 
     def is_stacked(self, module: str) -> bool:
         """Whether it is a parameter of stacked experts."""
-        return isinstance(self.linear(module), StackedLinear)
+        return module not in self._recognised and isinstance(self.linear(module), StackedLinear)
 
     def sliced_size(self, module: str, side: str) -> int:
         """How many channels the layer has on a side."""
+        if (shape := self._recognised.get(module)) is not None:
+            return shape[1 if side == "in" else 0]
         return features(self.linear(module))[0 if side == "in" else 1]
 
     def is_transposed(self, module: str) -> bool:
         """Whether the layer keeps its weight as [in, out], as GPT-2's Conv1D does."""
-        return is_conv1d(self.linear(module))
+        return module not in self._recognised and is_conv1d(self.linear(module))
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether configuration or weights speak of experts; where they do not, no layer is one."""
+        names = [*_keys(read_json(self.folder / "config.json")), *(self.files if _has_weights(self.folder) else ())]
+        return any(word in name for name in names for word in ("expert", "moe"))
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -260,7 +268,7 @@ def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = Fal
         raise S2FTError(f"{adapter.folder} does not say which base it is for; name it with base=")
     folder = _folder(str(name), adapter.config.revision, weights)
     base = Checkpoint(folder, adapter)
-    if weights and _recognises(base, adapter):
+    if (weights or _has_weights(folder)) and _recognises(base, adapter):
         return base
     from s2ft.adapters.compatibility import check_fits  # here, since it imports transformers and PEFT
 
@@ -308,6 +316,13 @@ def _folder(name: str, revision: str | None, weights: bool) -> Path:
         raise S2FTError(
             f"base={name!r} is no folder here, and the Hub does not give it: {first_line(error)}"
         ) from error
+
+
+def _keys(config: Any) -> Iterator[str]:
+    """The names of all fields, and of fields inside them."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        yield name
+        yield from _keys(value)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -21,6 +21,7 @@ merge            `s2ft merge`
 export           `s2ft export`
 bench            `s2ft bench`
 study            `s2ft study`
+importing        slow libraries, imported a little faster
 tables           tables that are not cut off in a narrow terminal
 progress         bars, log lines, and less noise from the libraries
 """

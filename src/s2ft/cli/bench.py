@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import entry_options, with_options
 from s2ft.cli.tables import show
 from s2ft.common.files import replaced_file, write_json
@@ -28,9 +29,10 @@ def _bench(name: str, json_file: Path | None, png: Path | None = None, **options
     """Runs a benchmark under a progress bar; prints, writes and draws its rows."""
     check_writable(json_file)
     check_writable(png, "png", ".png")
-    from s2ft.cli.progress import bar, quiet
+    with importing():
+        from s2ft.cli.progress import bar, quiet
 
-    module = import_module(f"s2ft.lab.bench.{name}")
+        module = import_module(f"s2ft.lab.bench.{name}")
     with quiet(), bar("measuring") as tell:
         report = getattr(module, f"bench_{name}")(tell=tell, **options)
     _print(report.rows, getattr(module, f"{name}_line", dict))

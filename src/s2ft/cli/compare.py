@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.leaving import BAD_INPUT, INTERRUPTED
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.cli.tables import show
@@ -59,8 +60,9 @@ def _given(runs: list[Path], options: dict[str, Any]) -> list[Path]:
 
 def _train(methods: list[str], values: dict[str, Any], html: Path | None, json_file: Path | None) -> int:
     """Trains what is not trained yet, then compares; what fails is said by its own run, and left out."""
-    from s2ft.cli.progress import quiet
-    from s2ft.finetune.contest import plan, run, standing
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.finetune.contest import plan, run, standing
 
     check_place(values.get("output", "."))
     check_hub(str(values.get("model", ".")))

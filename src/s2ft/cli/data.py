@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
@@ -34,8 +35,9 @@ def preview(sources: list[str], json_file: Path | None, **values: Any) -> None:
     typed = {name: value for name, value in values.items() if value not in (None, [])}
     options = PreviewOptions.parse({**typed, "data": sources})
     check_writable(json_file)
-    from s2ft.cli.progress import quiet
-    from s2ft.finetune.preview import preview as look
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.finetune.preview import preview as look
 
     with quiet():
         found = look(options)

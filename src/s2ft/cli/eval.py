@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.leaving import INTERRUPTED
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.cli.tables import show
@@ -41,8 +42,9 @@ with_options(
 
 def _by_tasks(values: dict[str, Any], json_file: Path | None) -> int:
     options = EvalOptions.parse(values)
-    from s2ft.cli.progress import bars, quiet
-    from s2ft.evaluate import run
+    with importing():
+        from s2ft.cli.progress import bars, quiet
+        from s2ft.evaluate import run
 
     try:
         with quiet(), bars() as tell:
@@ -64,8 +66,9 @@ def _by_harness(harness: str, values: dict[str, Any], json_file: Path | None) ->
     if harness != HARNESS:
         raise S2FTError(f"harness={harness!r} is unknown; there is {HARNESS}")
     options = HarnessOptions.parse(values)
-    from s2ft.cli.progress import quiet
-    from s2ft.evaluate.harness import run_harness
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.evaluate.harness import run_harness
 
     with quiet():
         report = run_harness(options)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import AdapterFolder, Base, JsonFile
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
@@ -31,7 +32,8 @@ def export(
     from rich.console import Console
     from rich.progress import track
 
-    from s2ft.exports.export import export as write
+    with importing():
+        from s2ft.exports.export import export as write
 
     console = Console()
     done = write(adapter, to, output, base, lambda modules: track(modules, "writing", transient=True, console=console))

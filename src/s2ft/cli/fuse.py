@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import JsonFile
 from s2ft.cli.tables import layer_table, print_table
 from s2ft.common.errors import S2FTError
@@ -51,8 +52,9 @@ def fuse(  # noqa: PLR0913 - a command's options are its function's arguments
     numbers = None if weights is None else _numbers(weights)
     from rich.console import Console
 
-    from s2ft.adapters.fusion import fuse as plan
-    from s2ft.adapters.overlap import draw, summary
+    with importing():
+        from s2ft.adapters.fusion import fuse as plan
+        from s2ft.adapters.overlap import draw, summary
 
     if output is not None:
         check_free(output)

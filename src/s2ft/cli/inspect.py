@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import AdapterFolder, JsonFile
 from s2ft.cli.tables import layer_table, print_table
 from s2ft.common.files import replaced_file, write_json
@@ -43,8 +44,9 @@ def inspect(
     check_folder(adapter)
     from rich.console import Console
 
-    from s2ft.adapters.file import read_adapter
-    from s2ft.adapters.inspection import draw, summary
+    with importing():
+        from s2ft.adapters.file import read_adapter
+        from s2ft.adapters.inspection import draw, summary
 
     read = read_adapter(adapter)
     model = None

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import AdapterFolder, Base, JsonFile
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
@@ -38,9 +39,10 @@ def merge(
     from rich.console import Console
     from rich.progress import track
 
-    from s2ft.adapters.merge import merge as write
-    from s2ft.common.outputs import bytes_of
-    from s2ft.runtime.merging import has_quantised_base, merge_quantised
+    with importing():
+        from s2ft.adapters.merge import merge as write
+        from s2ft.common.outputs import bytes_of
+        from s2ft.runtime.merging import has_quantised_base, merge_quantised
 
     console, lost = Console(), dict[str, float]()
     if quantize is not None or requantize or has_quantised_base(adapter, base):

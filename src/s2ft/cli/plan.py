@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.cli.tables import show
 from s2ft.common.errors import S2FTError
@@ -32,11 +33,12 @@ def command(json_file: Path | None, **values: Any) -> None:
     check_writable(json_file)
     options = PlanOptions.parse({name: value for name, value in values.items() if value is not None})
     check_hub(options.model)
-    import torch
+    with importing():
+        import torch
 
-    from s2ft.cli.progress import quiet
-    from s2ft.finetune.fit import RESERVED, best, fits, measure
-    from s2ft.runtime.models import empty_model
+        from s2ft.cli.progress import quiet
+        from s2ft.finetune.fit import RESERVED, best, fits, measure
+        from s2ft.runtime.models import empty_model
 
     with quiet():
         sizes = measure(empty_model(options.model, torch.bfloat16), options.config(), options.max_length)

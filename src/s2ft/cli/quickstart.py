@@ -4,6 +4,7 @@ import shutil
 import sys
 from typing import Any
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import JsonFile
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
@@ -19,10 +20,11 @@ def quickstart(json_file: JsonFile = None) -> None:
     check_writable(json_file)
     from rich.console import Console
 
-    from s2ft.cli.progress import quiet
-    from s2ft.demo.quickstart import NEW_SKILL, fresh_folder
-    from s2ft.demo.quickstart import quickstart as run
-    from s2ft.demo.skills import SKILLS
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.demo.quickstart import NEW_SKILL, fresh_folder
+        from s2ft.demo.quickstart import quickstart as run
+        from s2ft.demo.skills import SKILLS
 
     console = Console(highlight=False)
     sample = SKILLS[NEW_SKILL].examples(1, seed=2)[0]

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.base import SMOLLM2
+from s2ft.cli.importing import importing
 from s2ft.cli.options import JsonFile
 from s2ft.common.files import write_json
 from s2ft.common.outputs import check_writable
@@ -30,11 +31,12 @@ def quickstart_real(
     check_writable(json_file)
     from rich.console import Console
 
-    from s2ft.cli.progress import quiet
-    from s2ft.demo.lighthouse import in_the_manner
-    from s2ft.demo.quickstart import fresh_folder
-    from s2ft.demo.real import quickstart_real as run
-    from s2ft.demo.smollm2 import smollm2_file
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.demo.lighthouse import in_the_manner
+        from s2ft.demo.quickstart import fresh_folder
+        from s2ft.demo.real import quickstart_real as run
+        from s2ft.demo.smollm2 import smollm2_file
 
     console = Console(highlight=False)
     file = str(smollm2_file()) if model == SMOLLM2 else model

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.leaving import INTERRUPTED
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.cli.tables import show
@@ -37,8 +38,9 @@ def reproduce(recipe: str | None, listed: bool, json_file: Path | None, **values
     named = {"RECIPE": recipe, "--data": typed.get("data"), "--output": typed.get("output")}
     raise_together(f"{name}: missing; {WANTED[name]}" for name, value in named.items() if value is None)
     options = ReproduceOptions.parse({"recipe": recipe, **typed})
-    from s2ft.cli.progress import bars, quiet
-    from s2ft.lab.reproduce import run
+    with importing():
+        from s2ft.cli.progress import bars, quiet
+        from s2ft.lab.reproduce import run
 
     try:
         with quiet(), bars() as tell:
@@ -80,8 +82,9 @@ def _interrupted() -> int:
 
 
 def _list(json_file: Path | None) -> None:
-    from s2ft.cli.progress import bar, quiet
-    from s2ft.lab.reproduce.table import recipe_line, recipe_rows
+    with importing():
+        from s2ft.cli.progress import bar, quiet
+        from s2ft.lab.reproduce.table import recipe_line, recipe_rows
 
     with quiet(), bar("computing memory") as tell:
         rows = recipe_rows(tell)

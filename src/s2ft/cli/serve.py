@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from s2ft.cli.base import SMOLLM2
+from s2ft.cli.importing import importing
 from s2ft.cli.options import model_options, with_options
 from s2ft.demo import base_path
 from s2ft.runtime.lookup import check_hub
@@ -37,8 +38,9 @@ def serve(model: str | None, **values: Any) -> None:
 
         become_vllm(options)
         return
-    from s2ft.cli.progress import quiet
-    from s2ft.serve.server import serve as run
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.serve.server import serve as run
 
     with quiet():
         run(_with_two_adapters(options) if embedded and options.adapters is None else options, _tell)

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.options import entry_options, parameter, with_options
 from s2ft.cli.tables import show
 from s2ft.common.files import replaced_file, sole_writer, write_json
@@ -55,7 +56,8 @@ def _run(name: str, folder: Path, seeds: int, options: dict[str, Any]) -> Any:
     from s2ft.cli.progress import quiet
 
     transformers.logging.disable_progress_bar()  # a bar for each base that is loaded would tear ours
-    module = import_module(f"s2ft.lab.study.{name}")
+    with importing():
+        module = import_module(f"s2ft.lab.study.{name}")
     settings = getattr(module, f"{name.capitalize()}Settings")(seeds=seeds)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     console = Console(stderr=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from s2ft.cli.importing import importing
 from s2ft.cli.leaving import INTERRUPTED
 from s2ft.cli.options import model_options, parameter, with_options
 from s2ft.common.files import write_json
@@ -39,10 +40,11 @@ def command(**values: Any) -> int:
 
 
 def _run(options: TrainOptions, json_file: str | None) -> int:
-    from s2ft.cli.progress import quiet
-    from s2ft.finetune.results import command as command_line
-    from s2ft.finetune.train import train
-    from s2ft.runtime.processes import leads
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.finetune.results import command as command_line
+        from s2ft.finetune.train import train
+        from s2ft.runtime.processes import leads
 
     with quiet():
         result = train(options)

@@ -12,18 +12,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import AdapterFile
 from s2ft.common.errors import raise_together
+from s2ft.common.files import write_json
 from s2ft.common.outputs import Progress
+from s2ft.format.folder import CONFIG_FILE, WEIGHTS_FILE
 from s2ft.format.names import PREFIX, is_token_rows
 from s2ft.format.slices import Slice
 
@@ -95,6 +95,11 @@ def write_in_full(adapter: AdapterFile, base: Checkpoint, output: Path, progress
 
 def _misread(adapter: AdapterFile, base: Checkpoint) -> Iterator[str]:
     """Modules that PEFT takes for experts by their names: it rewrites LoRAs of older checkpoints, where those had them."""
+    if not base.names_experts:
+        return
+    from peft import LoraConfig  # here, since their import takes seconds
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     modules = sorted(adapter.slices)
     config = LoraConfig(target_modules=list(modules))
     try:
@@ -126,29 +131,35 @@ def save_lora(
     for module, pair in low.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a.contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.b.contiguous()
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    _config(adapter, base, low, target_modules).save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, _config(adapter, base, low, target_modules), sort_keys=True)
 
 
 def _config(
     adapter: AdapterFile, base: Checkpoint, low: Mapping[str, LowRank], target_modules: list[str]
-) -> LoraConfig:
+) -> dict[str, Any]:
+    """PEFT's `LoraConfig` as it saves it: what is not given here stays at PEFT's default."""
     ranks = {module: len(pair.a) for module, pair in low.items()}
     most = max(ranks.values())
     # The longest path first: patterns match the ends of paths, and the first match counts
     mixed = {module: ranks[module] for module in sorted(ranks, key=len, reverse=True)}
     pattern = {} if set(ranks.values()) == {most} else mixed
-    return LoraConfig(
-        r=most,
-        lora_alpha=most,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=target_modules,
-        modules_to_save=adapter.config.modules_to_save,
-        trainable_token_indices=adapter.config.trainable_token_indices,
-        fan_in_fan_out=all(base.is_transposed(module) for module in low),
-        task_type=adapter.config.task_type,
-        base_model_name_or_path=adapter.config.base_model_name_or_path,
-        revision=adapter.config.revision,
-        inference_mode=True,
-    )
+    return {
+        "peft_type": "LORA",
+        "r": most,
+        "lora_alpha": most,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": target_modules,
+        "modules_to_save": adapter.config.modules_to_save,
+        "trainable_token_indices": adapter.config.trainable_token_indices,
+        "fan_in_fan_out": all(base.is_transposed(module) for module in low),
+        "task_type": adapter.config.task_type,
+        "base_model_name_or_path": adapter.config.base_model_name_or_path,
+        "revision": adapter.config.revision,
+        "inference_mode": True,
+    }
