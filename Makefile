@@ -74,9 +74,9 @@ build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 		gptqmodel optimum pypcre tokenicer device-smi logbar defuser threadpoolctl
 	touch $@
 
-# FSDP2 and DeepSpeed on two processes of the CPU; DeepSpeed, without its kernels, in an environment of its own above this one
+# FSDP2, tensor parallelism and DeepSpeed on two processes of the CPU; DeepSpeed, without its kernels, in an environment of its own above this one
 test-distributed: build/distributed/ready
-	build/distributed/bin/python -m pytest tests/tuner/test_sharded.py tests/tuner/test_partitioned.py tests/finetune/test_engines.py
+	build/distributed/bin/python -m pytest tests/tuner/test_sharded.py tests/tuner/test_partitioned.py tests/tuner/test_split.py tests/finetune/test_engines.py
 
 build/distributed/ready: .venv/ready constraints-distributed.txt
 	$(BIN)/python -m venv build/distributed

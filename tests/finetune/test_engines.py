@@ -17,7 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from launching import ON_CPU
 from s2ft import S2FTError
 from s2ft.finetune.options import parse_options
-from s2ft.finetune.resume import check_output
+from s2ft.finetune.resume import Paused, check_output
 from s2ft.finetune.train import train
 from s2ft.runtime.processes import engine, is_divided
 from tiny_base import save_tiny_base
@@ -120,6 +120,34 @@ def test_the_stage_of_a_deepspeed_config_is_read(tmp_path: Path, monkeypatch: py
     for key, value in {**TWO, **ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}.items():
         monkeypatch.setenv(key, value)
     assert engine() == "zero3"
+
+
+@pytest.mark.parametrize(
+    ("variables", "noted", "message"),
+    [
+        ({}, {"processes": 2, "engine": "ddp"}, "processes: 1 here, but .*checkpoint-2 was made with 2"),
+        ({**TWO, **FSDP}, {"processes": 4, "engine": "fsdp2"}, "processes: 2 here, but .* was made with 4"),
+        ({**TWO, **FSDP}, {"processes": 2, "engine": "zero2"}, "engine: fsdp2 here, but .* was made by zero2"),
+        ({**TWO, **FSDP}, {"processes": 2, "engine": "fsdp2-sharded"}, "engine: fsdp2 here, .* made by fsdp2-sharded"),
+        ({**TWO, **ENGINES["zero3"]}, {"processes": 2}, "engine: zero3 here, but .* was made by ddp"),
+    ],
+)
+def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    noted: dict[str, Any],
+    message: str,
+) -> None:
+    checkpoint, parsed = tmp_path / "out" / "checkpoint-2", parse_options(options)
+    checkpoint.mkdir(parents=True)
+    note = {"options": parsed.model_dump(mode="json"), "data": {"digest": "digest"}, **noted}
+    (checkpoint / "run.json").write_text(json.dumps(note))
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(S2FTError, match=message):
+        Paused.read(checkpoint).check_same_run(parsed, "digest")
 
 
 @pytest.mark.parametrize(

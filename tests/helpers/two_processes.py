@@ -14,12 +14,13 @@ import torch
 from torch import distributed
 
 
-def in_two(folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+def in_two(folder: Path, function: Callable[..., Any], *args: Any, patience: int = 60) -> list[Any]:
     """What `function(*args)` returns in each of two processes; a failure there is one here.
 
     Args:
         folder: Where the processes may meet.
         function: Finds its rank by `torch.distributed`; what it returns is pickled.
+        patience: Seconds until one must have answered.
     """
     context, store = multiprocessing.get_context("fork"), folder / "meeting"
     store.unlink(missing_ok=True)
@@ -31,8 +32,8 @@ def in_two(folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
         started.append((process, here))
     answers: dict[Connection, tuple[bool, Any]] = {}
     while len(answers) < 2 and all(fine for fine, _ in answers.values()):
-        ready = wait([here for _, here in started if here not in answers], timeout=60)
-        answers |= {here: here.recv() for here in ready} or {started[0][1]: (False, "no answer after a minute")}
+        ready = wait([here for _, here in started if here not in answers], timeout=patience)
+        answers |= {here: here.recv() for here in ready} or {started[0][1]: (False, f"no answer in {patience} s")}
     for process, _ in started:
         process.terminate()
         process.join()

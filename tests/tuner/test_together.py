@@ -420,13 +420,6 @@ def test_sharded_weights_are_not_permuted(mesh: Any) -> None:
         made(ids, labels=ids).loss.backward()
 
 
-def test_a_model_that_is_split_by_tensor_parallelism_is_refused() -> None:
-    base = build("llama")
-    base._tp_size = 2  # as from_pretrained(tp_plan="auto") leaves it
-    with pytest.raises(S2FTError, match="split over 2 devices by tensor parallelism"):
-        get_peft_model(base, S2FTConfig(ratios=0.3))
-
-
 def test_an_adapter_that_cannot_be_added_leaves_a_merged_model_merged(tmp_path: Path) -> None:
     made, ids = model(), tokens(2, 7)
     get_peft_model(build("llama", torch.float64), S2FTConfig(ratios=0.3, seed=1)).save_pretrained(tmp_path)

@@ -13,6 +13,7 @@ Read `block`, then `linear`; then `slot` (training in place) and `mixed` (many a
     routing       tokens and channels of experts, laid out for grouped products
     grouped       grouped products
     sharding      weights of which each process holds a part
+    split         layers of which each process computes a part (tensor parallelism)
     base_weight   adds slices to a base weight, and restores it
     adapted       what a layer runs: active, merged, switched, disabled
     turns         the lock by which threads share a live model

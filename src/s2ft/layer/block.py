@@ -13,6 +13,7 @@ from s2ft.common.errors import S2FTError
 from s2ft.format.slices import Slice
 from s2ft.layer.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad, may_change
 from s2ft.layer.sharding import like, local
+from s2ft.layer.split import Share
 
 T = TypeVar("T")
 
@@ -56,16 +57,15 @@ class S2FTBlock(nn.Module):
 
     def tap(
         self,
-        x: Tensor,  # [*, in_features]
+        x: Tensor,  # [*, in_features], or this process's share of them
         dtype: torch.dtype,
+        share: Share | None = None,  # of the input
     ) -> tuple[Tensor, Tensor]:  # [*, in_features], [*, s]
         """The input of the base layer, and what goes around that layer: x[..., idx] or x Vᵀ, in `dtype`."""
         if self.side == "in":
-            if eager_grad(x):
-                x, selected = SelectTap.apply(x, self.indices)
-            else:
-                selected = x.index_select(-1, self.indices)
-            return x, selected.to(dtype)
+            x, selected = _select(x, self._own(share))
+            selected = selected.to(dtype)
+            return x, selected if share is None else share.gather(selected, self.trained.indices)
         source = x.to(dtype)
         if source is x and eager_grad(x):
             taped: tuple[Tensor, Tensor] = self(_project_tap, x)
@@ -75,17 +75,25 @@ class S2FTBlock(nn.Module):
 
     def add_to(
         self,
-        y: Tensor,  # [*, out_features]
+        y: Tensor,  # [*, out_features], or this process's share of them
         around: Tensor,  # [*, s], from `tap`
         in_place: bool,
+        share: Share | None = None,  # of the output
     ) -> Tensor:  # [*, out_features]
         """Adds the slice's contribution to the base layer's output."""
         added: Tensor
         if self.side == "in":
             added = self(_add_product if in_place else _plus_product, y, around)
-        else:
-            added = AddAt.apply(y, around, self.indices) if in_place else y.index_add(-1, self.indices, around)
+            return added
+        if share is not None:
+            around = share.take(around, self.trained.indices)
+        indices = self._own(share)
+        added = AddAt.apply(y, around, indices) if in_place else y.index_add(-1, indices, around)
         return added
+
+    def _own(self, share: Share | None) -> Tensor:  # [own channels], int64
+        """The channels of this process, counted from the first that it has."""
+        return self.indices if share is None else self.indices[share.within(self.trained.indices)] - share.start
 
     def forward(self, product: Callable[..., T], *operands: Tensor) -> T:
         """`product(*operands, V)`, with V in the operands' dtype.
@@ -129,6 +137,14 @@ class S2FTBlock(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"side={self.side}, channels={self.indices.numel()}"
+
+
+def _select(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:  # [*, in_features], [*, s]
+    """The input and the selected activations."""
+    if not eager_grad(x):
+        return x, x.index_select(-1, indices)
+    taped: tuple[Tensor, Tensor] = SelectTap.apply(x, indices)
+    return taped
 
 
 def _project_tap(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # [*, in_features], [s, in_features]

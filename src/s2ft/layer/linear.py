@@ -31,6 +31,7 @@ from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weig
 from s2ft.layer.mixed import add_mixed
 from s2ft.layer.pack import LooseSlice, forget
 from s2ft.layer.slot import Slot
+from s2ft.layer.split import agree, share_of
 
 Base = Callable[[Tensor], Tensor]  # the base layer: [*, in_features] → [*, out_features]
 
@@ -92,6 +93,8 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         self.s2ft_block[adapter_name] = S2FTBlock(trained, across, dtype, zero=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if not init_weights:
+            agree(self.get_base_layer(), self.block(adapter_name).weight.data)
         self._activate(self.active_adapters, inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -156,13 +159,14 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         """base(x) plus what each slice adds."""
         dtype = self.compute_dtype(x)
         around = []
+        share = share_of(self.get_base_layer(), 1, x)
         for block in blocks:
-            x, part = block.tap(x, dtype)
+            x, part = block.tap(x, dtype, share)
             around.append(part)
         y = base(x)
-        in_place = may_change(y)
+        in_place, share = may_change(y), share_of(self.get_base_layer(), 0, y)
         for block, part in zip(blocks, around, strict=True):
-            y = block.add_to(y, part.to(y.dtype), in_place)
+            y = block.add_to(y, part.to(y.dtype), in_place, share)
         return y
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -184,7 +188,12 @@ class S2FTLinear(nn.Module, AdaptedLayer):
                 f"{len(adapter_names)} and {len(x)} respectively"
             )
         self.refuse_mixed_on_merged()
-        return add_mixed(self, base(x), x, adapter_names)
+        y, linear = base(x), self.get_base_layer()
+        if share_of(linear, 1, x) or share_of(linear, 0, y):
+            raise S2FTError(
+                "a mixed batch is not computed where tensor parallelism splits a layer; run one adapter at a time"
+            )
+        return add_mixed(self, y, x, adapter_names)
 
     def refuse_mixed_on_merged(self) -> None:
         """Raises `S2FTError` while adapters are merged, which all rows of a mixed batch would get."""

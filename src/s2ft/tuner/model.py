@@ -42,6 +42,7 @@ from s2ft.layer.dequantise import dequantise, keep_trainable, quantised_layers
 from s2ft.layer.experts import wrap_experts
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.sharding import from_first, is_loaded_once, reshard
+from s2ft.layer.split import not_computed
 from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.training.depth import stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
@@ -81,11 +82,6 @@ class S2FTModel(BaseTuner):
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         refuse_inside(model, f"adding the adapter {adapter_name!r}")
-        if (devices := getattr(model, "tp_size", None) or 1) > 1:
-            raise S2FTError(
-                f"the model is split over {devices} devices by tensor parallelism; s2ft chooses channels of whole "
-                "layers. Load it without tp_plan"
-            )
         raise_together(filter(None, [name_problem(adapter_name)]))
         if self.pool is not None and adapter_name in self.pool:
             raise S2FTError(f"adapter_name={adapter_name!r} is a name of the model's AdapterPool; take another")
@@ -94,6 +90,7 @@ class S2FTModel(BaseTuner):
             resolve = partial(resolved, model, config.reopened())
             found = from_first(resolve) if is_loaded_once() else resolve()
             self.peft_config[adapter_name] = config.filled_in(found)
+            raise_by_place(not_computed(model, self.peft_config[adapter_name].slices or {}))
             self._wrap_experts(model, self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if (incoming := INCOMING.get()) is not None:
