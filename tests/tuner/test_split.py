@@ -1,15 +1,25 @@
 """A model that transformers splits over two processes (tensor parallelism): it does what one process does."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.distributed import DistributedConfig
 
 import s2ft
@@ -157,3 +167,34 @@ def test_what_cannot_be_computed_is_refused_and_nothing_has_changed(tmp_path: Pa
         return "refused"
 
     assert in_two(tmp_path, in_each) == ["refused", "refused"]
+
+
+@pytest.mark.slow
+def test_trainer_trains_what_one_process_does(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate takes tensor parallelism on accelerators only; without its check, the CPU does as well."""
+    monkeypatch.setattr(ParallelismConfig, "_validate_accelerator", lambda *_: None)
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(32, 7)]
+    settings: dict[str, Any] = {
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+    }
+    settings |= {"save_strategy": "no", "report_to": [], "optim": "adamw_torch", "disable_tqdm": True}
+
+    def trained(model: PreTrainedModel) -> list[Tensor]:
+        tuned = get_peft_model(model, S2FTConfig(ratios=RATIOS))
+        arguments = TrainingArguments(str(tmp_path / "run"), **settings)
+        Trainer(tuned, arguments, train_dataset=rows, data_collator=default_data_collator).train()
+        return [layer.block("default").weight.detach() for layer in layers(tuned)]
+
+    def in_each() -> list[Tensor]:
+        rank = str(distributed.get_rank())
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "ACCELERATE_USE_CPU": "true"}
+        return trained(split(base))
+
+    first, second = in_two(tmp_path, in_each, patience=180)
+    assert all(map(torch.equal, first, second))
+    for ours, theirs in zip(first, trained(load(base)), strict=True):
+        assert (ours - theirs).norm() < 1e-8 * theirs.norm()
