@@ -4,7 +4,7 @@ With `--speed` instead: tokens per second of vLLM with a LoRA, a merged model, a
 
     here         transformers' generate(adapter_names=...) says what each row must be      (cases.py)
     vLLM         two exported adapters and the base in one batch; merged checkpoints       (vllm_check.py)
-    vLLM sync    adapters into a running engine's weights, one after the other, and out    (vllm_sync.py)
+    vLLM sync    adapters into an engine's weights and out, in one process and by HTTP     (vllm_sync.py)
     vLLM server  the same rows from native folders, found by name through our plug-in      (vllm_server.py)
     llama.cpp    each adapter and the base; merged checkpoints                             (llama_check.py)
 
@@ -105,9 +105,10 @@ def vllm_checks(python: Path, asked: dict[str, Any]) -> list[tuple[str, bool]]:
     for name, rows in asked["merged"].items():
         run(python, "vllm_check.py", "merged", name)
         found.append((f"vLLM: merged {name}", same(rows, f"vllm-merged{name}")))
-    run(python, "vllm_sync.py")
-    for step, rows in read("vllm-sync")["rows"].items():
-        found.append((f"vLLM sync: {step}", all(row["tokens"] == row["expected"] for row in rows)))
+    for how in ("offline", "server"):
+        run(python, "vllm_sync.py", how)
+        for step, rows in read(f"vllm-sync-{how}")["rows"].items():
+            found.append((f"vLLM sync, {how}: {step}", all(row["tokens"] == row["expected"] for row in rows)))
     run(python, "vllm_server.py")
     refused = read("vllm-server")["refused"]
     found.append(("vLLM server: native adapters by name, and the base", same(asked["rows"], "vllm-server")))

@@ -14,24 +14,30 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 REFUSED = {"../native/a": 404, "/etc": 404, "a/../b": 404, "nothing": 404, "foreign": 400, "zero": 400}  # name → status
 PATIENCE = 240  # seconds until the server answers
 
 
+OPTIONS = {
+    "--served-model-name": "base",
+    "--host": "127.0.0.1",
+    "--dtype": "float32",
+    "--max-model-len": "256",
+    "--max-num-seqs": "8",
+    "--max-num-batched-tokens": "256",
+}
+LORA = {"--max-loras": "3", "--max-lora-rank": "64"}
+
+
 def main(folder: Path) -> None:
     asked = json.loads((folder / "asked.json").read_text())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (folder / "server.log").open("w")
-    process = subprocess.Popen(
-        command(folder, port), env=environment(folder), stdout=log, stderr=log, start_new_session=True
-    )
-    try:
-        wait(process, port, folder / "server.log")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base")]
+    with serving(folder, [*command, "--enable-lora"], LORA, environment(folder)) as port:
         with ThreadPoolExecutor(len(asked["rows"])) as pool:
             answers = list(
                 pool.map(lambda row: ask(port, row["adapter"] or "base", row["prompt"], asked), asked["rows"])
@@ -40,33 +46,35 @@ def main(folder: Path) -> None:
             name: ask(port, name, asked["rows"][0]["prompt"], asked)[0] == status for name, status in REFUSED.items()
         }
         refused["a LoRA under other names"] = load(port, "wrong", folder / "wrong-prefix") >= 400
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the server and the engine that it started
-        process.wait(60)
     found = {"rows": [tokens for _, tokens in answers], "refused": refused}
     (folder / "vllm-server.json").write_text(json.dumps(found))
 
 
-def command(folder: Path, port: int) -> list[str]:
-    given = {
-        "--model": str(folder / "base"),
-        "--served-model-name": "base",
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--dtype": "float32",
-        "--max-model-len": "256",
-        "--max-loras": "3",
-        "--max-lora-rank": "64",
-        "--max-num-seqs": "8",
-        "--max-num-batched-tokens": "256",
-    }
-    words = [word for pair in given.items() for word in pair]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora", *words]
+@contextmanager
+def serving(folder: Path, command: list[str], options: dict[str, str], more: dict[str, str]) -> Iterator[int]:
+    """The port of a server that answers, until the block is left; `more` goes into its environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [word for pair in {**OPTIONS, **options, "--port": str(port)}.items() for word in pair]
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--enforce-eager", *words],
+            env={**os.environ, **more},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait(process, port, folder / "server.log")
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # the server and the engine that it started
+        process.wait(60)
 
 
 def environment(folder: Path) -> dict[str, str]:
     return {
-        **os.environ,
         "S2FT_VLLM_ADAPTERS": str(folder / "native"),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

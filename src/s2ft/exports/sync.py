@@ -92,7 +92,7 @@ def sync(engine: str | Engine, adapter: str | Path | None, base: str | None = No
 
 def send(engine: str | Engine, slices: Sequence[Sent], key: str | None = None) -> Synced:
     """Sends slices; see `sync`."""
-    tensors = {f"{one.place.tensor}.{part}": tensor for one in slices for part, tensor in _parts(one)}
+    tensors = _message(slices)
     where = {one.place.tensor: {"across": one.place.across, "shape": list(one.place.shape)} for one in slices}
     info = {"tensors": base64.b64encode(save(tensors)).decode() if tensors else "", "slices": where}
     try:
@@ -107,9 +107,18 @@ def send(engine: str | Engine, slices: Sequence[Sent], key: str | None = None) -
         if isinstance(error, S2FTError):
             raise
         raise S2FTError(f"the engine does not take the slices: {first_line(error)}. {_HELP}") from error
+    return sizes(slices)
+
+
+def sizes(slices: Sequence[Sent]) -> Synced:
+    """What `send` sends for these slices; they need no values (device meta)."""
     changed = sum(one.values.numel() for one in slices)
     whole = sum(math.prod(one.place.shape) * one.values.itemsize for one in slices)
-    return Synced(len(slices), changed, sum(tensor.nbytes for tensor in tensors.values()), whole)
+    return Synced(len(slices), changed, sum(tensor.nbytes for tensor in _message(slices).values()), whole)
+
+
+def _message(slices: Sequence[Sent]) -> dict[str, Tensor]:
+    return {f"{one.place.tensor}.{part}": tensor for one in slices for part, tensor in _parts(one)}
 
 
 _HELP = (

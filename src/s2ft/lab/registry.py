@@ -163,6 +163,19 @@ BENCHMARKS = {
         },
         has_picture=False,
     ),
+    "sync": Entry(
+        "Count the bytes that put an adapter into a running engine: `s2ft.sync`, a LoRA, and the whole model.",
+        {
+            "model": Option(
+                str | None,
+                None,
+                "A folder with a model in safetensors, beside the embedded base",
+                "SmolLM2-135M-Instruct",
+            ),
+            "budget": Option(float, 0.01, "Share of the parameters that the adapter trains"),
+        },
+        has_picture=False,
+    ),
     "distributed": Entry(
         "Train in two processes by DDP, FSDP2, ZeRO-2 and ZeRO-3: error beside one process, memory and time beside LoRA.",
         has_picture=False,

@@ -10,6 +10,13 @@ LLAMA2_7B = {
 LLAMA3_8B = {
     **LLAMA2_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
 }  # fmt: skip
+LLAMA3_70B = {
+    **LLAMA3_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 MISTRAL_7B = {**LLAMA3_8B, "vocab_size": 32000, "max_position_embeddings": 32768}
 EXPERTS = {
     "model_type": "qwen3_moe", "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 512,

@@ -16,6 +16,7 @@ families       which of transformers' models are trained, and how exactly
 serve          many clients ask `s2ft serve`, and what is compared with it
 clients        those who ask
 servers        servers in processes of their own
+sync           how many bytes put an adapter into a running engine, beside LoRAs and the whole model
 everyday       commands on files, and preparing data, beside reading and writing the bytes
 distributed    two processes under each engine, beside one process and LoRA
 divided        one of those processes
