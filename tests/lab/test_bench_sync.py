@@ -37,7 +37,7 @@ def test_a_folder_that_is_not_there_is_refused() -> None:
 
 def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_sync, "__defaults__", (None, 0.05, {"tiny": TINY}, lambda done: None))
-    result = CliRunner().invoke(app, ["bench", "sync", "--json", str(tmp_path / "a.json")])
+    result = CliRunner().invoke(app, ["bench", "sync", "--budget", "0.05", "--json", str(tmp_path / "a.json")])
     assert result.exit_code == 0, result.output
     assert "first / whole" in result.output
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]

@@ -167,6 +167,18 @@ class TestAdaptersOfOneRank:
         assert (other.members.tolist(), other.is_whole) == ([2, 0, 3, 1], False)
         assert other.table.data_ptr() == whole.table.data_ptr() == pack._tables[layer][1][0].table.data_ptr()
 
+    @torch.no_grad()
+    def test_rows_of_their_own_take_two_operations(self) -> None:
+        layer, names = layer_of(dict.fromkeys("abcd", ("in", 5))), ["c", "a", "d", "b"]
+        batch, x = MixedBatch(names), torch.randn(4, 1, 13, dtype=torch.float64)
+        expected = row_by_row(layer, x, names) - layer.base_layer(x)
+        for number in range(3):  # the first finds out how
+            y = torch.zeros(4, 1, 11, dtype=torch.float64)
+            with Operations() as found:
+                mixed.add_mixed(layer, y, x, batch)
+            torch.testing.assert_close(y, expected)
+            assert number == 0 or found.count == 2
+
     def test_bags_are_for_half_precision_and_for_many_ranks(self) -> None:
         layer = layer_of({f"a{count}": ("in", count) for count in range(1, 7)})
         assert self.plan(layer, [f"a{count}" for count in (1, 2, 3, 4)]) is not None

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.layer.block import S2FTBlock
-from s2ft.layer.columns import add_delta, put_slice, take_slice
+from s2ft.layer.columns import add_delta, lies_in_columns, put_slice, take_columns, take_slice
 from s2ft.layer.linears import is_quantised, weight_matrix, weight_of
 from s2ft.layer.sharding import Part, gathered, written
 
 _PART = 1 << 19  # bytes: sums larger than that malloc gets from the system anew each time, page by page
+_ENTRIES = 1 << 15  # for each thread, in columns that are read and written at once: their cache lines are 2 MB
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class Stash:
     own: Tensor  # [out_features, s] for dim 1, [s, in_features] for dim 0
     start: int | None = None  # the lowest channel, if they are contiguous
     order: Tensor | None = None  # [s], int64, if they are contiguous but not sorted: what sorts them
+    rows: int | None = None  # of `own` that hold values, while it is filled from the first on; None: all
 
     def find_start(self) -> None:
         """Finds out whether the channels are contiguous, which makes `write` and `pick` faster. Waits for the device."""
@@ -70,6 +72,8 @@ class Stash:
     def _put(self, weight: Tensor, delta: Tensor | None) -> None:
         """Writes channels that are not contiguous."""
         own, channels = self.own, self.channels
+        if self.rows is not None:
+            weight, own = weight[: self.rows], own[: self.rows]
         if delta is None:
             put_slice(weight, self.dim, channels, own.to(weight.dtype))
         elif own.nbytes <= _PART or weight.ndim != 2 or weight.device.type != "cpu":
@@ -151,7 +155,23 @@ class BaseWeight:
                 linear.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
                 part = Part(weight_matrix(linear).data)
             channels, values = part.of(block.dim, channels, values)
-            self.set_aside(part.matrix, block.dim, channels).write(part.matrix, values)
+            if block.dim == 1 and lies_in_columns(part.matrix, 1):
+                self._add_columns(part.matrix, channels, values)
+            else:
+                self.set_aside(part.matrix, block.dim, channels).write(part.matrix, values)
+
+    def _add_columns(self, weight: Tensor, channels: Tensor, delta: Tensor) -> None:
+        """Sets columns aside and adds to them, some rows at a time, so that writing finds in the caches what was read."""
+        own = weight.new_empty(len(weight), len(channels))
+        stash = Stash(1, channels, own, rows=0)
+        self._stashes.append(stash)
+        step = max(1, torch.get_num_threads() * _ENTRIES // max(1, len(channels)))
+        for start in range(0, len(weight), step):
+            part = slice(start, start + step)
+            take_columns(weight[part], channels, own[part])
+            stash.rows = min(start + step, len(weight))  # from here on, `restore` puts these rows back
+            put_slice(weight[part], 1, channels, add_delta(own[part], delta[part]))
+        stash.rows = None
 
     def set_aside(self, weight: Tensor, dim: int, channels: Tensor) -> Stash:  # weight: [out_features, in_features]
         """Stashes the values of these channels, so that others may be written there until `restore` puts them back."""

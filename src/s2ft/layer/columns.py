@@ -31,10 +31,16 @@ def take_slice(
     indices: Tensor,  # [s], int64
 ) -> Tensor:  # [rows, s] for dim 1, [s, columns] for dim 0
     """The values of rows or columns, as a copy."""
-    if not _lies_in_columns(matrix, dim):
+    if not lies_in_columns(matrix, dim):
         return take(matrix, dim, indices)
     bits = _INTEGERS[matrix.itemsize]
     return matrix.view(bits).gather(dim, _every_entry(matrix, dim, indices)).view(matrix.dtype)
+
+
+def take_columns(matrix: Tensor, indices: Tensor, into: Tensor) -> None:
+    """`take_slice` for dim 1, where `lies_in_columns`, into a part of a tensor of that dtype, [rows, s]."""
+    bits = _INTEGERS[matrix.itemsize]
+    torch.gather(matrix.view(bits), 1, _every_entry(matrix, 1, indices), out=into.view(bits))
 
 
 def put_slice(
@@ -44,7 +50,7 @@ def put_slice(
     values: Tensor,  # [rows, s] for dim 1, [s, columns] for dim 0
 ) -> None:
     """Writes the values of rows or columns."""
-    if _lies_in_columns(matrix, dim):
+    if lies_in_columns(matrix, dim):
         bits = _INTEGERS[matrix.itemsize]
         matrix.view(bits).scatter_(dim, _every_entry(matrix, dim, indices), values.view(bits))
     else:
@@ -69,7 +75,8 @@ def add_columns(
     return x
 
 
-def _lies_in_columns(matrix: Tensor, dim: int) -> bool:
+def lies_in_columns(matrix: Tensor, dim: int) -> bool:
+    """Whether the slice's channels are columns of memory on a CPU: an entry for each row, far apart."""
     return matrix.ndim == 2 and matrix.device.type == "cpu" and matrix.stride(dim) == 1
 
 

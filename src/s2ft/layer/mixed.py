@@ -27,7 +27,7 @@ adapters change; what follows from names and shapes is kept with the batch, so `
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -60,7 +60,8 @@ class Matrices:
     rows: Tensor | None  # [matrices, w], of the table, where it is no view
     shape: tuple[int, int, int]  # matrices; tokens of each, padding included; w
     members: Tensor  # [matrices * m], batch rows; on the input side, [n] without padding
-    flat: Tensor  # [matrices, m * tokens, w], the channel's place in x or y; on the output side [*] without padding
+    flat: Tensor  # [matrices, m * tokens, w], the channel's place in x or y (`_onto_rows`: in its row of x); on the output
+    # side [*] without padding
     kept: Tensor | None  # [n], which of all members are no padding; None: all
     is_whole: bool  # the members are the batch's rows in their order
 
@@ -73,18 +74,25 @@ def add_mixed(
 ) -> Tensor:  # [rows, *, out_features]; y itself, if it may be changed
     """Adds to each row what its own adapter contributes; differentiable."""
     batch = names if isinstance(names, MixedBatch) else MixedBatch(names)
-    if not y.numel():
-        return y
-    x, tokens = x.to(y.dtype), y.numel() // (len(batch) * y.shape[-1])
-    if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or _trains(layer, batch)):
-        for pack in pack_slices(layer, batch, y):
-            for plan in _any_matrices(pack, batch.places(pack.names), tokens, _width(pack, y, x), y.device):
-                y = _by_matrices(pack, y, x, plan, in_place=False)
-        return y
+    x = x.to(y.dtype)
+    steps = batch.steps.get((layer, y.dtype, y.shape))  # decoding: the same steps as for the last token
+    if steps is None or torch.is_grad_enabled():
+        if not y.numel():
+            return y
+        tokens = y.numel() // (len(batch) * y.shape[-1])
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or _trains(layer, batch)):
+            return _differentiable(layer, batch, y, x, tokens)
+        steps = _steps(layer, batch, y, x, tokens) if steps is None else steps
     x, y = x.contiguous(), y.contiguous()
-    steps = batch.steps.get((layer, y.dtype)) if tokens == 1 else None  # decoding: the same steps as for the last token
-    for add, pack, plan in _steps(layer, batch, y, x, tokens) if steps is None else steps:
+    for add, pack, plan in steps:
         y = add(pack, y, x, plan)
+    return y
+
+
+def _differentiable(layer: nn.Module, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -> Tensor:
+    for pack in pack_slices(layer, batch, y):
+        for plan in _any_matrices(pack, batch.places(pack.names), tokens, _width(pack, y, x), y.device):
+            y = _by_matrices(pack, y, x, plan, in_place=False)
     return y
 
 
@@ -100,7 +108,7 @@ def _steps(layer: nn.Module, batch: MixedBatch, y: Tensor, x: Tensor, tokens: in
     """What to add, and how; kept with the batch if there is one token per row, as in decoding."""
     steps = [step for pack in packed(layer, batch, y) for step in _of_pack(pack, batch, y, x, tokens)]
     if tokens == 1:
-        batch.steps[layer, y.dtype] = steps
+        batch.steps[layer, y.dtype, y.shape] = steps
     return steps
 
 
@@ -117,7 +125,15 @@ def _of_pack(pack: Pack, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -
         found = _matrices(*where, _SPREAD_OF_FEW) if y.element_size() > 2 else None
     if found is None:
         return [(_by_pairs, pack, _pairs(*where))]
-    return [(_onto if pack.side == "in" and one.is_whole else _by_matrices, pack, one) for one in found]
+    return [_by_plan(pack, one, y, x) for one in found]
+
+
+def _by_plan(pack: Pack, plan: Matrices, y: Tensor, x: Tensor) -> Step:
+    if pack.side == "out" or not plan.is_whole:
+        return _by_matrices, pack, plan
+    if plan.table is not None and plan.shape[:2] == y.shape[:-1]:
+        return _onto_rows, pack, replace(plan, flat=plan.flat % x.shape[-1])
+    return _onto, pack, plan
 
 
 @cache
@@ -219,6 +235,11 @@ def _by_pairs(pack: Pack, y: Tensor, x: Tensor, plan: Pairs) -> Tensor:  # adds 
     )
     y.view(-1).index_add_(0, plan.flat, product)
     return y
+
+
+def _onto_rows(pack: Pack, y: Tensor, x: Tensor, plan: Matrices) -> Tensor:
+    """As `_onto`, where each row is a matrix: two operations and no more, since with few adapters it is calls that count."""
+    return y.baddbmm_(x.gather(-1, plan.flat), plan.table)  # type: ignore[arg-type]
 
 
 def _onto(pack: Pack, y: Tensor, x: Tensor, plan: Matrices) -> Tensor:

@@ -29,7 +29,7 @@ class MixedBatch(list[str]):
         self.distinct = tuple(dict.fromkeys(self))
         self.of_row = self.places(self.distinct)  # [rows], int64, into `distinct`
         self.packs: dict[tuple[nn.Module, torch.dtype], list[Pack]] = {}
-        self.steps: dict[tuple[nn.Module, torch.dtype], list[Step]] = {}
+        self.steps: dict[tuple[nn.Module, torch.dtype, torch.Size], list[Step]] = {}  # by the shape of the output, too
 
     def places(self, names: tuple[str, ...]) -> Tensor:  # [rows], int64
         """Where each row's adapter is in `names`."""

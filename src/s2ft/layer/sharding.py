@@ -11,7 +11,7 @@ layer's weight whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -155,13 +155,19 @@ def everywhere(linear: nn.Module, holds: bool) -> bool:
     return bool(said)
 
 
-@contextmanager
-def written(linear: nn.Module, what: str = "writing an adapter into it") -> Iterator[Part]:
+def written(linear: nn.Module, what: str = "writing an adapter into it") -> AbstractContextManager[Part]:
     """The part of the weight that may be written to; with ZeRO-3 all processes must write the same to the whole.
 
     Raises:
         S2FTError: if the weight cannot be written to.
     """
+    if why_not_plain(linear) is None:  # at once, since asking further takes as long as writing a small slice
+        return nullcontext(Part(weight_matrix(linear).data))
+    return _written_part(linear, what)
+
+
+@contextmanager
+def _written_part(linear: nn.Module, what: str) -> Iterator[Part]:
     reason = why_not_writable(linear)
     if reason is not None:
         raise S2FTError(f"the base layer's weight {reason}; {what} is possible on plain weights only")
@@ -171,8 +177,6 @@ def written(linear: nn.Module, what: str = "writing an adapter into it") -> Iter
             yield Part(weight_matrix(linear).data)
     elif isinstance(weight.data, DTensor):
         yield _shard(linear, weight.data)
-    else:
-        yield Part(weight_matrix(linear).data)
 
 
 def _shard(linear: nn.Module, weight: DTensor) -> Part:
