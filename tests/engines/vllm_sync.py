@@ -1,6 +1,6 @@
 """Runs in the environment of vLLM: adapters go into a running engine's weights and out again, by `s2ft.sync`.
 
-python vllm_sync.py FOLDER offline|server    `vllm.LLM` in this process, or `vllm serve` in another, by HTTP
+python vllm_sync.py FOLDER offline|server    `vllm.LLM` in this process, or its server in another, by HTTP
 
 Writes the tokens of every row under each adapter and the base, before, between and after.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_server import ask, serving
+from vllm_server import ask, command, serving
 
 import s2ft
 
@@ -66,9 +66,8 @@ def offline(folder: Path, asked: dict) -> Iterator[tuple[Any, Write]]:
 @contextmanager
 def server(folder: Path, asked: dict) -> Iterator[tuple[str, Write]]:
     """A server's address."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder / "base")]
     options = {"--weight-transfer-config": json.dumps(BACKEND)}
-    with serving(folder, command, options, {"VLLM_SERVER_DEV_MODE": "1"}) as port:
+    with serving(folder, command(folder), options, {"VLLM_SERVER_DEV_MODE": "1"}) as port:
         yield f"http://127.0.0.1:{port}", lambda prompts: [answer(port, prompt, asked) for prompt in prompts]
 
 
