@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
 from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
@@ -13,10 +14,11 @@ from s2ft import S2FTConfig, S2FTError
 from s2ft.cli.app import app
 from s2ft.data.prompts import alpaca_prompt
 from s2ft.evaluate import run as work
+from s2ft.evaluate.answers import Answers, read_answers
 from s2ft.evaluate.comparison import Scorer, check_scores, score, section
 from s2ft.evaluate.engines import Answer, TransformersEngine
 from s2ft.evaluate.options import EvalOptions
-from s2ft.evaluate.questions import digest
+from s2ft.evaluate.questions import digest, load_questions
 from s2ft.evaluate.run import evaluate
 from s2ft.evaluate.subjects import Models, fingerprint
 from s2ft.evaluate.tally import wilson
@@ -251,9 +253,31 @@ class TestScores:
         assert json.loads((tmp_path / "out" / "run.json").read_text())["scores"] == card["scores"]
         row = f"| gsm8k | {card['scores']['gsm8k']['base']:.6g} | {card['scores']['gsm8k']['tuned']:.6g} |"
         assert row in (tmp_path / "out" / "run.md").read_text()
+        (question, *_), page = (
+            load_questions(TASKS["gsm8k"], data),
+            (tmp_path / "out" / "report.html").read_bytes().decode(),
+        )
+        assert card["answers"][0]["right"] == question.gold
+        assert len(card["answers"]) == 3
+        for name in ("base", "tuned"):
+            rows = read_answers(tmp_path / "out" / "answers" / name / "gsm8k.jsonl")
+            assert card["answers"][0][name] == rows["0"]["output"]
+        assert f"gsm8k: {escape(question.prompt)}" in page
+        assert escape(card["answers"][0]["tuned"]) in page
         checked = check_scores(["gsm8k"], data, limit=3)
         plain = score(load_model(base, torch.float32), load_tokenizer(base), checked, tmp_path / "plain", 2)
         assert card["scores"]["gsm8k"]["base"] == plain["gsm8k"]["accuracy"]
+
+    def test_answers_that_only_one_of_the_two_got_right_come_first(self, data, tmp_path) -> None:
+        checked = check_scores(["gsm8k"], data, limit=4)
+        for name, right in (("base", "0123"), ("tuned", "013")):
+            rows = [{"id": i, "output": f"\u2028{name} {i}", "error": None, "correct": i in right} for i in "0123"]
+            Answers(tmp_path / name / "gsm8k.jsonl", {}).add(rows)
+        shown = Scorer(None, checked, tmp_path).answers(most=2)
+        assert [(one["base"], one["base_correct"], one["tuned_correct"]) for one in shown] == [
+            ("\u2028base 2", True, False),
+            ("\u2028base 0", True, True),
+        ]
 
     def test_questions_without_data_are_refused_before_anything_is_written(self, base, data, tmp_path) -> None:
         options = {"model": base, "data": "d", "output": str(tmp_path / "out")}

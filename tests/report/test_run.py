@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from s2ft import read_adapter
 from s2ft.finetune.weights import layer_changes
 from s2ft.report.run import run_page
+from tiny_base import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,19 +68,30 @@ def test_what_each_layer_weighs_is_its_delta_against_the_weight(finished, base) 
         assert str(row["layer"]) in module
 
 
-def test_lora_weighs_its_product_and_dora_is_left_out() -> None:
-    from peft import LoraConfig, get_peft_model
+OTHERS = {
+    "lora": lambda: LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False),
+    "dora": lambda: LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False, use_dora=True),
+    "loha": lambda: LoHaConfig(r=3, target_modules=["v_proj"], init_weights=False),
+    "oft": lambda: OFTConfig(oft_block_size=4, r=0, target_modules=["v_proj"], init_weights=False),
+    "miss": lambda: MissConfig(r=4, target_modules=["v_proj"], init_weights=False),
+    "ia3": lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=[], init_ia3_weights=False),
+}
 
-    from tiny_base import tiny_model
 
-    for dora in (False, True):
-        config = LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False, use_dora=dora)
-        model = get_peft_model(tiny_model(), config)
-        rows = layer_changes(model)
-        layers = [module for name, module in model.named_modules() if name.endswith("v_proj")]
-        products = [(layer.lora_B["default"].weight @ layer.lora_A["default"].weight) * 5 / 3 for layer in layers]
-        wanted = [] if dora else [product.double().norm().item() for product in products]
-        assert [row["delta"] for row in rows] == pytest.approx(wanted, rel=1e-5)
+@pytest.mark.parametrize("method", OTHERS)
+def test_what_other_methods_change_is_what_the_layer_computes_besides(method: str) -> None:
+    model = get_peft_model(tiny_model(), OTHERS[method]())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3" in name:
+                parameter.uniform_(0.5, 2)
+    layers = [module for name, module in model.named_modules() if name.endswith("v_proj")]
+    before = [layer.get_base_layer().weight.clone() for layer in layers]
+    rows, ones = layer_changes(model.eval()), torch.eye(layers[0].in_features)
+    wanted = [(layer(ones) - layer.get_base_layer()(ones)).double().norm().item() for layer in layers]
+    assert min(wanted) > 1e-3
+    assert [row["delta"] for row in rows] == pytest.approx(wanted, rel=1e-3)
+    assert all(torch.equal(layer.get_base_layer().weight, was) for layer, was in zip(layers, before, strict=True))
 
 
 def test_samples_are_greedy_answers_with_and_without_the_adapter(finished) -> None:

@@ -125,6 +125,12 @@ class Answers:
         )
 
 
+def read_answers(path: Path) -> dict[str, Row]:
+    """The answers in a file by their ids, of whatever run they are."""
+    rows = map(json.loads, path.read_bytes().split(b"\n")[1:-1])
+    return {row["id"]: row for row in rows}
+
+
 def _line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 

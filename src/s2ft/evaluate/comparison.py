@@ -9,6 +9,7 @@ An adapter is compared with its own base by switching it off. Where training cha
     scorer = Scorer(tokenizer, checked, folder)
     scorer.score_base(model)                                    # before training, if its weights will be gone afterwards
     card["scores"] = scorer.compare(model)
+    card["answers"] = scorer.answers()
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from s2ft.common.errors import S2FTError
-from s2ft.evaluate.answers import Answers, answer_questions
+from s2ft.evaluate.answers import Answers, Row, answer_questions, read_answers
 from s2ft.evaluate.engines import TransformersEngine
-from s2ft.evaluate.questions import Question, load_questions
+from s2ft.evaluate.questions import Question, load_questions, prompt_text
 from s2ft.evaluate.tally import tally
 from s2ft.evaluate.tasks import DECODING, Task, find_tasks
 
@@ -129,3 +130,23 @@ class Scorer:
         if self.checked is None or self._base is None:
             return {}
         return section(self._base, self._score(model, checked=self.checked, folder=self.folder / "tuned"))
+
+    def answers(self, most: int = 4) -> list[Row]:
+        """Of each task a few questions with both answers, after `compare`: first those that only one of the two got right."""
+        return [
+            row
+            for task, questions in (self.checked.questions if self.checked is not None else ())
+            for row in sorted(self._both(task, questions), key=lambda row: row["base_correct"] == row["tuned_correct"])[
+                :most
+            ]
+        ]
+
+    def _both(self, task: Task, questions: Sequence[Question]) -> list[Row]:
+        base, tuned = (read_answers(self.folder / side / f"{task.name}.jsonl") for side in ("base", "tuned"))
+        return [
+            {"task": task.name, "prompt": prompt_text(one.prompt), "right": one.gold}
+            | {"base": base[one.id]["output"], "base_correct": base[one.id]["correct"]}
+            | {"tuned": tuned[one.id]["output"], "tuned_correct": tuned[one.id]["correct"]}
+            for one in questions
+            if all(rows.get(one.id, {}).get("output") is not None for rows in (base, tuned))
+        ]

@@ -46,6 +46,16 @@ def load_questions(task: Task, data: str, limit: int | None = None, prompts: str
     return [_question(str(number), record.value, task, prompts) for number, record in enumerate(records)]
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for people to read.
+
+    Example:
+        >>> prompt_text([{"role": "user", "content": "1+1?"}])
+        '1+1?'
+    """
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
 def digest(value: Any) -> str:
     """16 hex digits of a hash of `value`.
 

@@ -109,7 +109,7 @@ def _run(setup: Setup) -> TrainResult:
         trainer.accelerator.wait_for_everyone()  # the first to leave would remove an empty output folder
     if (setup.questions is not None or options.samples) and not interrupted and leads():
         card |= {"samples": samples.compare(model)}
-        card |= {} if setup.questions is None else {"scores": scorer.compare(model)}
+        card |= {} if setup.questions is None else {"scores": scorer.compare(model), "answers": scorer.answers()}
         write_run(output, card)
     if options.push_to_hub is not None and not interrupted and leads():
         log.info("uploaded: %s", push(output, options.push_to_hub))

@@ -1,14 +1,16 @@
 """What each layer's change weighs beside the weight that it changes, for the report.
 
-‖Δ‖ and ‖W‖, Frobenius norms, for S²FT and for LoRA, whose change is a sum added to a weight
+‖Δ‖ and ‖W‖, Frobenius norms. S²FT and LoRA hold their change; that of PEFT's other methods is read off a merged copy.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from s2ft.layer.linear import S2FTLinear
@@ -30,7 +32,7 @@ def layer_changes(model: nn.Module, adapter: str = "default") -> list[dict[str, 
 
 
 def _delta(module: nn.Module, adapter: str) -> Tensor | None:  # [out, in], or the slice of it that changes
-    """What is added to the layer's weight; None where there is no such sum, as with DoRA, or no adapter."""
+    """What the layer's weight changes by; None where that cannot be told, or there is no adapter."""
     if isinstance(module, S2FTLinear) and adapter in module.s2ft_block:
         return module.block(adapter).weight
     if isinstance(module, LoraLinear) and adapter in module.lora_A and adapter not in module.lora_variant:
@@ -38,7 +40,22 @@ def _delta(module: nn.Module, adapter: str) -> Tensor | None:  # [out, in], or t
         first, second = (gathered(factor.weight).detach() for factor in factors)
         scale: float = module.scaling[adapter]
         return scale * (second @ first)
-    return None
+    return _merged_change(module, adapter) if isinstance(module, BaseTunerLayer) else None
+
+
+def _merged_change(module: Any, adapter: str) -> Tensor | None:  # [out, in]
+    """What merging a copy of the layer changes its weight by; None for layers that PEFT does not merge."""
+    base = getattr(module.get_base_layer(), "weight", None)
+    own = any(adapter in getattr(module, name, ()) for name in module.adapter_layer_names)
+    if base is None or not own or not is_plain(module.get_base_layer()) or gathered(base) is not base:
+        return None
+    merged = copy.deepcopy(module)
+    try:
+        merged.merge(adapter_names=[adapter])
+    except NotImplementedError:
+        return None
+    change: Tensor = merged.get_base_layer().weight.detach().float() - base.detach().float()
+    return change
 
 
 def _norm(tensor: Tensor) -> float:  # of any shape

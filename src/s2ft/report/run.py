@@ -35,6 +35,7 @@ def run_page(card: Card, folder: Path) -> str:
         charts=_charts(card),
         maps=[] if adapter is None else pictures(adapter),
         samples=card.get("samples", []),
+        answers=card.get("answers", []),
         sections=sections,
     )
 
