@@ -144,3 +144,11 @@ def test_judged_answers_and_prompts_keep_what_stands_beside_them(tmp_path: Path)
     mixed = [{"prompt": "ab", "answer": 3}, {"prompt": "ab", "answer": "x"}]
     with pytest.raises(S2FTError, match="the fields beside the prompts do not make columns"):
         tokenize_prompts(load_examples(written(tmp_path, *mixed), kind=KINDS["prompt"]), byte_tokenizer(), 8)
+
+
+def test_a_pair_without_its_objective_is_told_of_it(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "1+1=", "chosen": "2", "rejected": "3"}))
+    with pytest.raises(
+        S2FTError, match=r"found prompt, chosen, rejected; .* another objective: dpo, kto, orpo or reward"
+    ):
+        load_examples(str(tmp_path / "pairs.jsonl"))

@@ -8,6 +8,7 @@ examples  one form for all layouts of training data
 chat      conversations: what a record may hold, which turns the loss falls on
 template  renders the model's chat template; what it leaves out, where it ends a turn
 prompts   prompts: Alpaca's, and through the chat template
+mapped    tables that need not fit in memory
 cache     what was tokenised once, by content
 tokens    token ids, with labels on the response only
 preferences  pairs of answers, judged answers, and prompts alone

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, config
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from s2ft.data.examples import data_digest
+from s2ft.data.mapped import cache_folder
 
 FEWEST = 10_000  # examples; fewer are prepared in a few seconds
 _MADE_BY = ("transformers", "tokenizers")  # what renders and tokenises
@@ -31,9 +31,7 @@ def cache_options(examples: Dataset, tokenizer: PreTrainedTokenizerBase, **setti
     if len(examples) < FEWEST or not tokenizer.is_fast:
         return {"keep_in_memory": True}
     key = cache_key(examples, tokenizer, **settings)
-    folder = Path(config.HF_DATASETS_CACHE, "s2ft")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = str(folder / f"{key}.arrow")
+    file = str(cache_folder() / f"{key}.arrow")
     return {"cache_file_name": file, "new_fingerprint": key, "load_from_cache_file": True}
 
 

@@ -24,7 +24,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from datasets import Dataset
@@ -32,11 +32,13 @@ from datasets import Dataset
 from s2ft.common.errors import S2FTError, gathered, raise_by_place, raise_together
 from s2ft.data.chat import Example, Message, chat_examples, chat_problems, is_broken, is_chat_record, shown, to_json
 from s2ft.data.layouts import Reading, check_columns
+from s2ft.data.mapped import PIECE, mapped
 from s2ft.data.prompts import alpaca_example, is_alpaca
 from s2ft.data.records import Record, read_records
 
 LAYOUTS = "instruction, output (and input); or prompt, completion; or messages; or conversations; or question, answer; or text"
 _MAP = "; --map gives columns these names, as in --map instruction=question,output=reply"
+_PAIRS = "; chosen and rejected are for another objective: dpo, kto, orpo or reward"
 LAYOUT_FIELDS = (
     {"messages"},
     {"prompt", "completion"},
@@ -100,22 +102,40 @@ def load(
     limit = None if limit is None else limit * kind.together
     raise_together([] if sources else ["data is empty; name a file, a folder or a data set on the Hub"])
     readings = [Reading(name, columns or {}) for name in sources]
-    examples: list[Example] = []
-    counts: list[int] = []
-    unreadable: list[str] = []
-    problems: list[tuple[str, str]] = []
-    for reading in readings:
-        before = len(examples)
+    read = _Read(kind, limit)
+    table = _table(read.examples(readings))
+    raise_by_place(read.problems, [*read.unreadable, *_column_problems(readings, limit)])
+    _check_one_kind(read.kinds, list(sources))
+    return Loaded(table, readings, read.counts)
+
+
+class _Read:
+    """The examples of all sources, one by one, and what was found on the way."""
+
+    def __init__(self, kind: Kind, limit: int | None) -> None:
+        self.kind, self.limit = kind, limit
+        self.counts: list[int] = []  # examples of each source
+        self.kinds: set[type] = set()  # of prompts
+        self.unreadable: list[str] = []
+        self.problems: list[tuple[str, str]] = []
+
+    def examples(self, readings: Iterable[Reading]) -> Iterator[Example]:
+        """All of the first one's kind of prompt: a table holds no other beside it."""
+        for reading in readings:
+            left = None if self.limit is None else max(0, self.limit - sum(self.counts))
+            self.counts.append(0)
+            for example in islice(self._of_source(reading), left):
+                self.counts[-1] += 1
+                self.kinds.add(type(example["prompt"]))
+                if len(self.kinds) == 1:
+                    yield example
+
+    def _of_source(self, reading: Reading) -> Iterator[Example]:
         try:
-            records = reading.adapted(read_records(reading.source, is_part=limit is not None))
-            found = _examples(records, kind, problems)
-            examples += found if limit is None else islice(found, max(0, limit - len(examples)))
+            records = reading.adapted(read_records(reading.source, is_part=self.limit is not None))
+            yield from _examples(records, self.kind, self.problems)
         except S2FTError as error:
-            unreadable += error.problems
-        counts.append(len(examples) - before)
-    raise_by_place(problems, [*unreadable, *_column_problems(readings, limit)])
-    _check_one_kind(examples, list(sources))
-    return Loaded(_table(examples), readings, counts)
+            self.unreadable += error.problems
 
 
 def _column_problems(readings: Sequence[Reading], limit: int | None) -> list[str]:
@@ -165,10 +185,23 @@ def _told(example: Example) -> list[Any]:
     return [prompt, completion, options] if options else [prompt, completion]
 
 
-def _table(examples: list[Example]) -> Dataset:
-    """Every row has every column: options of the template, where any example has some."""
-    names = dict.fromkeys(name for example in examples for name in example)
-    return Dataset.from_list([{name: _stored(name, example.get(name)) for name in names} for example in examples])
+def _table(examples: Iterator[Example]) -> Dataset:
+    """Every row has every column; few examples are kept in memory, and options of the template where any has some."""
+    few = list(islice(examples, PIECE))
+    later = next(examples, None)
+    if later is not None:
+        return mapped(map(_full, chain(few, [later], examples)))
+    names = dict.fromkeys(name for example in few for name in example)
+    return Dataset.from_list([{name: _stored(name, example.get(name)) for name in names} for example in few])
+
+
+def _full(example: Example) -> Example:
+    """A row of a table whose later rows are not known yet: with all that an example of its kind may have."""
+    if isinstance(example["prompt"], str):
+        return example
+    told = {name: _stored(name, value) for name, value in {"options": {}, **example}.items()}
+    messages = {name: [{"more": "{}", **message} for message in told[name]] for name in ("prompt", "completion")}
+    return {**told, **messages}
 
 
 def _stored(name: str, value: Any) -> Any:
@@ -211,7 +244,8 @@ def answer_problems(value: Any) -> Iterator[str]:
         return
     layout = _layout(value)
     if layout is None:
-        yield f"expected the fields {LAYOUTS}; found {', '.join(map(str, value)) or 'none'}{_MAP}"
+        hint = _PAIRS if {"chosen", "rejected"} <= value.keys() else _MAP
+        yield f"expected the fields {LAYOUTS}; found {', '.join(map(str, value)) or 'none'}{hint}"
     elif "instruction" not in layout and is_chat_record(value):
         yield from chat_problems(value)
     else:
@@ -244,8 +278,7 @@ def _convert(value: dict[str, Any]) -> Iterable[Example]:
 ANSWERS = Kind(answer_problems, _convert)
 
 
-def _check_one_kind(examples: list[Example], sources: list[str]) -> None:
-    kinds = {type(example["prompt"]) for example in examples}
+def _check_one_kind(kinds: set[type], sources: list[str]) -> None:
     names = ", ".join(repr(source) for source in sources)
     raise_together([f"data={names} holds no example"] if not kinds else [])
     raise_together([f"data={names} mixes text and chat messages; train on one kind"] if len(kinds) > 1 else [])

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2ft.common.errors import S2FTError, first_line
 from s2ft.data.examples import conversation, is_chat
+from s2ft.data.mapped import mapped
 from s2ft.data.template import chat_ids
 from s2ft.data.tokens import IGNORED, SOURCE, Tokens, check_tokenizer, encode, text_ids, usable
 
@@ -56,7 +57,7 @@ def tokenize_judged(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_l
     """
     rows = encode(examples, tokenizer, max_length)
     judged = zip(rows, examples["label"], strict=True)
-    return usable(Dataset.from_list([{**row, **_answered(row), "label": label} for row, label in judged]), max_length)
+    return usable(mapped({**row, **_answered(row), "label": label} for row, label in judged), max_length)
 
 
 def tokenize_prompts(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -87,8 +88,8 @@ def tokenize_prompts(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_
 
 def _paired(rows: Dataset) -> Dataset:
     """One row for each two."""
-    listed = list(rows)
-    return Dataset.from_list([_pair(*pair) for pair in zip(listed[::2], listed[1::2], strict=True)])
+    each = iter(rows)
+    return mapped(_pair(chosen, rejected) for chosen, rejected in zip(each, each, strict=True))
 
 
 def _pair(chosen: Row, rejected: Row) -> Row:

@@ -10,6 +10,7 @@ already has are not added again, and examples of which a chat template would lea
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from s2ft.common.errors import S2FTError, raise_by_place
 from s2ft.data.cache import cache_options
 from s2ft.data.chat import CALLS, REASONING, Example, Message
 from s2ft.data.examples import conversation, is_chat
+from s2ft.data.mapped import values
 from s2ft.data.template import RefusedTemplateError, left_out, render, turn_end, watched
 
 _LOST = (
@@ -65,10 +67,10 @@ def usable(rows: Dataset, max_length: int) -> Tokens:
     Raises:
         S2FTError: if nothing is.
     """
-    fates = rows["fate"][:]
+    fates = list(map(sys.intern, values(rows, "fate")))
     count = Counter(fates)
     kept = rows.select([row for row, fate in enumerate(fates) if fate in ("whole", "shortened", "endless")])
-    parted = sum(kept["parted"][:])
+    parted = sum(values(kept, "parted"))
     kept = kept.select_columns([name for name in kept.column_names if name not in ("fate", "problems", "parted")])
     if not len(kept):
         same = f", {count['alike']} have the same answer twice" if count["alike"] else ""
@@ -102,7 +104,7 @@ def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: in
         **cache_options(examples, tokenizer, max_length=max_length, in_parts=in_parts, sources=sources),
     )
     if is_chat(examples):
-        _check_laid_out(examples, rows["problems"][:])
+        _check_laid_out(examples, rows)
     return rows
 
 
@@ -187,12 +189,11 @@ def _encode_batch(batch: dict[str, list[Any]], cut: _Cut, tokenizer: PreTrainedT
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _check_laid_out(examples: Dataset, problems: list[list[str]]) -> None:
+def _check_laid_out(examples: Dataset, rows: Dataset) -> None:
     """Raises `S2FTError` for examples that cannot be used; a problem that turns of one conversation share is told once."""
-    places = examples["place"][:] if "place" in examples.column_names else range(1, len(examples) + 1)
-    raise_by_place(
-        dict.fromkeys((str(place), problem) for place, found in zip(places, problems, strict=True) for problem in found)
-    )
+    places = values(examples, "place") if "place" in examples.column_names else range(1, len(examples) + 1)
+    told = zip(places, values(rows, "problems"), strict=True)
+    raise_by_place(dict.fromkeys((str(place), problem) for place, found in told for problem in found))
 
 
 def token_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
