@@ -103,7 +103,7 @@ def test_kernels_add_what_each_row_adds(
     assert (found.double() - wanted).abs().max() <= rounding
     assert (y.double() - wanted).abs().max() > 0.1 * scale
     with torch.no_grad():
-        plain = mixed.add_mixed(layer, y.clone(), x, names)
+        plain = mixed.add_mixed(layer, y.clone(), x, MixedBatch(names))
     assert (found.double() - plain.double()).abs().max() <= 2 * rounding
 
 

@@ -2,16 +2,18 @@
 
 import copy
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import s2ft
-from mixtures import CONFIGS, mixture, text
+from mixtures import CONFIGS, SIZES, mixture, text
 from s2ft import AdapterPool, S2FTConfig, S2FTError
 from s2ft.adapters.inspection import summary
 from s2ft.layer.linear import sliced_layers
@@ -212,3 +214,91 @@ def test_exports_that_hold_no_experts_are_refused_before_anything_is_written(
                 base=str(tmp_path / "base"),
             )
         assert not list(tmp_path.glob("out*"))
+
+
+def deltas_like_weights(tuned: PeftModel) -> PeftModel:
+    """Deltas so large that a token with another row's adapter shows."""
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            parameter.mul_(20 if "s2ft_block" in name else 1)
+    return tuned.eval()
+
+
+FLATTENED = {
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(
+        **SIZES, moe_intermediate_size=20, shared_expert_intermediate_size=28, num_experts=4, num_experts_per_tok=2
+    ),
+    "llama4": CONFIGS["llama4"],
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=61, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FLATTENED)
+def test_layers_that_see_rows_flattened_to_tokens_give_each_row_its_own_adapter(family: str) -> None:
+    """Dense layers of shared experts, and OPT's, beside each adapter by itself; in generation, too."""
+    model = AutoModelForCausalLM.from_config(FLATTENED[family]()).eval()
+    flattened = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ("shared_expert" in path or path.endswith((".fc1", ".fc2")))
+    ]
+    tuned = get_peft_model(model, S2FTConfig(ratios=0.4, seed=0, init_weights=False, target_modules=flattened))
+    tuned.add_adapter("other", S2FTConfig(ratios=0.2, seed=9, init_weights=False, target_modules=flattened[:-1]))
+    deltas_like_weights(tuned)
+    names, tokens = ["other", "__base__", "default", "other"], text(rows=4)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    for beams in (1, 2):
+        found = tuned.generate(input_ids=tokens, adapter_names=names, num_beams=beams, **options)
+        for row, name in enumerate(names):
+            with tuned.disable_adapter() if name == "__base__" else nullcontext(tuned.set_adapter(name)):
+                alone = tuned.generate(input_ids=tokens, num_beams=beams, **options)
+            assert torch.equal(found[row], alone[row])
+    found = logits(tuned, tokens, adapter_names=names)
+    for row, name in enumerate(names):
+        with tuned.disable_adapter() if name == "__base__" else nullcontext(tuned.set_adapter(name)):
+            torch.testing.assert_close(found[row], logits(tuned, tokens)[row], rtol=1e-4, atol=1e-4)
+    swapped = logits(tuned, tokens, adapter_names=names[1:] + names[:1])
+    assert not torch.allclose(found[0], swapped[0], rtol=1e-2, atol=1e-2)
+
+
+def test_experts_that_a_router_calls_one_by_one_are_refused_in_a_mixed_batch_before_anything_runs() -> None:
+    config = hf.NllbMoeConfig(
+        **dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_sparse_step", "decoder_sparse_step"), 1),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+        vocab_size=61, d_model=32, num_experts=2,
+    )  # fmt: skip
+    model = hf.NllbMoeForConditionalGeneration(config).eval()
+    tuned = get_peft_model(model, S2FTConfig(ratios=0.3, target_modules=r".*experts\.expert_1\.fc2"))
+    tuned.add_adapter("attention", S2FTConfig(ratios=0.5, target_modules=["out_proj"]))
+    tuned.eval()
+    tokens, ran = text(), []
+    model.register_forward_pre_hook(lambda *_: ran.append(True))
+    path = "model.encoder.layers.0.ffn.experts.expert_1.fc2"
+    with pytest.raises(
+        S2FTError, match=re.escape(f"{path}: is called with tokens that cannot be told to be of this or that row")
+    ):
+        tuned(tokens, decoder_input_ids=tokens, adapter_names=["default", "__base__"])
+    assert not ran
+    tuned(tokens, decoder_input_ids=tokens, adapter_names=["attention", "__base__"])
+
+
+def test_a_list_of_experts_that_its_block_runs_is_refused_by_name() -> None:
+    """As many tokens as rows reach the expert here, so that their number alone would not show it."""
+
+    class Mixture(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = torch.nn.ModuleList([torch.nn.Linear(32, 32, bias=False) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = x.reshape(-1, x.shape[-1])
+            return x + torch.cat([self.experts[0](tokens[:2]), self.experts[1](tokens[2:])]).view_as(x)
+
+    model = AutoModelForCausalLM.from_config(hf.LlamaConfig(**SIZES))
+    model.model.layers[0].mlp = Mixture()
+    tuned = get_peft_model(model, S2FTConfig(ratios=0.3, target_modules=r".*experts\.0")).eval()
+    with pytest.raises(S2FTError, match=r"^model\.layers\.0\.mlp\.experts\.0 is called with tokens that cannot"):
+        logits(tuned, text(rows=2), adapter_names=["default", "__base__"])

@@ -147,6 +147,12 @@ BENCHMARKS = {
                 int | None, None, "Check N classes that the seed draws, and train each for a few steps too", "3"
             ),
             "seed": Option(int, 0, "Seed of weights, inputs and channels"),
+            "kept": Option(
+                str | None,
+                None,
+                "Keep each row here as it is found; go on from there, trying what did not run again",
+                "rows.jsonl",
+            ),
         },
         has_picture=False,
     ),

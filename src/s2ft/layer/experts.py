@@ -11,7 +11,7 @@ once more, at their share of a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -125,6 +125,15 @@ class S2FTExperts(nn.Module):
         """Parameter → its slices."""
         return {name: layer for name, layer in self.named_children() if isinstance(layer, ExpertSlice)}
 
+    def holds_any(self, names: Iterable[str]) -> bool:
+        """Whether any of these adapters has a slice here."""
+        return any(layer.holds_any(names) for layer in self.slice_layers.values())
+
+    @property
+    def passes(self) -> int:
+        """How often the module is called with each token, one after the other: for every expert in Llama 4."""
+        return self.experts.count if self.experts.is_sorted else 1
+
     def forward(
         self,
         x: Tensor,  # [tokens, hidden]
@@ -142,7 +151,8 @@ class S2FTExperts(nn.Module):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         routed = (*args, *kwargs.values())
         if running and adapter_names is not None:
-            return self._add_by_row(y, x, routed, MixedBatch(adapter_names))
+            batch = adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
+            return self._add_by_row(y, x, routed, batch) if self.holds_any(batch.distinct) else y
         y = self._add(y, x, routed, dict.fromkeys(running))
         if before is not None and torch.is_grad_enabled() and y.requires_grad:
             y = BeforeBackward.apply(y, before)
@@ -199,8 +209,7 @@ class S2FTExperts(nn.Module):
         batch: MixedBatch,
     ) -> Tensor:  # [tokens, hidden]
         """Returns y plus what each row's own adapter adds to its tokens: one pass of products for each adapter of the batch."""
-        each = self.experts.count if self.experts.is_sorted else 1
-        place = torch.arange(len(x), device=x.device).view(each, len(batch), -1)  # a row's tokens, for each expert
+        place = torch.arange(len(x), device=x.device).view(self.passes, len(batch), -1)  # a row's tokens, in each pass
         for number, adapter in enumerate(batch.distinct):
             own = place[:, (batch.of_row == number).to(x.device)].flatten()
             added = self._add(y[own], x[own], [part[own] for part in routed], [adapter])

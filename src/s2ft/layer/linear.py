@@ -13,7 +13,7 @@ layer, whose backward receives the base layer's gradient as a fresh tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from s2ft.layer.block import S2FTBlock
 from s2ft.layer.frozen import through_frozen
 from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weight_matrix, weight_of
 from s2ft.layer.mixed import add_mixed
-from s2ft.layer.pack import LooseSlice, forget
+from s2ft.layer.pack import LooseSlice, MixedBatch, find_slice, forget
 from s2ft.layer.slot import Slot
 from s2ft.layer.split import agree, share_of
 
@@ -178,14 +178,18 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     def _mixed_batch_forward(
         self,
         base: Base,
-        x: Tensor,  # [rows, *, in_features]
+        x: Tensor,  # [rows, *, in_features], or flattened as the batch says
         adapter_names: list[str],
-    ) -> Tensor:  # [rows, *, out_features]
+    ) -> Tensor:  # [rows, *, out_features], or flattened
         """base(x) plus what each row's own adapter adds to it."""
-        if len(x) != len(adapter_names):
+        batch = adapter_names if isinstance(adapter_names, MixedBatch) else MixedBatch(adapter_names)
+        rows = batch.unflatten(x)
+        if len(rows) != len(batch):
+            if not self.holds_any(batch.distinct):
+                return base(x)
             raise S2FTError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively"
+                f"{len(batch)} and {len(rows)} respectively"
             )
         self.refuse_mixed_on_merged()
         y, linear = base(x), self.get_base_layer()
@@ -193,7 +197,11 @@ class S2FTLinear(nn.Module, AdaptedLayer):
             raise S2FTError(
                 "a mixed batch is not computed where tensor parallelism splits a layer; run one adapter at a time"
             )
-        return add_mixed(self, y, x, adapter_names)
+        return add_mixed(self, batch.unflatten(y), rows, batch).reshape(y.shape)
+
+    def holds_any(self, names: Iterable[str]) -> bool:
+        """Whether any of these adapters has a slice here, its own or from a pool."""
+        return any(find_slice(self, name) is not None for name in names)
 
     def refuse_mixed_on_merged(self) -> None:
         """Raises `S2FTError` while adapters are merged, which all rows of a mixed batch would get."""

@@ -70,10 +70,9 @@ def add_mixed(
     layer: nn.Module,  # S2FTLinear
     y: Tensor,  # [rows, *, out_features], the base layer's output for x
     x: Tensor,  # [rows, *, in_features]
-    names: list[str],  # one for each row; an adapter without a slice of this layer adds nothing
+    batch: MixedBatch,  # an adapter for each row; one without a slice of this layer adds nothing
 ) -> Tensor:  # [rows, *, out_features]; y itself, if it may be changed
     """Adds to each row what its own adapter contributes; differentiable."""
-    batch = names if isinstance(names, MixedBatch) else MixedBatch(names)
     x = x.to(y.dtype)
     steps = batch.steps.get((layer, y.dtype, y.shape))  # decoding: the same steps as for the last token
     if steps is None or torch.is_grad_enabled():

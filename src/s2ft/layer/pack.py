@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -30,6 +31,17 @@ class MixedBatch(list[str]):
         self.of_row = self.places(self.distinct)  # [rows], int64, into `distinct`
         self.packs: dict[tuple[nn.Module, torch.dtype], list[Pack]] = {}
         self.steps: dict[tuple[nn.Module, torch.dtype, torch.Size], list[Step]] = {}  # by the shape of the output, too
+        self.length: int | None = None  # where rows are flattened to [rows * length, features]
+
+    def flattened(self, length: int) -> MixedBatch:
+        """The same batch for a layer that sees each row as `length` rows of its own; shares what is prepared."""
+        other = copy(self)
+        other.length = length
+        return other
+
+    def unflatten(self, tokens: Tensor) -> Tensor:  # [rows * length, features] → [rows, length, features]
+        """As it was before the model flattened it; as it is where it did not."""
+        return tokens if self.length is None else tokens.unflatten(0, (len(self), self.length))
 
     def places(self, names: tuple[str, ...]) -> Tensor:  # [rows], int64
         """Where each row's adapter is in `names`."""

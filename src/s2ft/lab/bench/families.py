@@ -5,11 +5,13 @@ What is computed is in `lab/families`; here it becomes rows, and a page of the d
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ def bench_families(
     page: str | None = None,
     drawn: int | None = None,
     seed: int = 0,
+    kept: str | None = None,
     tell: TellShare = lambda done: None,
 ) -> Report:
     """Checks a tiny model of every class of `kind`, or of all kinds.
@@ -43,6 +46,7 @@ def bench_families(
         page: Where the table goes.
         drawn: Check so many classes, drawn by the seed, and train each for a few steps too.
         seed: Of weights, inputs, channels, and of what is drawn.
+        kept: A file that gets each row as it is found; those that ran are taken from it, if they are of the same versions.
         tell: Told the share that is done.
     """
     if kind not in (None, *KINDS):
@@ -52,10 +56,10 @@ def bench_families(
         raise_together([] if 0 < drawn <= len(wanted) else [f"drawn={drawn} must be from 1 to {len(wanted)}"])
         raise_together([f"page={page!r} needs all classes; leave out drawn={drawn}"] if page else [])
         wanted = random.Random(seed).sample(wanted, drawn)
-    rows = []
+    rows, found = [], _Kept(kept, {"seed": seed, "steps": drawn is not None, **_versions()})
     with _quietly():
-        for done, (of_kind, model_type, class_name) in enumerate(wanted, start=1):
-            rows.append(row_of(of_kind, model_type, class_name, seed, steps=drawn is not None))
+        for done, one in enumerate(wanted, start=1):
+            rows.append(found.row(one) or found.keep(row_of(*one, seed, steps=drawn is not None)))
             tell(done / len(wanted))
     report = Report(
         settings={"kind": kind, "drawn": drawn, "seed": seed, "transformers": transformers.__version__}, rows=rows
@@ -113,6 +117,48 @@ def families_line(row: dict[str, Any]) -> dict[str, Any]:
         "in place": f"{row['contiguous']} of {row['slices']}",
         "gradient": f"{row['gradient_error']:.0e}",
     }
+
+
+class _Kept:
+    """Rows in a file, a line each, with what they depend on.
+
+    Args:
+        path: The file, which need not be there; None: nothing is kept.
+        settings: What a row depends on beside its class.
+
+    Raises:
+        S2FTError: if a line of it is no row.
+    """
+
+    def __init__(self, path: str | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = Path(path) if path else None, settings
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else []
+        self._rows = dict(filter(None, (self._read(number, line) for number, line in enumerate(lines, start=1))))
+
+    def _read(self, number: int, line: str) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+        try:
+            settings, row = (json.loads(line)[name] for name in ("settings", "row"))
+            place = (row["kind"], row["model_type"], row["class"])
+        except (ValueError, TypeError, KeyError):
+            raise S2FTError(
+                f"{self.path}:{number}: is no row of this benchmark; remove the line, or name another file"
+            ) from None
+        return (place, row) if settings == self.settings and "problem" not in row else None
+
+    def row(self, place: tuple[str, str, str]) -> dict[str, Any] | None:
+        """The row of (kind, model_type, class) if it is there and ran."""
+        return self._rows.get(place)
+
+    def keep(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Adds the row to the file, and returns it."""
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"settings": self.settings, "row": row}) + "\n")
+        return row
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("s2ft", "torch", "transformers", "peft")}
 
 
 @contextmanager

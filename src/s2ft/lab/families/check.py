@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ def check(model: PreTrainedModel, seed: int = 0) -> Findings:
     inputs = inputs_of(model)
     tuned = _adapted(model, config)
     deltas = {path: layer.block("default") for path, layer in sliced_layers(tuned.get_base_model(), "default").items()}
-    dense = deepcopy(model)
+    dense = untied(deepcopy(model), deltas)
     for path, block in deltas.items():
         add(layer_at(dense, path), block.trained, block.weight.detach())
     loss_weights = torch.randn_like(output_of(dense, inputs))
@@ -126,6 +126,17 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
     layer = linear_at(model, path)
     assert layer is not None
     return layer
+
+
+def untied(model: PreTrainedModel, paths: Iterable[str]) -> PreTrainedModel:
+    """Gives linear layers that share a weight one each, since their slices differ."""
+    seen: set[int] = set()
+    for layer in (layer_at(model, path) for path in paths):
+        owner, name = (layer.experts.module, layer.name) if isinstance(layer, StackedLinear) else (layer, "weight")
+        if id(layer.weight) in seen:
+            setattr(owner, name, nn.Parameter(layer.weight.detach().clone()))
+        seen.add(id(getattr(owner, name)))
+    return model
 
 
 def add(layer: nn.Module, trained: Slice, delta: Tensor) -> None:

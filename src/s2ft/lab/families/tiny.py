@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from copy import deepcopy
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from s2ft.common.errors import S2FTError
+from s2ft.lab.families.own import ATTRIBUTES, FRAMES, HIDDEN, IMAGE, IMAGE_TOKEN, INPUTS, OWN, SECTIONS, VOCABULARY
 from s2ft.training.dummy import dummy_inputs, main_input
 
-HIDDEN, VOCABULARY, IMAGE, FRAMES = 32, 64, 64, 64
 MOST_PARAMETERS = 26_000_000  # of what counts as tiny
 
 KINDS = {
@@ -82,59 +83,18 @@ SIZES: dict[str, int] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
-    "image_token_id": 5,
+    "image_token_id": IMAGE_TOKEN,
     "video_token_id": 6,
     "vision_start_token_id": 7,
     "vision_end_token_id": 8,
     "audio_token_id": 9,
-    "image_token_index": 5,
+    "image_token_index": IMAGE_TOKEN,
     "video_token_index": 6,
     "audio_token_index": 9,
 }
 """Field of a config → its value."""
 
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}  # head_dim: of the rotated part
-
-_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}
-
-_INDEXER = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 8,
-    "indexer_compress_ratio": 2,
-}
-
-OWN: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "data2vec-vision": {"layer_scale_init_value": 1.0},
-    "donut-swin": {"patch_size": 4, "window_size": 2},
-    "dots3_note_text": {"num_hidden_layers": 2},
-    "esmc": {"num_key_value_heads": 4},
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 1, "num_hidden_layers": 3, "intermediate_size": [48] * 3},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 4, "head_dim": 16},
-    "mobilevitv2": {"patch_size": 2},
-    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
-    "nemo_speechlm": {"head_config": {"audio_hidden_size": HIDDEN}},
-    "neomme": {"head_dim": 16},
-    "qwen4_exp": {"text_config": _INDEXER},
-    "qwen4_exp_text": _INDEXER,
-    "recurrent_gemma": {"num_hidden_layers": 3},
-    "swin": {"patch_size": 4, "window_size": 2},
-    "swinv2": {"patch_size": 4, "window_size": 2},
-    "xmod": {"default_language": "en_XX"},
-    "paddleocr_vl": {"rope_parameters": _SECTIONS},
-    "seamless_m4t": {"speech_encoder_intermediate_size": 48},
-    "seamless_m4t_v2": {"speech_encoder_intermediate_size": 48},
-    "step3p7": {"sliding_window": 8},
-    "zaya": {"num_experts_per_tok": 1},
-}
-"""model_type → fields that have to be other than in `SIZES`; None: transformers' default."""
 
 
 def classes(kind: str) -> dict[str, str]:
@@ -156,7 +116,10 @@ def tiny(model_type: str, class_name: str, dtype: torch.dtype = torch.float64) -
     """
     model_class = getattr(transformers, class_name)
     config_class = CONFIG_MAPPING[model_type]
-    config = config_class(**_fields(config_class, OWN.get(model_type, {})))
+    config = config_class(**_fields(config_class, OWN.get(model_type, {}) | OWN.get(class_name, {})))
+    for name, value in ATTRIBUTES.get(model_type, {}).items():
+        *parts, last = name.split(".")
+        setattr(reduce(getattr, parts, config), last, value)
     wanted = getattr(model_class, "config_class", None)
     if wanted is not None and not isinstance(config, wanted):
         text = config.get_text_config(decoder=True)
@@ -187,7 +150,8 @@ def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
         found["use_cache"] = False
     if model.config.is_encoder_decoder or "decoder_input_ids" in names:
         found["decoder_input_ids"] = torch.randint(10, VOCABULARY, (2, 7))
-    return found
+    own = INPUTS.get(model.config.model_type, lambda dtype: {})(model.dtype)
+    return found | own
 
 
 def output_of(model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -234,8 +198,9 @@ def _fields(config_class: type[PreTrainedConfig], own: dict[str, Any]) -> dict[s
     if "qk_rope_head_dim" in values:  # latent attention: a key for each query, of the same two parts
         values = {**values, **{name: value for name, value in _LATENT.items() if name in values}, **own}
     values |= _layers(default, own)
-    if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()):
-        values.setdefault("rope_parameters", _SECTIONS)
+    is_by_layer = any(isinstance(value, dict) for value in (getattr(default, "rope_parameters", None) or {}).values())
+    if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()) and not is_by_layer:
+        values.setdefault("rope_parameters", SECTIONS)
     for name, part in (getattr(config_class, "sub_configs", None) or {}).items():
         kind: Any = type(getattr(default, name, None)) if part.__name__ == "AutoConfig" else part
         if kind is type(None):
