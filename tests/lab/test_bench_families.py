@@ -96,3 +96,36 @@ def test_a_page_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert text == page_of(report.as_dict())
     assert "| `bert` | up down q k v o | yes | yes | 12 of 12 | – | yes | – |" in text
+
+
+def test_rows_that_ran_are_kept_and_others_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {"bert": "BertForMaskedLM", "nothing": "NoSuchModel"}
+    monkeypatch.setattr("s2ft.lab.bench.families.classes", lambda kind: two)
+    kept = tmp_path / "rows.jsonl"
+    first = bench_families("encoder", kept=str(kept)).rows
+    asked: list[str] = []
+
+    def again(kind: str, model_type: str, *rest: object, **options: object) -> dict[str, object]:
+        asked.append(model_type)
+        return {"kind": kind, "model_type": model_type, "class": rest[0], "problem": "again"}
+
+    monkeypatch.setattr("s2ft.lab.bench.families.row_of", again)
+    second = bench_families("encoder", kept=str(kept)).rows
+    assert asked == ["nothing"]
+    assert second == [first[0], {**first[1], "problem": "again"}]
+    bench_families("encoder", seed=1, kept=str(kept))  # of other settings, nothing is taken
+    assert asked == ["nothing", "bert", "nothing"]
+    kept.write_text("{}", encoding="utf-8")
+    with pytest.raises(S2FTError, match=r"rows.jsonl:1: is no row of this benchmark"):
+        bench_families("encoder", kept=str(kept))
+
+
+def test_layers_that_share_a_weight_are_compared_one_by_one() -> None:
+    """Zamba runs one attention block from several layers."""
+    model = tiny("zamba", "ZambaForCausalLM")
+    paths = [f"model.layers.{layer}.shared_transf.feed_forward.down_proj" for layer in (1, 3)]
+    first, second = (model.get_submodule(path) for path in paths)
+    assert first.weight is second.weight
+    module_under_test.untied(model, paths)
+    assert first.weight is not second.weight
+    assert torch.equal(first.weight, second.weight)

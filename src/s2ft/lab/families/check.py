@@ -132,10 +132,9 @@ def untied(model: PreTrainedModel, paths: Iterable[str]) -> PreTrainedModel:
     """Gives linear layers that share a weight one each, since their slices differ."""
     seen: set[int] = set()
     for layer in (layer_at(model, path) for path in paths):
-        owner, name = (layer.experts.module, layer.name) if isinstance(layer, StackedLinear) else (layer, "weight")
-        if id(layer.weight) in seen:
-            setattr(owner, name, nn.Parameter(layer.weight.detach().clone()))
-        seen.add(id(getattr(owner, name)))
+        if id(weight_of(layer)) in seen:
+            layer.weight = nn.Parameter(weight_of(layer).detach().clone())
+        seen.add(id(weight_of(layer)))
     return model
 
 

@@ -37,15 +37,17 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_asr": {"subsampling_conv_channels": 8},
     "cohere_compass": {"text_config": {"rope_parameters": BY_LAYER}},
     "cohere_compass_text": {"rope_parameters": BY_LAYER},
-    "instructblip": {"num_query_tokens": 3},
     "instructblipvideo": {"num_query_tokens": 3},
     "kosmos-2": {"latent_query_num": 3},
-    "pi0": {"chunk_size": 4, "max_state_dim": 8, "max_action_dim": 8},
     "convnext": {"num_stages": 4, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1], "patch_size": 4},
     "convnextv2": {"num_stages": 4, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1], "patch_size": 4},
     "cvt": {"embed_dim": [16, 24, 32], "num_heads": [1, 3, 4], "depth": [1, 2, 3]},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "dia": {"delay_pattern": [0, 1, 2], **dict.fromkeys(("cross_num_attention_heads", "cross_num_key_value_heads"), 4)},
+    "dia": {
+        "delay_pattern": [0, 1, 2],
+        "decoder_config": {"num_channels": 3, "cross_hidden_size": HIDDEN, "cross_head_dim": 8},
+        **dict.fromkeys(("cross_num_attention_heads", "cross_num_key_value_heads"), 4),
+    },
     "diffusion_gemma": {"top_k_experts": 2},
     "dots3_note": {
         **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), HIDDEN),
@@ -64,7 +66,7 @@ OWN: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 1]],
         "spatial_target_layers": [0],
         "downsample_rate": "1/2",
-        "qformer_config": {"num_attention_heads": 4},
+        "vision_config": {"hidden_size": 64},
     },
     "hiera": {
         "image_size": [64, 64],
@@ -73,22 +75,15 @@ OWN: dict[str, dict[str, Any]] = {
         "depths": [1, 1, 2, 1],
         "num_heads": [1, 2, 2, 4],
     },
-    "inkling2": {"text_hidden_size": HIDDEN},
     "janus": {"base_channels": 32, "num_embeddings": 16},
-    "kyutai_speech_to_text": {
-        "audio_pad_token_id": 15,
-        "audio_bos_token_id": 14,
-        "codebook_vocab_size": 16,
-        "num_codebooks": 2,
-    },
     "molmo2": {"vision_feature_layer": [1, 0], "text_hidden_size": HIDDEN},
-    "moonshine_streaming": {"num_key_value_heads": 4},
-    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "muse_spark": {
+        "moe_hidden_size": HIDDEN,
+        "projector_hidden_size": HIDDEN,
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    },
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
-    "nemotron_h_omni": {"video_temporal_patch_size": 2},
-    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "num_hidden_layers": 2},
-    "ReformerModelWithLMHead": {"is_decoder": True},
     "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4},
     "bamba": {"attn_layer_indices": [1]},
     "data2vec-vision": {"layer_scale_init_value": 1.0},
@@ -133,6 +128,7 @@ def _images(dtype: torch.dtype, *size: int) -> Tensor:  # [2, *size]
 
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "shieldgemma2": {"yes_token_index": 11, "no_token_index": 12},
 }
@@ -141,27 +137,18 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
 
 INPUTS: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
     "blip-2": lambda dtype: {"pixel_values": _images(dtype), "input_ids": _text(images=3)},
-    "instructblip": lambda dtype: {
-        "pixel_values": _images(dtype),
-        "input_ids": _text(images=3),
-        "qformer_input_ids": _text(),
-    },
     "instructblipvideo": lambda dtype: {
         "pixel_values": _images(dtype, 4, 3, IMAGE, IMAGE),
         "input_ids": _text(12, images=12),
         "qformer_input_ids": _text(),
     },
+    "canary": lambda dtype: {"input_features": _images(dtype, FRAMES, 8)},
+    "cohere_asr": lambda dtype: {"input_features": _images(dtype, FRAMES, 8)},
+    "dia": lambda dtype: {"decoder_input_ids": torch.randint(10, VOCABULARY, (2, 7, 3))},
     "kosmos-2": lambda dtype: {
         "pixel_values": _images(dtype),
         "input_ids": _text(),
         "image_embeds_position_mask": torch.arange(9).expand(2, 9) < 3,
-    },
-    "pi0": lambda dtype: {
-        "state": _images(dtype, 8),
-        "use_cache": True,
-        "input_ids": _text(),
-        "timestep": torch.rand(2, dtype=torch.float32),
-        "noise": _images(dtype, 4, 8),
     },
     "voxtral_realtime": lambda dtype: {"input_ids": _text(8), "input_features": _images(dtype, 8, 64)},
     "blip": lambda dtype: {"input_ids": _text()},

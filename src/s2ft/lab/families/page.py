@@ -14,12 +14,22 @@ TITLES = {
     "speech": "Speech",
 }
 
+LEFT_OUT = {
+    "ibert": "its linear layers take a scale beside their input, and return one",
+    "jetmoe": "experts are modules of its own, called with the number of tokens of each",
+    "reformer": "its reversible layers have a backward of their own, in training mode alone",
+    "xlnet": "q, k and v are parameters of three dimensions, multiplied by einsum",
+}
+"""model_type → what s2ft does not train of it, and why."""
+
 HEAD = """# Models
 
 What s2ft does with a tiny random model of every class that transformers {version} lists, in float64 where the model's own
 code allows it. This page is written by
 
-    s2ft bench families --json results/families.json --page docs/families.md
+    s2ft bench families --json results/families.json --page docs/families.md --kept rows.jsonl
+
+which keeps each row as it is found, and goes on from there when it is interrupted.
 
 An adapter of half the heads and channels of all projections that are read, with random deltas, is trained, saved, loaded,
 merged and laid out in place.
@@ -75,7 +85,9 @@ def _part(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     missing = [f"`{row['model_type']}` ({_shortly(row['problem'])})" for row in rows if "exact" not in row]
     not_run = [f"\nNot run so small: {', '.join(missing)}."] if missing else []
-    return "\n".join([*table, *not_run, ""])
+    names = dict.fromkeys(row["model_type"] for row in rows if row["model_type"] in LEFT_OUT)
+    left_out = [f"\nLeft out: {'; '.join(f'`{name}`, {LEFT_OUT[name]}' for name in names)}."] if names else []
+    return "\n".join([*table, *not_run, *left_out, ""])
 
 
 def _row(row: Mapping[str, Any]) -> str:

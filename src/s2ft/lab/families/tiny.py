@@ -116,7 +116,7 @@ def tiny(model_type: str, class_name: str, dtype: torch.dtype = torch.float64) -
     """
     model_class = getattr(transformers, class_name)
     config_class = CONFIG_MAPPING[model_type]
-    config = config_class(**_fields(config_class, OWN.get(model_type, {}) | OWN.get(class_name, {})))
+    config = config_class(**_fields(config_class, OWN.get(model_type, {})))
     for name, value in ATTRIBUTES.get(model_type, {}).items():
         *parts, last = name.split(".")
         setattr(reduce(getattr, parts, config), last, value)
