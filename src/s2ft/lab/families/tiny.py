@@ -150,8 +150,9 @@ def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
         found["use_cache"] = False
     if model.config.is_encoder_decoder or "decoder_input_ids" in names:
         found["decoder_input_ids"] = torch.randint(10, VOCABULARY, (2, 7))
-    own = INPUTS.get(model.config.model_type, lambda dtype: {})(model.dtype)
-    return found | own
+    if (own := INPUTS.get(model.config.model_type)) is not None:
+        found |= own(model.dtype)
+    return found
 
 
 def output_of(model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
