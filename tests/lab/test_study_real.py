@@ -22,11 +22,13 @@ from s2ft.lab.study import experiment, real
 from s2ft.lab.study.chains import side_by_side
 from s2ft.lab.study.commonsense import ASKED, TRAINED
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
-from s2ft.lab.study.defaults import RULE, DefaultsSettings, study_defaults
+from s2ft.lab.study.curves import RULE
+from s2ft.lab.study.defaults import VARIANTS, DefaultsSettings, study_defaults
 from s2ft.lab.study.experiment import Experiments
 from s2ft.lab.study.material import TESTS, draw, load_task
-from s2ft.lab.study.real import RealSettings, study_real
+from s2ft.lab.study.real import PARTS, RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
+from s2ft.lab.study.report import draw as draw_picture
 from s2ft.lab.study.runs import FILE, Done, Runs
 from s2ft.lab.study.training import Workload, tokens_of
 from s2ft.lab.study.tuning import DIVERGED
@@ -46,7 +48,7 @@ SETTINGS = RealSettings(
         "fusion": (S2FT,),
     },
     rates={"full": (1e-4,), "s2ft": (1e-3,)},
-    workload=WORKLOAD,
+    workloads=dict.fromkeys(PARTS, WORKLOAD),
 )
 
 
@@ -143,6 +145,24 @@ def test_defaults_are_those_of_the_command(model, data, tmp_path):
     assert list(report.settings["rules"]) == ["s2ft on style-50"]
 
 
+def test_what_is_kept_is_reported_and_drawn_without_a_run(model, data, tmp_path, monkeypatch):
+    s2ft = {"budget": 0.05, "max_steps": 1}
+    settings = DefaultsSettings(
+        2, ("style-50",), {"s2ft": s2ft}, rates=(1e-3, 2e-3), variants={"more": {**s2ft, "budget": 0.1}}, variant_rates=(1e-3,)
+    )
+    study_defaults(tmp_path / "runs", replace(settings, seeds=1), model=model, data=data)
+    (tmp_path / "runs" / FILE).write_text("".join((tmp_path / "runs" / FILE).read_text().splitlines(keepends=True)[1:]))
+    monkeypatch.setattr(experiment, "train", None)
+    report = study_defaults(tmp_path / "runs", settings, model=model, data=data, kept=True)
+    assert [(row["method"], row["rate"], row["seed"]) for row in report.rows] == [
+        ("s2ft", "0.002", 0),
+        ("s2ft", RULE, 0),
+        ("more", "0.001", 0),
+    ]
+    draw_picture(report, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_that_was_interrupted_is_not_kept(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "train", lambda options: replace(train(options), interrupted=True))
     contenders = {"s2ft": {"budget": 0.05, "max_steps": 1}}
@@ -155,11 +175,13 @@ def test_a_run_that_was_interrupted_is_not_kept(model, data, tmp_path, monkeypat
 def test_part_of_the_defaults_study_is_chosen_by_name():
     few = DefaultsSettings(seeds=1).restricted("style-200, weight,style-50")
     assert {(case, who) for case, who, *_ in few.asked()} == {("style-50", "weight"), ("style-200", "weight")}
-    assert few.runs == 2 * 6, "five rates and the rule's; variants are of a case that was left out"
+    assert few.runs == 2 * 6, "five rates and the rule's"
+    varied = DefaultsSettings(seeds=1).restricted("style-50,variants")
+    assert {who for _, who, *_ in varied.asked()} == set(VARIANTS)
     assert DefaultsSettings().restricted("lora").cases == DefaultsSettings().cases
     assert DefaultsSettings().restricted(None) == DefaultsSettings()
     with pytest.raises(
-        S2FTError, match=r"only: 'dora': must be among style-50, style-200, arithmetic-1000, lora, random"
+        S2FTError, match=r"only: 'dora': must be among style-50, .*, random, weight, variants"
     ):
         DefaultsSettings().restricted("lora,dora")
 

@@ -218,8 +218,9 @@ STUDIES = {
             "data": _DATA,
             "workers": _WORKERS,
             "only": Option(
-                str | None, None, "Of style-50,style-200,arithmetic-1000 and of lora,random,weight [default: all]"
+                str | None, None, "Of style-50,style-200,arithmetic-1000 and of lora,random,weight,variants [default: all]"
             ),
+            "kept": Option(bool, False, "Report the runs that are kept, and run nothing"),
         },
     ),
     "real": Entry(

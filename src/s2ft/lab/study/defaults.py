@@ -19,12 +19,12 @@ from typing import Any
 from s2ft.common.errors import S2FTError
 from s2ft.lab.registry import TellShare
 from s2ft.lab.study.chains import experiments, identity
+from s2ft.lab.study.curves import RULE, curves
 from s2ft.lab.study.report import HELD_OUT, StudyReport
 from s2ft.lab.study.runs import Runs, Settings
 from s2ft.lab.study.summary import Row
 from s2ft.lab.study.tuning import DIVERGED
 
-RULE = "rule"  # the rate that follows from method and run
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 FEW = (1e-3, 2e-3, 4e-3)  # for variants
 
@@ -51,7 +51,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "random": {"strategy": "random", "layout": "in-place"},
     "weight": WEIGHT,
 }
-VARIANTS: dict[str, dict[str, Any]] = {  # each about 1% of SmolLM2's parameters, as the default budget
+VARIANTS: dict[str, dict[str, Any]] = {  # about 1% of SmolLM2's parameters, as the default budget, unless named after another
+    "no warm-up": {**WEIGHT, "warmup_steps": 0},
+    "warm-up of half the run": {**WEIGHT, "warmup_steps": 75},
+    "budget 0.5%": {**WEIGHT, "budget": 0.005},
+    "budget 4%": {**WEIGHT, "budget": 0.04},
     "saliency": {**WEIGHT, "strategy": "saliency"},
     "global": {**WEIGHT, "allocation": "global"},
     "rates by norm": {**WEIGHT, "slice_rates": "norm"},
@@ -70,7 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # each about 1% of SmolLM2's parameters
         },
     },
 }
-VARIED = "arithmetic-1000"  # where variants are tried
+ALL_VARIANTS = "variants"
+VARIED = "style-50"  # where variants are tried: a run of minutes
 
 Asked = tuple[str, str, float | None, int]  # case, contender, rate (None: the rule's), seed
 
@@ -107,18 +112,25 @@ class DefaultsSettings:
         return self.contenders.get(who) or self.variants[who]
 
     def restricted(self, only: str | None) -> DefaultsSettings:
-        """To the cases and contenders named, with commas between them; to all contenders where none is named, and so on.
+        """To the cases and contenders named, with commas between them, "variants" being one contender; where no case or no
+        contender is named, to all of them.
 
         Raises:
             S2FTError: if a name is neither.
         """
         asked = [name.strip() for name in only.split(",")] if only else []
-        if unknown := [name for name in asked if name not in (*self.cases, *self.contenders)]:
-            known = ", ".join((*self.cases, *self.contenders))
+        named = (*self.contenders, ALL_VARIANTS)
+        if unknown := [name for name in asked if name not in (*self.cases, *named)]:
+            known = ", ".join((*self.cases, *named))
             raise S2FTError(f"only: {', '.join(map(repr, unknown))}: must be among {known}")
         cases = [name for name in self.cases if name in asked] or self.cases
-        contenders = [name for name in self.contenders if name in asked] or self.contenders
-        return replace(self, cases=tuple(cases), contenders={name: self.contenders[name] for name in contenders})
+        wanted = [name for name in named if name in asked] or named
+        return replace(
+            self,
+            cases=tuple(cases),
+            contenders={name: options for name, options in self.contenders.items() if name in wanted},
+            variants=self.variants if ALL_VARIANTS in wanted else {},
+        )
 
 
 def study_defaults(
@@ -130,15 +142,17 @@ def study_defaults(
     data: str,
     workers: int = 1,
     only: str | None = None,
+    kept: bool = False,
 ) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet; other arguments and errors are those of `study_real`.
 
     Args:
         only: The cases and contenders to run, as in `DefaultsSettings.restricted`; None: all.
+        kept: Report the runs that are in the folder, and run nothing.
     """
     settings = (settings or DefaultsSettings()).restricted(only)
-    asked = list(settings.asked())
     runs = Runs(folder, settings.runs, tell, identity(model))
+    asked = [one for one in settings.asked() if not kept or runs.has(_settings(settings, one))]
     with experiments(model, data, workers) as performer:
         results = runs.results([_settings(settings, one) for one in asked], performer)
     rows: list[Row] = []
@@ -147,7 +161,8 @@ def study_defaults(
             shown = RULE if rate is None else f"{rate:g}"
             rows.append({"method": who, "rate": shown, "task": case, "seed": seed, "score": result["held_out"]})
     found = {"seconds": round(runs.seconds), "environments": runs.environments, "rules": _rules(asked, results)}
-    return StudyReport({**asdict(settings), "measured": HELD_OUT, **found}, rows, ("method", "rate"))
+    told = {**asdict(settings), "measured": HELD_OUT, **found}
+    return StudyReport(told, rows, ("method", "rate"), picture=curves)
 
 
 def _settings(settings: DefaultsSettings, asked: Asked) -> Settings:

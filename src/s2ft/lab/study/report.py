@@ -6,7 +6,7 @@ summary   method or strategy, task, mean, low, high, seeds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class StudyReport:
     by: tuple[str, ...]  # the columns that name what is compared, such as ("strategy",)
     shown: tuple[str, ...] = ()  # the tasks in table and picture; all unless given
     environment: dict[str, Any] = field(default_factory=environment)
+    picture: Callable[[StudyReport, Path], None] | None = None  # grouped bars unless given
 
     @property
     def summary(self) -> list[Row]:
@@ -73,6 +74,11 @@ def cell(row: Row) -> str:
 
 
 def draw(report: StudyReport, png: Path) -> None:
+    """Writes the report's picture."""
+    (report.picture or _grouped_bars)(report, png)
+
+
+def _grouped_bars(report: StudyReport, png: Path) -> None:
     """Grouped bars with their intervals: a group for each task, a bar for each contender."""
     from matplotlib.figure import Figure  # slow to import
 

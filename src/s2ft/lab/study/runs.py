@@ -76,6 +76,10 @@ class Runs:
                     "name another folder"
                 )
 
+    def has(self, settings: Settings) -> bool:
+        """Whether a run of these settings is kept."""
+        return digest(settings, self._identity) in self._kept
+
     def result(self, settings: Settings, run: Callable[[], Result]) -> Result:
         """What `run` returns; from the folder, if it was run with these settings before."""
         return self.results([settings], lambda asked: [(0, timed(run))] if asked else [])[0]
