@@ -148,12 +148,17 @@ def test_defaults_are_those_of_the_command(model, data, tmp_path):
 def test_what_is_kept_is_reported_and_drawn_without_a_run(model, data, tmp_path, monkeypatch):
     s2ft = {"budget": 0.05, "max_steps": 1}
     settings = DefaultsSettings(
-        2, ("style-50",), {"s2ft": s2ft}, rates=(1e-3, 2e-3), variants={"more": {**s2ft, "budget": 0.1}}, variant_rates=(1e-3,)
+        2,
+        ("style-50",),
+        {"s2ft": s2ft},
+        rates=(1e-3, 2e-3),
+        variants={"more": {**s2ft, "budget": 0.1}},
+        variant_rates=(1e-3,),
     )
     study_defaults(tmp_path / "runs", replace(settings, seeds=1), model=model, data=data)
     (tmp_path / "runs" / FILE).write_text("".join((tmp_path / "runs" / FILE).read_text().splitlines(keepends=True)[1:]))
     monkeypatch.setattr(experiment, "train", None)
-    report = study_defaults(tmp_path / "runs", settings, model=model, data=data, kept=True)
+    report = study_defaults(tmp_path / "runs", settings, model=model, data=data, only="kept")
     assert [(row["method"], row["rate"], row["seed"]) for row in report.rows] == [
         ("s2ft", "0.002", 0),
         ("s2ft", RULE, 0),
@@ -180,9 +185,7 @@ def test_part_of_the_defaults_study_is_chosen_by_name():
     assert {who for _, who, *_ in varied.asked()} == set(VARIANTS)
     assert DefaultsSettings().restricted("lora").cases == DefaultsSettings().cases
     assert DefaultsSettings().restricted(None) == DefaultsSettings()
-    with pytest.raises(
-        S2FTError, match=r"only: 'dora': must be among style-50, .*, random, weight, variants"
-    ):
+    with pytest.raises(S2FTError, match=r"only: 'dora': must be among style-50, .*, random, weight, variants"):
         DefaultsSettings().restricted("lora,dora")
 
 

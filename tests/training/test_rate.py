@@ -17,7 +17,9 @@ from s2ft.finetune.train import train
 def test_the_rate_of_a_trainers_model_is_that_of_s2ft_train(base, data, tmp_path):
     paths = {"model": base, "data": data, "output": str(tmp_path / "out")}
     run = train(parse_options({**paths, "ratios": 0.25, "epochs": 0.3, "layout": "indexed"}))
-    assert s2ft.learning_rate(run.model, run.card["training"]["steps"]) == run.card["training"]["learning_rate"]
+    steps, examples = run.card["training"]["steps"], run.card["options"]["batch_size"]
+    assert examples < 16, "a step of few examples has a lower rate"
+    assert s2ft.learning_rate(run.model, steps, examples) == run.card["training"]["learning_rate"]
 
 
 def test_only_active_slices_count_and_a_config_says_the_same():
@@ -35,6 +37,12 @@ def test_only_active_slices_count_and_a_config_says_the_same():
 @pytest.mark.parametrize(("steps", "rate"), [(1, 0.02), (56.25, 0.02), (225, 0.01), (1e12, 1e-5)])
 def test_it_has_bounds(steps, rate):
     assert s2ft.learning_rate(S2FTConfig(slices={"a": "in 0-2", "b": "out 7-11"}), steps) == rate
+
+
+@pytest.mark.parametrize(("examples", "share"), [(1, 0.25), (4, 0.5), (9, 0.75), (16, 1), (64, 1)])
+def test_steps_of_few_examples_have_a_lower_rate(examples, share):
+    config = S2FTConfig(slices={"a": "in 0-24"})
+    assert s2ft.learning_rate(config, 900, examples) == pytest.approx(0.002 * share)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import AT_ONCE, PAPER, PAPER_STEP, TrainOptions
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.processes import process_count
-from s2ft.training.rate import MOVE, channels_of, rate_of
+from s2ft.training.rate import BATCH, MOVE, channels_of, rate_of
 
 ENOUGH_STEPS = 100
 NOT_ADAM = "; measured with AdamW, so give learning_rate for another optimizer"
@@ -111,8 +111,10 @@ def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Set
         rate, reason = find_method(options.method).learning_rate, "the paper's, for commonsense"
     else:
         steps = planned_steps(options, rows)
-        rate = rate_of(channels, steps)
-        reason = f"for {steps:,} steps and {channels:.0f} channels in a slice" + ("" if _is_adam(options) else NOT_ADAM)
+        rate = rate_of(channels, steps, step := examples_a_step(options))
+        seen = "" if step >= BATCH else f" of {step} example{'s' if step > 1 else ''}"
+        reason = f"for {steps:,} steps{seen} and {channels:.0f} channels in a slice"
+        reason += "" if _is_adam(options) else NOT_ADAM
     share = OBJECTIVES[options.objective].rate
     reason += "" if share == 1 else f"; times {share:g}, as TRL's own default for {options.objective} to that for sft"
     return Settled(options.model_copy(update={"learning_rate": share * rate}), reason)
@@ -156,5 +158,7 @@ def _longer(options: TrainOptions) -> str:
 def _higher(options: TrainOptions, steps: int, channels: float | None) -> str:
     """What to do about the rate."""
     assert isinstance(options.learning_rate, float)
-    rule = rate_of(channels, steps) if channels is not None and _is_adam(options) else 0
+    rule = 0.0
+    if channels is not None and _is_adam(options):
+        rule = rate_of(channels, steps, examples_a_step(options))
     return "a higher learning_rate" + (f": the rule's is {rule:g}" if rule > options.learning_rate else "")

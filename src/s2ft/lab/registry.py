@@ -218,9 +218,11 @@ STUDIES = {
             "data": _DATA,
             "workers": _WORKERS,
             "only": Option(
-                str | None, None, "Of style-50,style-200,arithmetic-1000 and of lora,random,weight,variants [default: all]"
+                str | None,
+                None,
+                "Of style-50,style-200,arithmetic-1000 and of lora,random,weight,variants [default: all]; kept: report what "
+                "was run before, and run nothing",
             ),
-            "kept": Option(bool, False, "Report the runs that are kept, and run nothing"),
         },
     ),
     "real": Entry(

@@ -1,7 +1,8 @@
 """How many units each layer trains.
 
     ratio r of a projection   →  round(r · all its units), shared by its layers
-    budget b of the model     →  r = b · parameters reached / number of targets / parameters of the projection
+    budget b of the model     →  r = b · parameters reached / number of targets / parameters of the projection,
+                                 but at least a head of attention in every block, if a tenth is left for the rest
 
 Parameters that no slice can be taken from do not count (`selection/coverage.py`). A target that only some blocks have (one
 attention in eight blocks of a hybrid) counts by as many as have it. Stacked experts and the rest of the model each have a
@@ -28,6 +29,8 @@ from s2ft.layer.stacked import linear_at
 from s2ft.selection.coverage import Coverage
 from s2ft.selection.targets import by_projection
 from s2ft.selection.units import EXPERTS, Projection, Target
+
+REST = 0.1  # the least share of a budget that is left for what has a head in every block without help
 
 
 def count_units(
@@ -123,7 +126,35 @@ def _ratios(
         f"lower the budget or target more projections"
         for name in over
     )
-    return {name: shares[name] / size for name, size in sizes.items()}
+    heads = {
+        name: sum(p.width * across[p.module] for _, p in group)
+        for name, group in by_name.items()
+        if group[0][0].kind == "attention"
+    }
+    return {name: share / sizes[name] for name, share in _with_a_head(shares, heads).items()}
+
+
+def _with_a_head(shares: dict[str, float], heads: Mapping[str, float]) -> dict[str, float]:
+    """Shares of a budget that leave no block without a head: a small model has few and large ones (docs/choosing.md).
+
+    Args:
+        shares: Projection → parameters.
+        heads: Projection of attention → parameters of one head in each of its layers.
+
+    Example:
+        >>> _with_a_head({"o_proj": 50.0, "down_proj": 50.0}, {"o_proj": 80.0})
+        {'o_proj': 80.0, 'down_proj': 20.0}
+        >>> _with_a_head({"o_proj": 50.0, "down_proj": 50.0}, {"o_proj": 95.0})
+        {'o_proj': 50.0, 'down_proj': 50.0}
+    """
+    raised = {name: max(share, heads.get(name, 0.0)) for name, share in shares.items()}
+    rest = [name for name, share in shares.items() if raised[name] == share]
+    left = sum(shares.values()) - sum(raised[name] for name in shares if name not in rest)
+    if left < REST * sum(shares.values()):
+        return shares
+    given = sum(shares[name] for name in rest)
+    found = {name: share * left / given if name in rest else raised[name] for name, share in shares.items()}
+    return found if found == shares else _with_a_head(found, heads)
 
 
 def _across(model: nn.Module, projection: Projection) -> int:

@@ -1,8 +1,9 @@
-"""A learning rate for slices that Adam trains: `MOVE` / √(channels of a slice × steps).
+"""A learning rate for slices that Adam trains: `MOVE` × √(examples a step / `BATCH`) / √(channels of a slice × steps).
 
 Adam moves a trained weight by about the learning rate in a step, and an output by the sum over the trained channels. Channels
 and steps that do not all pull one way add up like the root of their number. So measured, the rates that are good on SmolLM2
-and those of the S²FT paper are one number (docs/training.md, "Batch and rate").
+and those of the S²FT paper are one number (docs/choosing.md). In a step of few examples most of a move is noise, so it has to
+be smaller: by the root of their number, which is Adam's scaling with the batch (Malladi et al., arXiv 2205.10287).
 """
 
 from __future__ import annotations
@@ -18,38 +19,43 @@ from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.stacked import StackedLinear, linear_at
 
-MOVE = 0.3  # learning rate × √(channels of a slice × steps)
+MOVE = 0.3  # learning rate × √(channels of a slice × steps), in steps of
+BATCH = 16  # examples or more
 RATES = (1e-5, 2e-2)  # lower and upper bound
 
 
-def learning_rate(trained: nn.Module | S2FTConfig, steps: float) -> float:
+def learning_rate(trained: nn.Module | S2FTConfig, steps: float, examples: float = BATCH) -> float:
     """The peak learning rate that `s2ft train` would take, for a loop of your own.
 
     Args:
         trained: A model with an S²FT adapter, or a config with its channels chosen, as `s2ft.select` returns it; for a model
             with stacked experts, give the model, which knows how many there are.
         steps: Optimizer steps of the whole run: epochs × examples / examples a step.
+        examples: That an optimizer step sees, in all processes.
 
     Returns:
-        0.3 / √(channels of a slice × steps), the channels being the mean over the active slices; between 1e-5 and 2e-2, to two
-        digits. For Adam and AdamW with a schedule that falls to zero.
+        0.3 × √(min(examples, 16) / 16) / √(channels of a slice × steps), the channels being the mean over the active slices;
+        between 1e-5 and 2e-2, to two digits. For Adam and AdamW with a schedule that falls to zero.
 
     Raises:
-        S2FTError: without slices, or for less than one step.
+        S2FTError: without slices, or for less than one step or example.
 
     Example:
         >>> import s2ft
-        >>> s2ft.learning_rate(s2ft.S2FTConfig(slices={"layers.0.down_proj": "in 0-47"}), steps=150)
-        0.0035
+        >>> s2ft.learning_rate(s2ft.S2FTConfig(slices={"layers.0.down_proj": "in 0-47"}), steps=150, examples=4)
+        0.0018
     """
     if not steps >= 1:
         raise S2FTError(f"steps={steps!r}: a rate is for one optimizer step or more")
-    return rate_of(channels_of(trained), steps)
+    if not examples >= 1:
+        raise S2FTError(f"examples={examples!r}: a rate is for steps of one example or more")
+    return rate_of(channels_of(trained), steps, examples)
 
 
-def rate_of(channels: float, steps: float) -> float:
+def rate_of(channels: float, steps: float, examples: float) -> float:
     """The rule."""
-    return float(f"{min(max(MOVE / math.sqrt(channels * steps), RATES[0]), RATES[1]):.2g}")
+    rate = MOVE * math.sqrt(min(examples, BATCH) / BATCH) / math.sqrt(channels * steps)
+    return float(f"{min(max(rate, RATES[0]), RATES[1]):.2g}")
 
 
 def channels_of(trained: nn.Module | S2FTConfig, base: nn.Module | None = None) -> float:

@@ -1,8 +1,6 @@
-"""The picture of a study of rates: loss against learning rate, a panel for each case and for its variants.
+"""The picture of a study of rates: held-out loss against learning rate, a panel for each case and one for its variants.
 
-    loss │ ╲    ╱          a line for each contender, its interval where there are several seeds
-         │  ╲_★╱           ★ the rate of the rule
-         └──────── rate
+A line for each contender, with its interval where there are several seeds; a star is the rule's rate.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "random": {"strategy": "random", "layout": "in-place"},
     "weight": WEIGHT,
 }
-VARIANTS: dict[str, dict[str, Any]] = {  # about 1% of SmolLM2's parameters, as the default budget, unless named after another
+VARIANTS: dict[
+    str, dict[str, Any]
+] = {  # about 1% of SmolLM2's parameters, as the default budget, unless named after another
     "no warm-up": {**WEIGHT, "warmup_steps": 0},
     "warm-up of half the run": {**WEIGHT, "warmup_steps": 75},
     "budget 0.5%": {**WEIGHT, "budget": 0.005},
@@ -74,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # about 1% of SmolLM2's parameters, as 
         },
     },
 }
-ALL_VARIANTS = "variants"
+ALL_VARIANTS, KEPT = "variants", "kept"
 VARIED = "style-50"  # where variants are tried: a run of minutes
 
 Asked = tuple[str, str, float | None, int]  # case, contender, rate (None: the rule's), seed
@@ -90,6 +92,7 @@ class DefaultsSettings:
     rates: tuple[float, ...] = GRID
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: VARIANTS)  # on the case `VARIED`
     variant_rates: tuple[float, ...] = FEW
+    kept: bool = False  # report what is kept, and run nothing
 
     @property
     def runs(self) -> int:
@@ -112,17 +115,19 @@ class DefaultsSettings:
         return self.contenders.get(who) or self.variants[who]
 
     def restricted(self, only: str | None) -> DefaultsSettings:
-        """To the cases and contenders named, with commas between them, "variants" being one contender; where no case or no
-        contender is named, to all of them.
+        """To the cases and contenders named, with commas between them.
+
+        "variants" is named like a contender. Where no case or no contender is named, all are taken. "kept" takes the runs that
+        are in the folder, and runs nothing.
 
         Raises:
             S2FTError: if a name is neither.
         """
         asked = [name.strip() for name in only.split(",")] if only else []
         named = (*self.contenders, ALL_VARIANTS)
-        if unknown := [name for name in asked if name not in (*self.cases, *named)]:
-            known = ", ".join((*self.cases, *named))
-            raise S2FTError(f"only: {', '.join(map(repr, unknown))}: must be among {known}")
+        known = (*self.cases, *named, KEPT)
+        if unknown := [name for name in asked if name not in known]:
+            raise S2FTError(f"only: {', '.join(map(repr, unknown))}: must be among {', '.join(known)}")
         cases = [name for name in self.cases if name in asked] or self.cases
         wanted = [name for name in named if name in asked] or named
         return replace(
@@ -130,6 +135,7 @@ class DefaultsSettings:
             cases=tuple(cases),
             contenders={name: options for name, options in self.contenders.items() if name in wanted},
             variants=self.variants if ALL_VARIANTS in wanted else {},
+            kept=KEPT in asked,
         )
 
 
@@ -142,17 +148,15 @@ def study_defaults(
     data: str,
     workers: int = 1,
     only: str | None = None,
-    kept: bool = False,
 ) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet; other arguments and errors are those of `study_real`.
 
     Args:
         only: The cases and contenders to run, as in `DefaultsSettings.restricted`; None: all.
-        kept: Report the runs that are in the folder, and run nothing.
     """
     settings = (settings or DefaultsSettings()).restricted(only)
     runs = Runs(folder, settings.runs, tell, identity(model))
-    asked = [one for one in settings.asked() if not kept or runs.has(_settings(settings, one))]
+    asked = [one for one in settings.asked() if not settings.kept or runs.has(_settings(settings, one))]
     with experiments(model, data, workers) as performer:
         results = runs.results([_settings(settings, one) for one in asked], performer)
     rows: list[Row] = []

@@ -99,7 +99,7 @@ class Experiments:
         config = who.config(model, tokens, workload, seed, avoid)
         if rate is None:
             assert isinstance(config, S2FTConfig)
-            rate = learning_rate(config, workload.steps)
+            rate = learning_rate(config, workload.steps, workload.batch_size)
         tuned = fine_tune(model, tokens, config, workload, rate, seed, autocast=self._precision(who.method)[1])
         if config is None:
             tuned.model.to(self._precision("s2ft")[0])  # as `s2ft eval` loads it
