@@ -215,16 +215,13 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(train, base, data, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("words", "told"), [([], "go on with:"), (["--reselect", "1"], "with reselect, it cannot be resumed")]
-)
-def test_an_interrupted_run_tells_how_to_go_on(train, base, data, tmp_path, monkeypatch, words, told):
+def test_an_interrupted_run_tells_how_to_go_on(train, base, data, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2)
     code, printed, _ = train(
-        "--model", base, "--data", data, "--output", str(tmp_path / "out"), "--max-steps", "4", *words, *COMMON
+        "--model", base, "--data", data, "--output", str(tmp_path / "out"), "--max-steps", "4", *COMMON
     )
     assert code == 130
-    assert f"interrupted at step 2; {told}" in printed
+    assert "interrupted at step 2; go on with:" in printed
 
 
 def test_the_real_arithmetic_set_runs_through(train, base, tmp_path):

@@ -162,7 +162,6 @@ def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(
         ({}, {"layout": "in-place"}, "layout='in-place' needs whole weights, and fsdp2 leaves each process a part"),
         ({}, {"samples": 2}, "samples=2 needs whole weights"),
         ({}, {"quantize": "nf4"}, "quantize='nf4' needs whole weights"),
-        ({}, {"reselect": 1}, "reselect=1 does not go with fsdp2"),
         ({}, {"learning_rate": "auto"}, "learning_rate='auto' trains several times"),
         ({}, {}, "accelerate turns on for accelerators only, and this process runs on cpu"),
         (

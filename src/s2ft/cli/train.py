@@ -52,10 +52,7 @@ def _run(options: TrainOptions, json_file: str | None) -> int:
         _report(result.card, result.output, json_file)
     if result.interrupted and leads():
         steps = result.card["training"]["steps"]
-        again = f"go on with:\n  {command_line(options, resume=True)}"
-        typer.echo(
-            f"interrupted at step {steps}; {'with reselect, it cannot be resumed' if options.reselect else again}"
-        )
+        typer.echo(f"interrupted at step {steps}; go on with:\n  {command_line(options, resume=True)}")
     return INTERRUPTED if result.interrupted else 0
 
 

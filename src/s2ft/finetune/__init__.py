@@ -15,7 +15,6 @@ Read `options`, then `train`.
     recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains
     rates       a learning rate for each slice
-    reselect    channels that are exchanged during the run
     lora        LoRA and DoRA: config, targets, rank
     peft_methods  PEFT's own methods, with the keys of their own configs
     paca        PaCA: columns drawn in each layer by itself

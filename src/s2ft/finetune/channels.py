@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,8 +15,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.format.config import S2FTConfig
-from s2ft.format.slices import Slice
-from s2ft.format.terms import DEFAULT_BUDGET
 from s2ft.selection.scores import SCORES
 from s2ft.selection.select import Selection, select
 from s2ft.selection.weight_scores import Batch
@@ -43,20 +41,6 @@ def choose_channels(options: TrainOptions, model: PreTrainedModel, examples: Exa
     if selection.left_out:
         log.info("%s", selection.left_out)
     return selection.config
-
-
-def choose_more(
-    options: TrainOptions, model: PreTrainedModel, examples: Examples, factor: float
-) -> dict[str, Slice]:  # module → channels
-    """What would be chosen of `factor` times the ratios or the budget, but at most of all there is."""
-    more: dict[str, Any]
-    if isinstance(options.ratios, dict):
-        more = {"ratios": {name: min(1.0, factor * ratio) for name, ratio in options.ratios.items()}}
-    elif options.ratios is not None:
-        more = {"ratios": min(1.0, factor * options.ratios)}
-    else:
-        more = {"budget": min(1.0, factor * (options.budget or DEFAULT_BUDGET))}
-    return _select(options.model_copy(update=more), model, examples).slices
 
 
 def _select(options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> Selection:

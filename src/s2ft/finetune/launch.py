@@ -90,8 +90,6 @@ def _engine_problems(options: TrainOptions) -> Iterator[str]:
         yield f"method={options.method!r} trains the model's own weights, which s2ft train does not gather from {name}"
     if options.precision == PURE:
         yield f"precision={PURE!r} does not go with {name}, which keeps its own copies of what it trains"
-    if options.reselect:
-        yield f"reselect={options.reselect} does not go with {name}, which divides the optimizer's state; take 0"
     if options.learning_rate == AUTO_RATE:
         yield f"learning_rate={AUTO_RATE!r} trains several times, and {name} divides a model once; give a rate"
     if is_divided():

@@ -122,7 +122,7 @@ class S2FT(Method):
     title = "S²FT"
     learning_rate = 2e-4
     ours = True
-    options = frozenset({*S2FTOptions.model_fields, "calibration", "layout", "slice_rates", "reselect"}) | ADAMW
+    options = frozenset({*S2FTOptions.model_fields, "calibration", "layout"}) | ADAMW
 
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
         """The config with the channels that were chosen."""

@@ -132,16 +132,6 @@ class TrainOptions(ObjectiveOptions, MethodOptions, DataOptions):
         f"of slices, for the others {_rates()} "
         "(s2ft in the paper: 2e-4 commonsense, 1e-3 arithmetic, 2e-5 instructions)",
     )
-    reselect: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="How often, in the first two thirds of the run, the half of the trained channels that moved least stays as "
-        "it is and others train instead",
-    )
-    slice_rates: Literal["one", "channels", "inputs", "norm"] = Field(
-        "one",
-        description="Learning rates of the slices: one for all, or by the root of their channels or of the inputs that are "
-        "summed, or by the norm of the weights that they change",
-    )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate falls"
     )
@@ -233,7 +223,6 @@ def _option_problems(values: Mapping[str, Any]) -> list[str]:
         *objective_problems(options.model_dump(), find_method(options.method).leaves_model),
         *_weight_problems(options),
         *_evaluation_problems(options),
-        *_reselect_problems(options),
     ]
 
 
@@ -315,18 +304,6 @@ def _evaluation_problems(options: TrainOptions) -> list[str]:
         name for name in ("eval_data", "eval_limit") if options.evaluate is None and getattr(options, name) is not None
     ]
     return [f"{name}={getattr(options, name)!r} is of no use without evaluate" for name in alone]
-
-
-def _reselect_problems(options: TrainOptions) -> list[str]:
-    """What keeps a channel from staying exactly as it is, and what a checkpoint does not hold."""
-    if not options.reselect or options.method != "s2ft":
-        return []
-    given = f"reselect={options.reselect} does not go with"
-    plain = ("adamw_torch", "adamw_torch_fused")
-    optim = [f"{given} optim={options.optim!r}; take {' or '.join(plain)}"] if options.optim not in plain else []
-    decay = [f"{given} weight_decay={options.weight_decay:g}; take 0"] if options.weight_decay else []
-    resume = [f"{given} resume: a checkpoint does not say which channels train"] if options.resume else []
-    return optim + decay + resume
 
 
 def _foreign(name: str, value: Any, method: str) -> str:

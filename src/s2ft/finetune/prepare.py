@@ -37,7 +37,7 @@ from s2ft.data.tokens import SOURCE, Tokens, hold_out, weigh
 from s2ft.evaluate.comparison import Checked, check_scores
 from s2ft.finetune.arguments import longest, trainer_config
 from s2ft.finetune.card import Card
-from s2ft.finetune.channels import Examples, choose_more
+from s2ft.finetune.channels import Examples
 from s2ft.finetune.checkpoints import Checkpoints
 from s2ft.finetune.engines import check_started, computes_in_bf16, loading
 from s2ft.finetune.layout import INDEXED, Chosen, choose_layout, untried
@@ -47,7 +47,6 @@ from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
-from s2ft.finetune.reselect import SHARE, Reselect, widened
 from s2ft.finetune.resume import Paused, check_output, note_run
 from s2ft.finetune.reward_functions import load_reward
 from s2ft.finetune.search import plan_tries, search
@@ -56,7 +55,6 @@ from s2ft.finetune.trainer import Flow, RunTrainer
 from s2ft.finetune.trial import Trial
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config import S2FTConfig
-from s2ft.format.slices import Slice
 from s2ft.format.terms import PURE
 from s2ft.layer.sharding import from_first, is_loaded_once
 from s2ft.runtime.models import load_model, load_scorer, load_tokenizer, place
@@ -156,9 +154,6 @@ def prepare(options: TrainOptions) -> Setup:
 
     flow = Flow(options.save_every)
     callbacks = [flow, *method.callbacks(options, model)]
-    if options.reselect and isinstance(config, S2FTConfig):
-        config, reselect = _reselection(options, model, data, config)
-        callbacks.append(reselect)
     trainer = make(options, data, config, callbacks)
     check_started(trainer)
     chosen = _settle_layout(options, paused, trainer, sliced=isinstance(config, S2FTConfig))
@@ -244,18 +239,6 @@ def _settle_rate(
     return settled.model_copy(update={"learning_rate": found.rate}), found.reason, found.card
 
 
-def _reselection(
-    options: TrainOptions, model: PreTrainedModel, data: Data, config: S2FTConfig
-) -> tuple[S2FTConfig, Reselect]:
-    """The config with the channels of all stages, and what exchanges them."""
-    options = settle_strategy(options)
-    first = {path: Slice.parse(text) for path, text in (config.slices or {}).items()}
-    factors = [1 + SHARE * turn for turn in range(1, options.reselect + 1)]
-    selections = [first, *(choose_more(options, model, data.examples, factor) for factor in factors)]
-    selections = as_leader(selections)
-    return widened(config, selections), Reselect(selections)
-
-
 def _trainer(
     model: PreTrainedModel,
     arguments: Callable[..., TrainingArguments],
@@ -278,7 +261,6 @@ def _trainer(
             peft_config=config,
             callbacks=list(callbacks),
             pure_bf16=options.precision == PURE,
-            slice_rates=options.slice_rates,
             **rewards,
         )
     for theirs in (ProgressCallback, PrinterCallback):

@@ -26,7 +26,6 @@ from s2ft.finetune.model_card import model_card
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions, to_yaml
 from s2ft.finetune.prepare import Setup
-from s2ft.finetune.reselect import Reselect
 from s2ft.finetune.weights import layer_changes
 from s2ft.format.config import S2FTConfig
 from s2ft.report.run import run_page
@@ -176,7 +175,6 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
             "trainable_parameters": trainable,
             "model_parameters": total,
             "share": trainable / total,
-            **_at_once(setup),
         },
         "training": _training(setup, steps, foreseen, metrics["train_runtime"]),
         **({} if setup.search is None else {"learning_rate_search": setup.search}),
@@ -195,12 +193,6 @@ def _objective(setup: Setup) -> Card:
     measures = OBJECTIVES[setup.options.objective].measures
     history = setup.trainer.state.log_history
     return {"objective": {name: final_mean(_points(history, name)) for name in measures}} if measures else {}
-
-
-def _at_once(setup: Setup) -> Card:
-    """Where channels were exchanged: how many parameters trained at a time, of those in the adapter."""
-    found = [one for one in setup.trainer.callback_handler.callbacks if isinstance(one, Reselect)]
-    return {"trained_at_once": found[0].trained_at_once} if found else {}
 
 
 def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: float) -> Card:

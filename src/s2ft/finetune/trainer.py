@@ -31,7 +31,6 @@ from s2ft.finetune.engines import trained_state
 from s2ft.finetune.holdout import WEIGHT, held_out_loader, summed_losses
 from s2ft.finetune.live import LiveView
 from s2ft.finetune.options import TrainOptions
-from s2ft.finetune.rates import ONE, rate_factors, split_groups
 from s2ft.layer.block import S2FTBlock
 from s2ft.runtime.processes import anywhere, is_managed
 from s2ft.training.rounding import round_steps
@@ -51,7 +50,6 @@ class RunTrainer(transformers.Trainer):
 
     Args:
         pure_bf16: Trains bf16 deltas, in steps that are rounded stochastically.
-        slice_rates: How the slices' learning rates differ (`finetune/rates.py`).
     """
 
     config_class: type[TrainingArguments]  # of the TRL trainer beside this class
@@ -66,13 +64,12 @@ class RunTrainer(transformers.Trainer):
         """Tokens that each row takes in a batch."""
         raise NotImplementedError
 
-    def __init__(self, *args: Any, pure_bf16: bool = False, slice_rates: str = ONE, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, pure_bf16: bool = False, **kwargs: Any) -> None:
         with _no_telemetry():
             super().__init__(*args, **kwargs)
         self.pure_bf16 = pure_bf16
         if not pure_bf16:
             _keep_fp32(self.model)
-        self.rate_factors = {} if slice_rates == ONE else rate_factors(self.model, "default", slice_rates)
         if pure_bf16:
             self.add_callback(_PureBf16())
 
@@ -90,12 +87,10 @@ class RunTrainer(transformers.Trainer):
                     callback.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with the slices' rates; with `pure_bf16`, over bf16 deltas, in stochastically rounded steps."""
+        """As in transformers; with `pure_bf16`, over bf16 deltas, in stochastically rounded steps."""
         if self.pure_bf16:
             _to_bf16(self.model)
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.rate_factors:
-            split_groups(optimizer, self.rate_factors, self.args.learning_rate)
         if self.pure_bf16:
             round_steps(optimizer)
         return optimizer

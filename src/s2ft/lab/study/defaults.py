@@ -3,9 +3,9 @@
     style-200, style-50    chat in a fixed style (`demo/lighthouse.py`)      loss of held-out examples after
     arithmetic-1000        worked problems                                   `s2ft train` as a user calls it
 
-For every contender, case and seed: each rate of one grid, and the rate of the rule. Variants of S²FT (other projections, other
-allocations, rates by slice, channels exchanged on the way) take a few rates on one case. All train about as many parameters
-(LoRA 10% more, to be on the safe side), in as many steps.
+For every contender, case and seed: each rate of one grid, and the rate of the rule. Variants of S²FT (other projections,
+budgets, allocations, warm-ups) take a few rates on one case. All but the budgets train about as many parameters (LoRA 10% more,
+to be on the safe side), in as many steps.
 """
 
 from __future__ import annotations
@@ -60,8 +60,6 @@ VARIANTS: dict[
     "budget 4%": {**WEIGHT, "budget": 0.04},
     "saliency": {**WEIGHT, "strategy": "saliency"},
     "global": {**WEIGHT, "allocation": "global"},
-    "rates by norm": {**WEIGHT, "slice_rates": "norm"},
-    "reselect 2": {**WEIGHT, "reselect": 2},
     "down": {**WEIGHT, "ratios": {"down_proj": 0.050673}},
     "up and down": {**WEIGHT, "ratios": dict.fromkeys(("up_proj", "down_proj"), 0.025347)},
     "gate, up, down": {**WEIGHT, "ratios": dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 0.016884)},
