@@ -77,17 +77,23 @@ def test_processes_share_a_step(monkeypatch):
         assert (settled.batch_size, settled.gradient_accumulation) == batch
 
 
-def test_the_rate_falls_with_the_root_of_channels_and_steps():
-    """0.3 / √(channels × steps), on slices whose sizes are written out here."""
+def test_the_rate_falls_with_the_root_of_channels_and_steps_and_rises_with_that_of_the_examples_a_step():
+    """0.3 × √(examples / 16) / √(channels × steps), on slices whose sizes are written out here."""
     config = S2FTConfig(slices={"a": "in 0-29", "b": "out 0-47"})
     channels = mean_channels(config)
     assert channels == 39
     assert mean_channels(LoraConfig()) is None
-    for rows, steps in ((200, 150), (50_000, 2346)):
+    for rows, steps, share, seen in (
+        (50, 150, 1 / 4, " of 1 example"),
+        (200, 150, 1 / 2, " of 4 examples"),
+        (50_000, 2346, 1, ""),
+    ):
         settled = settle_rate(settle_batch(options(), rows).options, rows, channels)
-        assert settled.options.learning_rate == pytest.approx(0.3 / math.sqrt(39 * steps), rel=0.05)  # two digits
-        assert settled.reason == f"for {steps:,} steps and 39 channels in a slice"
-    assert settle_rate(options(max_steps=1, batch_size=1), 9, 1).options.learning_rate == 0.02  # the most
+        expected = pytest.approx(0.3 * share / math.sqrt(39 * steps), rel=0.05)  # two digits
+        assert settled.options.learning_rate == expected
+        assert settled.reason == f"for {steps:,} steps{seen} and 39 channels in a slice"
+    shortest = settle_batch(options(max_steps=1), 9).options
+    assert settle_rate(shortest, 9, 1).options.learning_rate == 0.02  # the most
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,7 +127,7 @@ def test_a_run_that_did_not_teach_a_real_model_is_called_too_short_and_one_that_
             "learning_rate: the rule's is 0.014",
         ),
         ({"epochs": 0.1}, 1, 2, "more epochs than 0.1, or a higher learning_rate: the rule's is 0.02"),
-        ({"max_steps": 12}, 12, 39, "more steps than max_steps=12, or a higher learning_rate: the rule's is 0.014"),
+        ({"max_steps": 12}, 12, 39, "more steps than max_steps=12, or a higher learning_rate: the rule's is 0.0035"),
         ({"optim": "sgd", "max_steps": 5}, 5, 39, "more steps than max_steps=5, or a higher learning_rate"),
         ({"method": "lora", "max_steps": 5}, 5, None, "more steps than max_steps=5, or a higher learning_rate"),
     ],
@@ -143,7 +149,7 @@ def test_defaults_teach_a_small_data_set_and_the_papers_recipe_does_not(run, tmp
     caplog.set_level(logging.INFO, logger="s2ft")
     ends = tmp_path / "ends.jsonl"
     ends.write_text("".join(json.dumps(example) + "\n" for example in STUDY_SKILLS["ends"].examples(40, seed=0)))
-    embedded = {"model": str(base_path()), "data": str(ends), "seed": 0}
+    embedded = {"model": str(base_path()), "data": str(ends)}
     ours = run(**embedded)
     assert "batch: 1 example a step: 40 examples in 3 epochs are 120 steps" in caplog.messages
     training = ours.card["training"]
@@ -154,7 +160,7 @@ def test_defaults_teach_a_small_data_set_and_the_papers_recipe_does_not(run, tmp
     assert "3 steps at a rate of 0.0002 will hardly move the model" in caplog.text
     start = papers.card["loss_curve"][0][1]
     assert papers.card["training"]["final_loss"] > 0.9 * start
-    assert training["final_loss"] < 0.25 * start
+    assert training["final_loss"] < 0.3 * start
     again = parse_options(read_config(str(ours.output / "run.yaml")))
     assert (again.batch_size, again.gradient_accumulation, again.learning_rate) == (1, 1, training["learning_rate"])
 
