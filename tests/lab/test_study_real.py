@@ -19,7 +19,7 @@ from s2ft.demo.skills import belongs
 from s2ft.evaluate.tasks import DECODING, Decoding
 from s2ft.finetune.train import train
 from s2ft.lab.study import experiment, real
-from s2ft.lab.study.chains import side_by_side
+from s2ft.lab.study.chains import VERSION, side_by_side
 from s2ft.lab.study.commonsense import ASKED, TRAINED
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.curves import RULE
@@ -193,7 +193,7 @@ def test_a_study_of_another_version_is_not_mixed_in(model, data, tmp_path, monke
     few = replace(SETTINGS, parts=("selection",), seeds=1)
     study_real(tmp_path / "runs", few, model=model, data=data)
     monkeypatch.setattr("s2ft.lab.study.chains.VERSION", 99)
-    with pytest.raises(S2FTError, match=r"runs of version 1 of the study, and this is version 99; name another folder"):
+    with pytest.raises(S2FTError, match=rf"runs of version {VERSION} of the study, and this is version 99; name"):
         study_real(tmp_path / "runs", few, model=model, data=data)
 
 
