@@ -230,8 +230,9 @@ def finish(base: str, data: str, output: Path, log: Path) -> None:
 def check_result(output: Path, wanted: dict[str, str]) -> None:
     assert adapter_in(output) == wanted
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
+    assert (output / "report.html").read_text().rstrip().endswith("</html>")
     hidden = [path.name for folder in (output, output.parent) for path in folder.iterdir() if path.name.startswith(".")]
-    assert set(hidden) <= {f".{output.name}.lock"}  # of a run that was killed when it had ended
+    assert set(hidden) <= {f".{output.name}.lock", ".run.json.lock"}  # of a run that was killed when it had ended
 
 
 def test_a_killed_training_ends_with_the_same_bits(

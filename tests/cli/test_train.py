@@ -67,7 +67,7 @@ def test_the_summary_tells_what_was_asked_for_and_the_reasons(train, base, data,
     assert "channels of the largest weight scores" in errors
     assert "seed None" not in errors
     assert "1 example a step: 4 steps, as asked" in errors
-    assert f"learning rate: {training['learning_rate']:g}, for 4 steps and" in errors
+    assert f"learning rate: {training['learning_rate']:g}, for 4 steps of 1 example and" in errors
 
 
 def test_scores_are_in_the_summary(capsys, tmp_path):

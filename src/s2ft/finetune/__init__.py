@@ -14,7 +14,6 @@ Read `options`, then `train`.
     engines     FSDP2 and DeepSpeed: how a model is loaded for them, and what is saved
     recipe      batch and learning rate where they are not given, with the reason
     channels    which channels a run of S²FT trains
-    rates       a learning rate for each slice
     lora        LoRA and DoRA: config, targets, rank
     peft_methods  PEFT's own methods, with the keys of their own configs
     paca        PaCA: columns drawn in each layer by itself

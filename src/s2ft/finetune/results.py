@@ -82,12 +82,15 @@ def save_result(
 
 
 def write_run(output: Path, card: Card) -> None:
-    """Writes the card and, from it and what lies beside it, the README for the Hub and the page `report.html`; each whole."""
-    write_card(output, card)
+    """Writes, from the card and what lies beside it, the README for the Hub, the page `report.html`, and the card; each whole.
+
+    The card is the last, as it says that the run is finished: one that is killed before goes on, and writes all of them.
+    """
     with replaced_file(output / "README.md") as aside:
         aside.write_text(model_card(card, [path.name for path in output.glob("*.png")]), encoding="utf-8")
     with replaced_file(output / "report.html") as aside:
         aside.write_text(run_page(card, output), encoding="utf-8")
+    write_card(output, card)
 
 
 def _name_end(model: PreTrainedModel, end: int | None) -> None:

@@ -16,4 +16,5 @@ workers         processes that perform runs
 runs            keeps finished runs, so that a study can continue
 summary         means with Student's interval
 report          table and picture
+curves          the picture of loss against learning rate
 """

@@ -58,7 +58,10 @@ VARIANTS: dict[
     "warm-up of half the run": {**WEIGHT, "warmup_steps": 75},
     "budget 0.5%": {**WEIGHT, "budget": 0.005},
     "budget 4%": {**WEIGHT, "budget": 0.04},
-    "half to o, half to down": {**WEIGHT, "ratios": {"o_proj": 0.067573, "down_proj": 0.02534}},  # 12 blocks without a head
+    "half to o, half to down": {
+        **WEIGHT,
+        "ratios": {"o_proj": 0.067573, "down_proj": 0.02534},
+    },  # 12 blocks without a head
     "saliency": {**WEIGHT, "strategy": "saliency"},
     "global": {**WEIGHT, "allocation": "global"},
     "down": {**WEIGHT, "ratios": {"down_proj": 0.050673}},
