@@ -164,6 +164,7 @@ def test_what_is_kept_is_reported_and_drawn_without_a_run(model, data, tmp_path,
         ("s2ft", RULE, 0),
         ("more", "0.001", 0),
     ]
+    assert report.table()[0]["style-50"] == f"{report.rows[0]['score']:.3f}", "a loss is no percentage"
     draw_picture(report, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -206,6 +206,21 @@ def test_a_budget_is_split_evenly_over_o_and_down() -> None:
     assert abs(by_name["o_proj"] - 0.05 * total) <= 240 / 2  # within half a head of 10 × 24
 
 
+@pytest.mark.parametrize(("trained", "heads_trained"), [(780, 2), (1000, 3), (1440, 3), (2400, 5)])
+def test_a_budget_leaves_no_block_without_a_head(trained: int, heads_trained: int) -> None:
+    """Three blocks, heads of 240 parameters: three heads where a tenth is left for down, else what half of the budget buys."""
+    model = build("llama", torch.float32)
+    slices = select(model, S2FTConfig(budget=trained / model.num_parameters(), seed=0)).slices
+    count = {
+        name: sum(len(s.indices) for path, s in slices.items() if path.endswith(name))
+        for name in ("o_proj", "down_proj")
+    }
+    assert count["o_proj"] == 10 * heads_trained
+    assert (sum(path.endswith("o_proj") for path in slices) == 3) == (heads_trained >= 3)
+    left = trained / 2 if heads_trained in (2, 5) else trained - 720
+    assert abs(24 * count["down_proj"] - left) <= 24 / 2
+
+
 def test_the_default_trains_one_percent_of_o_and_down() -> None:
     slices = select(build("mistral"), S2FTConfig(seed=0)).slices
     assert {path.rpartition(".")[2] for path in slices} <= {"o_proj", "down_proj"}

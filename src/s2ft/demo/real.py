@@ -1,6 +1,6 @@
 """The quickstart on a real model: teach SmolLM2 a manner of answering, and see what it keeps.
 
-    base scores  →  `s2ft train` with its defaults, channels drawn by a seed  →  tuned scores, side by side
+    base scores  →  `s2ft train` with its defaults  →  tuned scores, side by side
 
 What the model keeps is asked by likelihood: the perplexity of Python's own documentation, which every installation has, and,
 where LLM-Adapters' data is at hand, BoolQ and ARC-e.
@@ -81,7 +81,7 @@ def quickstart_real(folder: Path, model: str, data: str | None = None) -> RealCo
     folder.mkdir(parents=True)
     path = folder / "lighthouse.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records[:TRAINED]), encoding="utf-8")
-    asked: dict[str, Any] = {"model": model, "data": [str(path)], "output": str(folder / "adapter"), "seed": 0}
+    asked: dict[str, Any] = {"model": model, "data": [str(path)], "output": str(folder / "adapter")}
     result = train(TrainOptions(**asked)).whole()
     tuned = _measure(result.model, result.tokenizer, tests, old)
     scores = {name: {"base": base.scores[name, form], "tuned": tuned.scores[name, form]} for name, form in base.scores}

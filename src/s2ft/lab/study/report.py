@@ -45,7 +45,7 @@ class StudyReport:
         """One row for each contender, one column for each task."""
         cells: dict[str, dict[str, str]] = {}
         for row in self.summary:
-            cells.setdefault(self.label(row), {})[row["task"]] = cell(row)
+            cells.setdefault(self.label(row), {})[row["task"]] = cell(row, self.settings.get("measured"))
         tasks = self.tasks
         return [
             {" / ".join(self.by): name, **{task: own.get(task, "–") for task in tasks}} for name, own in cells.items()
@@ -61,14 +61,18 @@ class StudyReport:
         return ", ".join(str(row[name]) for name in self.by)
 
 
-def cell(row: Row) -> str:
+def cell(row: Row, measured: str | None = None) -> str:
     """Mean ± half the interval: in percent, but for losses and perplexity.
+
+    Args:
+        measured: What was measured on the task, where its name does not say it.
 
     Example:
         >>> cell({"task": "ends", "mean": 0.5, "low": 0.25, "high": 0.75}), cell({"task": "ends", "mean": 1, "low": None})
         ('50.0 ± 25.0', '100.0')
     """
-    scale, form = (1, PLAIN[row["task"]]) if row["task"] in PLAIN else (100, ".1f")
+    kind = measured or row["task"]
+    scale, form = (1, PLAIN[kind]) if kind in PLAIN else (100, ".1f")
     spread = "" if row["low"] is None else f" ± {format(scale * (row['high'] - row['mean']), form)}"
     return format(scale * row["mean"], form) + spread
 
