@@ -86,8 +86,11 @@ def write_run(output: Path, card: Card) -> None:
 
     The card is the last, as it says that the run is finished: one that is killed before goes on, and writes all of them.
     """
+    pictures = {path.name for path in output.glob("*.png")}
+    if card.get("loss_curve"):
+        pictures.add("loss.png")  # comes with the card
     with replaced_file(output / "README.md") as aside:
-        aside.write_text(model_card(card, [path.name for path in output.glob("*.png")]), encoding="utf-8")
+        aside.write_text(model_card(card, sorted(pictures)), encoding="utf-8")
     with replaced_file(output / "report.html") as aside:
         aside.write_text(run_page(card, output), encoding="utf-8")
     write_card(output, card)
