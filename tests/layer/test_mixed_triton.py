@@ -112,7 +112,14 @@ def test_a_mixed_batch_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of({"a": 3, "b": 20}, "in", (24, 40))
     layer.pooled |= {f"out {name}": one for name, one in layer_of({"a": 5, "b": 1}, "out", (24, 40)).pooled.items()}
     batch = MixedBatch(["out a", "b", BASE, "a", "out b"])
-    monkeypatch.setattr(mixed, "_way", lambda x, tokens: (kernels.add_by_kernel, kernels.tiles))
+
+    def by_kernels(pack: Any, batch: MixedBatch, y: Tensor, x: Tensor, tokens: int) -> list[Any]:
+        plan = kernels.tiles(
+            pack, batch.places(pack.names), tokens, (x if pack.side == "in" else y).shape[-1], y.device
+        )
+        return [(kernels.add_by_kernel, pack, plan)]
+
+    monkeypatch.setattr(mixed, "_of_pack", by_kernels)
     for tokens in (4, 1, 1):
         x, y = torch.randn(5, tokens, 24), torch.randn(5, tokens, 40)
         found = mixed.add_mixed(layer, y.to(DEVICE, copy=True), x.to(DEVICE), batch).cpu()

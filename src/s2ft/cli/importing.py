@@ -10,8 +10,10 @@ from contextlib import contextmanager
 @contextmanager
 def importing() -> Iterator[None]:
     """Imports without Python's collector of cycles: it would go through what they make a thousand times, and find nothing."""
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()

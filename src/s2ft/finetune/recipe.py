@@ -110,8 +110,8 @@ def settle_rate(options: TrainOptions, rows: int, channels: float | None) -> Set
     if options.recipe == PAPER or channels is None:
         rate, reason = find_method(options.method).learning_rate, "the paper's, for commonsense"
     else:
-        steps = planned_steps(options, rows)
-        rate = rate_of(channels, steps, step := examples_a_step(options))
+        steps, step = planned_steps(options, rows), examples_a_step(options)
+        rate = rate_of(channels, steps, step)
         seen = "" if step >= BATCH else f" of {step} example{'s' if step > 1 else ''}"
         reason = f"for {steps:,} steps{seen} and {channels:.0f} channels in a slice"
         reason += "" if _is_adam(options) else NOT_ADAM

@@ -147,11 +147,8 @@ def _giving_tokens(names: MixedBatch, block: _Block, path: str) -> Any:
     """As `_giving`, to a layer that may be called with rows or with their tokens."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x, batch, passes = (
-            args[0],
-            names,
-            getattr(module, "passes", None),
-        )  # of stacked experts, which always get tokens
+        x, batch = args[0], names
+        passes = getattr(module, "passes", None)  # of stacked experts, which always get tokens
         if x.dim() == 2 and (passes or block.is_list or len(x) != len(names)):
             length = block.length_of(len(x) // (passes or 1), len(names))
             if length is None and module.holds_any(names.distinct):

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load, load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,6 +32,7 @@ from s2ft.demo import base_path
 from s2ft.exports.export import export
 from s2ft.exports.sync import Sent, sizes, sync
 from s2ft.format.config import S2FTConfig
+from s2ft.format.folder import WEIGHTS_FILE
 from s2ft.format.slices import Slice
 from s2ft.lab.bench.bases import Source, shell
 from s2ft.lab.bench.report import Report
@@ -151,7 +151,7 @@ def _really_sent(folder: str, budget: float) -> Row:
         get_peft_model(base, _config(budget), autocast_adapter_dtype=False).save_pretrained(str(adapter))
         sync(engine, adapter)
         lora = export(adapter, "lora", Path(place) / "lora")
-        exported = load_file(Path(lora.output) / SAFETENSORS_WEIGHTS_NAME)
+        exported = load_file(Path(lora.output) / WEIGHTS_FILE)
     return {"sent": engine.bytes, "exported_sent": sum(one.nbytes for one in exported.values())}
 
 

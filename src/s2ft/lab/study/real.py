@@ -49,8 +49,8 @@ RATES: dict[str, tuple[float, ...]] = {  # a grid for each method; it grows wher
     "shira": (1e-3, 2e-3, 4e-3),
     "s2ft": (1e-3, 2e-3, 4e-3),
 }
-WORKLOAD = Workload(steps=60, batch_size=4, train_examples=240, test_examples=0)  # nine minutes of a core of 2026
-WORKLOADS = {  # seeds before size: all parts together take ten hours on two cores
+WORKLOAD = Workload(steps=60, batch_size=4, train_examples=240, test_examples=0)
+WORKLOADS = {  # seeds before size: meant for about ten hours on two cores, which nobody has measured
     "arithmetic": WORKLOAD,
     "commonsense": WORKLOAD,
     "selection": replace(WORKLOAD, steps=40, train_examples=160),
