@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_a_table_of_another_width_is_refused(side: str) -> None:
     narrow = LooseSlice(side, torch.tensor([0, 2]), torch.ones((6, 2) if side == "in" else (2, 6), device=DEVICE))
     batch = MixedBatch(["a"])
-    pack = _pack_side(side, [narrow], torch.ones(1, device=DEVICE))
+    pack = _pack_side(side, {"a": narrow}, torch.ones(1, device=DEVICE))
     x, y = torch.ones(1, 7, device=DEVICE), torch.ones(1, 7, device=DEVICE)
     plan = kernels.tiles(pack, batch.of_row, 1, 7, torch.device(DEVICE))
     with pytest.raises(S2FTError, match="6 features on their other side, the layer 7"):
