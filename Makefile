@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised bench-quantised test-distributed test-trackers test-embeddings test-kernels test-gpu test-engines dist test-wheel lint-container test-notebook docs lint clean
+.PHONY: setup quickstart quickstart-real serve test test-slow test-soak test-peft test-lowest test-quantised bench-quantised test-distributed bench-distributed test-trackers test-embeddings test-kernels test-gpu test-engines dist test-wheel lint-container test-notebook docs lint clean
 
 setup: .venv/ready
 
@@ -60,10 +60,11 @@ test-quantised: build/quantised/ready
 	S2FT_TEST_QUANTISED=1 build/quantised/bin/python -m pytest tests/format/test_digest.py tests/layer/test_frozen.py tests/tuner/test_quantised.py \
 		tests/runtime/test_quantisation.py tests/runtime/test_merging.py tests/finetune/test_quantised_base.py tests/lab/test_bench_quantised.py
 
-# Their figures: gradients against the dequantised model, and a step's time and memory beside QLoRA's
+# Their figures: gradients against the dequantised model, a step's time and memory beside QLoRA's, and a slice held dense
 bench-quantised: build/quantised/ready
 	build/quantised/bin/s2ft bench quantised --json results/quantised.json
 	build/quantised/bin/s2ft bench training --quantize nf4 --json results/training-nf4.json
+	build/quantised/bin/s2ft bench dense --json results/dense.json
 
 # gptqmodel asks for a newer torch than it needs, so it comes without its dependencies
 build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
@@ -76,7 +77,14 @@ build/quantised/ready: pyproject.toml constraints.txt constraints-quantised.txt
 
 # FSDP2, tensor parallelism and DeepSpeed on two processes of the CPU; DeepSpeed, without its kernels, in an environment of its own above this one
 test-distributed: build/distributed/ready
-	build/distributed/bin/python -m pytest tests/tuner/test_sharded.py tests/tuner/test_partitioned.py tests/tuner/test_split.py tests/finetune/test_engines.py
+	$(EXTENSIONS) build/distributed/bin/python -m pytest tests/tuner/test_sharded.py tests/tuner/test_partitioned.py tests/tuner/test_split.py tests/finetune/test_engines.py
+
+# Their figures: weights beside one process, and memory and a step's time beside LoRA's
+bench-distributed: build/distributed/ready
+	$(EXTENSIONS) build/distributed/bin/python -m s2ft.cli.app bench distributed --json results/distributed.json
+
+# DeepSpeed compiles what its processes share memory by: once, and here, or two processes would wait for each other's lock
+EXTENSIONS := TORCH_EXTENSIONS_DIR=$(CURDIR)/build/distributed/extensions
 
 build/distributed/ready: .venv/ready constraints-distributed.txt
 	$(BIN)/python -m venv build/distributed
@@ -85,6 +93,8 @@ build/distributed/ready: .venv/ready constraints-distributed.txt
 	build/distributed/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	DS_BUILD_OPS=0 build/distributed/bin/python -m pip install --quiet --no-build-isolation --constraint constraints.txt \
 		--constraint constraints-distributed.txt deepspeed
+	$(EXTENSIONS) DS_ACCELERATOR=cpu build/distributed/bin/python -c \
+		'from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder("ShareMemCommBuilder").load()'
 	touch $@
 
 # `--report-to` with the trackers themselves, in an environment of their own above this one

@@ -10,11 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantised import library
 from s2ft import S2FTError
-from s2ft.lab.bench import quantised
+from s2ft.lab.bench import dense, quantised
 from s2ft.lab.bench.packed import AWQ_ORDER, GROUP, write_packed
 from s2ft.lab.bench.presets import PRESETS, Cell
 from s2ft.lab.bench.quantised import bench_quantised, quantised_line
 from s2ft.lab.bench.training import bench_training
+from s2ft.layer.dequantise import values_of
 
 TINY = {"vocab_size": 48, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -81,3 +82,25 @@ def test_training_is_measured_on_a_quantised_base() -> None:
 def test_an_unknown_quantisation_is_refused() -> None:
     with pytest.raises(S2FTError, match=r"quantize='int3' is unknown; choose from nf4"):
         bench_training("cpu", quantize="int3")
+
+
+def test_a_slice_beside_the_layer_and_a_dense_one_compute_what_their_dequantised_weights_do() -> None:
+    library("bitsandbytes")
+    ways, x = dense.contestants("cpu", (192, 64), channels=24), torch.randn(5, 192)
+    beside, rest = ways["beside"], ways["dense"]
+    with torch.no_grad():
+        beside.block("a").weight.normal_()
+        expected = x @ (values_of(beside.base_layer) + beside.get_delta_weight("a")).T
+        torch.testing.assert_close(dense.run(beside, x), expected, rtol=1e-5, atol=1e-5)
+        expected = x @ torch.cat([values_of(rest.rest), rest.own], dim=1).T
+        torch.testing.assert_close(dense.run(rest, x), expected, rtol=1e-5, atol=1e-5)
+    row = dense.bench_dense({"o_proj": (192, 64)}, tokens=7, rounds=1, seconds=0, device="cpu").rows[0]
+    assert row["beside_saved_bytes"] == row["dense_saved_bytes"] == 7 * row["channels"] * 4
+    assert row["floor_saved_bytes"] == 0
+    assert dense.dense_line(row)["saved bytes"] == "1.00"
+
+
+def test_the_dense_slice_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2ft.runtime.quantisation.find_spec", lambda name: None)
+    with pytest.raises(S2FTError, match="needs the package bitsandbytes"):
+        dense.bench_dense()

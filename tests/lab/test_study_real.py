@@ -110,6 +110,22 @@ def test_rates_are_tuned_on_examples_that_no_report_sees(data):
     assert TUNING_SEED not in range(SETTINGS.seeds)
 
 
+def test_a_run_computes_in_fp32_where_the_machine_multiplies_bf16(model, data, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    found, measure = [], Experiments._measure
+
+    def seen(self, tuned, task, measured):
+        found.append({parameter.dtype for parameter in tuned.parameters()})
+        return measure(self, tuned, task, measured)
+
+    monkeypatch.setattr(Experiments, "_measure", seen)
+    run = Experiments(model, data)
+    trained = {"task": "style", "recipe": asdict(WORKLOAD), "seed": 0, "measured": "test", "rate": None}
+    run({"contender": asdict(S2FT), **trained})
+    run({"options": {"max_steps": 1}, "task": "style", "examples": 4, "seed": 0})
+    assert found == [{torch.float32}] * 2
+
+
 def test_the_held_out_loss_is_that_of_the_tuned_model(model, data):
     run = Experiments(model, data)
     settings = {"contender": asdict(S2FT), "task": "style", "recipe": asdict(WORKLOAD), "seed": 0, "measured": "test"}

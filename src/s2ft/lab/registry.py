@@ -111,6 +111,11 @@ BENCHMARKS = {
         {"seed": Option(int, 0, "Seed of the model's weights")},
         has_picture=False,
     ),
+    "dense": Entry(
+        "Time a slice beside its NF4 layer, as it is trained, and one held dense beside a quantised rest.",
+        {"device": _DEVICE},
+        has_picture=False,
+    ),
     "switch": Entry(
         "Time how long a weight of dimension 1k to 32k takes to take an adapter in: S²FT, LoRA, and one copy of the slice.",
         {"device": _DEVICE},

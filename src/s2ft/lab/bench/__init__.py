@@ -11,6 +11,7 @@ switch         how long a switch takes, beside LoRA and one copy
 fusion         how long fusing two adapters takes, on files
 parallel       what many adapters in one batch cost, beside LoRA
 quantised      whether gradients are right on each quantisation
+dense          whether a slice held dense beside a quantised rest is faster or leaner
 packed         tiny GPTQ, AWQ and float8 checkpoints for it
 families       which of transformers' models are trained, and how exactly
 serve          many clients ask `s2ft serve`, and what is compared with it

@@ -26,7 +26,7 @@ from s2ft.runtime.gguf import gguf_file
 log = logging.getLogger("s2ft")
 
 T = TypeVar("T")
-VERSION = 2  # of what a run measures; runs of another version are not taken
+VERSION = 3  # of what a run measures; runs of another version are not taken
 
 
 def identity(model: str) -> Settings:

@@ -5,7 +5,8 @@
     {"fusion", "disjoint", "rates", "seed", "recipe"}                two trainings, and their adapters fused
     {"options", "task", "examples", "seed"}                          `s2ft train` itself, with these options; measured: "test"
 
-All is as in `s2ft train` on the same machine: the base in bf16 where the machine multiplies it, what is trained in fp32.
+All weights are fp32, whatever the machine multiplies fastest: runs of several machines can be put beside each other, and no
+method is favoured by the precision.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from s2ft.common.errors import S2FTError
 from s2ft.demo.real import documentation
@@ -32,7 +32,6 @@ from s2ft.demo.skills import Split
 from s2ft.evaluate.comparison import check_scores, score
 from s2ft.evaluate.likelihood import accuracy, load_choices, perplexity
 from s2ft.evaluate.tasks import TASKS
-from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import parse_options
 from s2ft.finetune.train import train
 from s2ft.finetune.trainer import DivergedError
@@ -44,7 +43,6 @@ from s2ft.lab.study.runs import Result, Settings
 from s2ft.lab.study.training import Tuned, Workload, fine_tune, response_loss, tokenizer_of, tokens_of
 from s2ft.lab.study.tuning import DIVERGED
 from s2ft.runtime.models import load_model
-from s2ft.runtime.precision import choose_precision
 from s2ft.training.rate import learning_rate
 
 MOST_HELD_OUT = 200  # examples
@@ -84,7 +82,7 @@ class Experiments:
     def _training(self, settings: Settings) -> Result:
         who, measured = Contender(**settings["contender"]), settings["measured"]
         if who.method == "vanilla":
-            return {"trainable": 0, **self._measure(self._fresh("s2ft"), settings["task"], measured)}
+            return {"trainable": 0, **self._measure(copy.deepcopy(self._base), settings["task"], measured)}
         tuned, rate = self._fit(who, settings, settings["rate"])
         counts = {"trainable": tuned.trainable, "rate": rate, "training_loss": tuned.final_loss}
         return {**counts, **self._measure(tuned.model, settings["task"], measured)}
@@ -95,22 +93,12 @@ class Experiments:
         """The tuned model and its learning rate: that of `s2ft train`'s rule where none is given."""
         workload, seed = Workload(**settings["recipe"]), settings["seed"]
         examples = draw(self._examples(task or settings["task"]), "fit", workload.train_examples, seed)
-        tokens, model = tokens_of(examples, self._tokenizer), self._fresh(who.method)
+        tokens, model = tokens_of(examples, self._tokenizer), copy.deepcopy(self._base)
         config = who.config(model, tokens, workload, seed, avoid)
         if rate is None:
             assert isinstance(config, S2FTConfig)
             rate = learning_rate(config, workload.steps, workload.batch_size)
-        tuned = fine_tune(model, tokens, config, workload, rate, seed, autocast=self._precision(who.method)[1])
-        if config is None:
-            tuned.model.to(self._precision("s2ft")[0])  # as `s2ft eval` loads it
-        return tuned, rate
-
-    def _fresh(self, method: str) -> PreTrainedModel:
-        return copy.deepcopy(self._base).to(self._precision(method)[0])
-
-    def _precision(self, method: str) -> tuple[torch.dtype, bool]:
-        dtype, autocast, _ = METHODS.get(method, METHODS["lora"]).precision(*choose_precision("auto"))
-        return dtype, autocast
+        return fine_tune(model, tokens, config, workload, rate, seed), rate
 
     def _measure(self, model: Any, task: str, measured: str) -> Result:
         split: Split = "validation" if measured == "validation" else "test"
@@ -160,7 +148,7 @@ class Experiments:
         with TemporaryDirectory() as folder, redirect_stderr(StringIO()):
             file = Path(folder, "data.json")
             file.write_text(json.dumps(examples), encoding="utf-8")
-            common = {"model": self._model, "data": str(file), "output": str(Path(folder, "out"))}
+            common = {"model": self._model, "data": str(file), "output": str(Path(folder, "out")), "precision": "fp32"}
             found = train(parse_options({**common, "train_seed": settings["seed"], **options})).whole()
         training = {name: found.card["training"][name] for name in ("learning_rate", "steps", "seconds")}
         return {**training, **self._measure(found.model, task, "test")}
@@ -176,7 +164,7 @@ class Experiments:
                 tuned, _ = self._fit(who, settings, settings["rates"][suite], avoid, task=suite)
                 tuned.model.save_pretrained(str(place))
                 found["alone"][suite] = self._written(tuned.model, suite, FUSED_QUESTIONS)["average"]
-            fused = fuse_adapters(folders, who.method, self._fresh(who.method))
+            fused = fuse_adapters(folders, who.method, copy.deepcopy(self._base))
         for fusion, suite in product(FUSIONS, TESTS):
             fused.set_adapter(fusion)
             found.setdefault(fusion, {})[suite] = self._written(fused, suite, FUSED_QUESTIONS)["average"]

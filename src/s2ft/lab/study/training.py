@@ -87,16 +87,14 @@ def fine_tune(
     workload: Workload,
     learning_rate: float,
     seed: int,
-    autocast: bool = False,
 ) -> Tuned:
     """Trains what `config` says, or every weight of `model` if it is None.
 
     Args:
         seed: Of the order of the examples, and of what a method draws without a seed of its own.
-        autocast: Computes in bf16 what is kept in fp32.
     """
     options = _options(workload, learning_rate, seed)
-    trainer = _trainer(model, tokens, config, options, autocast)
+    trainer = _trainer(model, tokens, config, options)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -124,10 +122,9 @@ def _trainer(
     tokens: Dataset,
     config: PeftConfig | None,
     options: TrainOptions,
-    autocast: bool,
 ) -> Trainer:
     args = trainer_config(
-        options, max_length=longest(options, model), autocast=autocast, save_strategy="no", disable_tqdm=True
+        options, max_length=longest(options, model), autocast=False, save_strategy="no", disable_tqdm=True
     )
     args.warmup_steps = warmup_steps(options, options.max_steps or 0)
     set_seed(options.train_seed)  # an adapter may start from random values
