@@ -169,6 +169,19 @@ def test_output_side_keeps_the_input_itself_not_a_copy() -> None:
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("shape", [(2, 16), (2, 3, 5), (7, 1)])
+def test_a_frozen_delta_gives_the_bits_of_a_trained_one_however_the_input_lies(
+    side: str, shape: tuple[int, ...]
+) -> None:
+    layer = random_layer(side, False, True, (32, 24), 16, torch.float32)
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    x = torch.randn(*shape, 32).transpose(0, -2)
+    with torch.no_grad():
+        assert torch.equal(frozen(x), layer(x))
+    assert torch.equal(frozen(x), layer(x))
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
 def test_fp32_delta_on_a_bf16_base(side: str) -> None:
     layer = random_layer(side, False, False, (33, 29), 5, torch.bfloat16)
     block = layer.s2ft_block["default"]

@@ -23,6 +23,18 @@ from s2ft.layer.columns import add_columns
 FROZEN = "FrozenProductBackward"  # the node of `layer/frozen.py`, which keeps no hold on its output
 
 
+def times(
+    x: Tensor,  # [*, n]
+    delta: Tensor,  # [m, n]
+) -> Tensor:  # [*, m]
+    """Computes x Vᵀ as one product of matrices.
+
+    `F.linear` multiplies an x of another layout as a batch, unless V is trained: the two round differently, so a loaded adapter
+    would differ from the trained one in the last digit.
+    """
+    return F.linear(x, delta) if x.ndim <= 2 else F.linear(x.flatten(0, -2), delta).unflatten(0, x.shape[:-1])
+
+
 class SelectTap(Function):
     """Selects the activations of a slice on the input side; saves the indices alone."""
 
@@ -55,7 +67,7 @@ class ProjectTap(Function):
     ) -> tuple[Tensor, Tensor]:  # [*, in_features], [*, s]
         """Returns x and x Vᵀ."""
         ctx.save_for_backward(x, delta)
-        return x.view_as(x), F.linear(x, delta)
+        return x.view_as(x), times(x, delta)
 
     @staticmethod
     @once_differentiable

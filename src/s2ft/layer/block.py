@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.format.slices import Slice
-from s2ft.layer.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad, may_change
+from s2ft.layer.backprop import AddAt, AddProduct, ProjectTap, SelectTap, eager_grad, may_change, times
 from s2ft.layer.sharding import like, local
 from s2ft.layer.split import Share
 
@@ -70,7 +69,7 @@ class S2FTBlock(nn.Module):
         if source is x and eager_grad(x):
             taped: tuple[Tensor, Tensor] = self(_project_tap, x)
             return taped
-        product: Tensor = self(F.linear, source)
+        product: Tensor = self(times, source)
         return x, product
 
     def add_to(
@@ -161,4 +160,4 @@ def _add_product(y: Tensor, around: Tensor, delta: Tensor) -> Tensor:  # [*, out
 
 
 def _plus_product(y: Tensor, around: Tensor, delta: Tensor) -> Tensor:
-    return y + F.linear(around, delta)
+    return y + times(around, delta)

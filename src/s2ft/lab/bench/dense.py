@@ -10,7 +10,8 @@ One layer forward and backward. Each keeps what a step keeps: values (the quanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ TOKENS = 512
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 Row = dict[str, Any]
-Forward = Callable[[Tensor], Tensor]  # [tokens, in_features] → [tokens, out_features]
 
 
 class Rest(nn.Module):
@@ -99,17 +99,19 @@ def _quantised(weight: Tensor, device: str) -> nn.Module:  # weight: [out_featur
 
 
 def _measured(ways: Mapping[str, nn.Module], device: str, tokens: int, rounds: int, seconds: float) -> Row:
-    inputs = next(iter(ways.values())).in_features
-    x = torch.randn(tokens, int(inputs), device=device, dtype=DTYPES[device], requires_grad=True)
+    beside, dense = ways["beside"], ways["dense"]
+    assert isinstance(beside, S2FTLinear)
+    assert isinstance(dense, Rest)
+    x = torch.randn(tokens, beside.in_features, device=device, dtype=DTYPES[device], requires_grad=True)
 
     def step(name: str) -> float:
         return milliseconds(lambda: run(ways[name], x).sum().backward(), device)
 
     times = take_turns(ways, step, rounds, seconds, warm_up=2)
-    row: Row = {"channels": int(ways["dense"].own.shape[1]), "rounds": len(times["floor"])}
+    row: Row = {"channels": dense.own.shape[1], "rounds": len(times["floor"])}
     for name, layer in ways.items():
         row |= spread(times[name], f"{name}_ms")
-        row[f"{name}_saved_bytes"] = saved_bytes(lambda layer=layer: run(layer, x), [x, *own_tensors(layer)])
+        row[f"{name}_saved_bytes"] = saved_bytes(partial(run, layer, x), [x, *own_tensors(layer)])
         row[f"{name}_held_bytes"] = sum(part.untyped_storage().nbytes() for part in own_tensors(layer))
     return row
 

@@ -75,6 +75,7 @@ OWN: dict[str, dict[str, Any]] = {
         "depths": [1, 1, 2, 1],
         "num_heads": [1, 2, 2, 4],
     },
+    "inkling2": {name: {"text_hidden_size": HIDDEN} for name in ("vision_config", "audio_config")},
     "janus": {"base_channels": 32, "num_embeddings": 16},
     "molmo2": {"vision_feature_layer": [1, 0], "text_hidden_size": HIDDEN},
     "muse_spark": {
