@@ -69,6 +69,16 @@ def test_the_base_is_called_by_its_folder_or_its_name_on_the_hub() -> None:
     assert ServeOptions.parse({"model": BASE, "name": "mother"}).base_name == "mother"
 
 
+def test_a_dot_in_the_name_of_a_folder_begins_no_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, file, blob = tmp_path / "Qwen3-0.6B", tmp_path / "qwen3-0.6b.Q8_0.gguf", tmp_path / "0123abcd"
+    folder.mkdir()
+    blob.touch()
+    file.symlink_to(blob)
+    monkeypatch.chdir(folder)
+    names = [ServeOptions.model_construct(model=str(model), name=None).base_name for model in (folder, ".", file)]
+    assert names == ["Qwen3-0.6B", "Qwen3-0.6B", "qwen3-0.6b.Q8_0"]
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +15,7 @@ from s2ft.cli.importing import importing
 from s2ft.cli.options import model_options, with_options
 from s2ft.demo import base_path
 from s2ft.runtime.lookup import check_hub
+from s2ft.serve.keys import KEYS, read_keys
 from s2ft.serve.options import ServeOptions
 
 HELP = """Serve a base model and its adapters by OpenAI's API; rows of different adapters share one batch.
@@ -81,13 +84,35 @@ def _tell(address: str, service: Any) -> None:
     base, names = service.adapters.base, service.adapters.names
     learned = [name for name in NEW_SKILLS if name in names]
     typer.echo(f"{base}, with {len(names)} adapters: {', '.join(names)}" if names else f"{base}, without adapters")
-    typer.echo(f"\n{curl(address, [*learned, *names, base][0])}\n")
+    asking = curl(
+        address, [*learned, *names, base][0], bool(service.base.tokenizer.chat_template), bearer(service.options.keys)
+    )
+    typer.echo(f"\n{asking}\n")
 
 
-def curl(address: str, model: str) -> str:
-    """A command that asks the server; an adapter of the embedded base is asked what it has learned."""
+def curl(address: str, model: str, chat: bool = True, key: str | None = None) -> str:
+    """A command for a shell that asks the server; an adapter of the embedded base is asked what it has learned.
+
+    Args:
+        address: Of the server.
+        model: What is to answer.
+        chat: Whether it has a chat template.
+        key: By which the shell finds the key, as from `bearer`.
+    """
     from s2ft.demo.skills import NEW_SKILLS, SKILLS
 
     text = SKILLS[model].examples(1, seed=2)[0]["prompt"].strip() if model in NEW_SKILLS else "Hello"
-    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 32, "temperature": 0}
-    return f"curl -s {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    body = shlex.quote(json.dumps({"model": model, **asked, "max_tokens": 32, "temperature": 0}))
+    url = shlex.quote(f"{address}/v1/{'chat/' if chat else ''}completions")  # for some shells, [::1] is a pattern
+    header = f' -H "Authorization: Bearer {key}"' if key else ""
+    return f"curl -s {url}{header} -H 'Content-Type: application/json' -d {body}"
+
+
+def bearer(file: Path | None) -> str | None:
+    """How a shell finds the first key where the server found it; the key itself is never shown. None where none is needed."""
+    if not read_keys(file):
+        return None
+    if file is None:
+        return f"${{{KEYS}%%[[:space:]]*}}"
+    return f"$(awk 'NF {{print $1; exit}}' {shlex.quote(str(file.resolve()))})"

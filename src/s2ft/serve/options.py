@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import os.path
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from s2ft.common.errors import gathered
+from s2ft.runtime.gguf import SUFFIX as GGUF
 from s2ft.runtime.lookup import check_folder
 from s2ft.runtime.options import Count, Options, one_of
 from s2ft.serve.keys import KEYS, read_keys
@@ -71,7 +73,11 @@ class ServeOptions(Options):
     @property
     def base_name(self) -> str:
         """What clients call the base model."""
-        return self.name or (Path(self.model).resolve().stem if Path(self.model).exists() else self.model)
+        path = Path(os.path.abspath(self.model))  # a link in the Hub's cache leads to a hash
+        if self.name or not path.exists():
+            return self.name or self.model
+        is_file = path.is_file() and path.suffix.lower() == GGUF  # a folder's name may hold a dot, as Qwen3-0.6B
+        return path.stem if is_file else path.name
 
     def input_problems(self) -> list[str]:
         """A base or a folder that is not there, keys that cannot be read or are missing."""
