@@ -63,7 +63,7 @@ OPTIONAL = {  # libraries that a folder does without; the code asks whether they
     "finetune": {"galore-torch": "baselines", "deepspeed": None, "wandb": None},
     "evaluate": {"vllm": None},
     "runtime": {"torchao": None},  # a base is quantised by what its user has
-    "lab": {"liger-kernel": "liger", "deepspeed": None},
+    "lab": {"liger-kernel": "liger", "deepspeed": None, "bitsandbytes": None},
 }
 
 
