@@ -14,6 +14,7 @@ from live_server import Live, live
 from s2ft import fuse
 from s2ft.demo import base_path
 from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.serve import scheduler
 from served import greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,6 +185,11 @@ class TestOptions:
         ({"extra_body": {"fuse": {"user7": 1}}}, openai.NotFoundError, "there is no model 'user7'"),
         ({"model": "user0", "extra_body": {"fuse": {"user1": 1}}}, openai.NotFoundError, "there is no model"),
         ({"extra_body": {"fuse": {"user1": 1e39}}}, openai.BadRequestError, "cannot be fused"),
+        (
+            {"extra_body": {"fuse": {"user0": 1e38, "user1": 1}}},
+            openai.BadRequestError,
+            "not finite; take smaller weights",
+        ),
         ({"extra_body": {"fuse": {}}}, openai.BadRequestError, "fuse: "),
         ({"temperature": 3}, openai.BadRequestError, "temperature: .* 2"),
         ({"top_p": 0}, openai.BadRequestError, "top_p: "),
@@ -210,6 +216,13 @@ def test_what_cannot_be_done_is_said(
     with pytest.raises(kind, match=said) as caught:
         client.completions.create(**{"model": "mother", "prompt": "x", "max_tokens": 2, **how})
     assert set(caught.value.response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_model_whose_logits_are_not_finite_is_named(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "are_finite", lambda logits: torch.zeros(logits.shape[:-1], dtype=torch.bool))
+    for how in {}, {"extra_body": {"fuse": {"user1": 1}}, "model": "mother"}:
+        with pytest.raises(openai.InternalServerError, match="'user1': the logits are not finite"):
+            complete(client, **{"model": "user1", "prompt": "x", **how})
 
 
 @pytest.mark.parametrize(

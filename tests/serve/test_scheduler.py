@@ -1,8 +1,10 @@
 """Rows of several adapters that come and go: each answer is what `generate` writes alone; and what one row does to others."""
 
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +175,22 @@ class TestOneRowAndTheOthers:
         desk.finish()
         assert desk.events[joins] == [Failure("engine")]
         assert desk.tokens(runs) == greedy(base, root / "user0", text, 6)
+
+    @pytest.mark.parametrize("how", [{"count": 8}, {"count": 0, "top_logprobs": 1, "tell_prompt": True}])
+    def test_logits_that_are_not_finite_fail_their_own_row(
+        self, saved: tuple[torch.nn.Module, Path], tmp_path: Path, how: dict[str, Any]
+    ) -> None:
+        base, root = saved
+        save_adapters(base, tmp_path, 1, size=1e37)
+        shutil.copytree(root / "user1", tmp_path / "user1")
+        desk, text = Desk(base, tmp_path), prompt()
+        good = desk.ask(text, "user1", count=8)
+        plain = desk.ask(text, None, count=8)
+        bad = desk.ask(text, "user0", **how)
+        desk.finish()
+        assert desk.events[bad] == [Failure("overflow")]
+        assert desk.tokens(good) == greedy(base, root / "user1", text, 8)
+        assert desk.tokens(plain) == greedy(base, None, text, 8)
 
 
 class Noted(Watch):

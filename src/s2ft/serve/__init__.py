@@ -7,6 +7,7 @@ model      the base model: loaded, checked, ready for adapters
 cache      keys and values of rows that come and go
 batch      rows that go through the model together
 sampling   the next token of each row
+spelling   the text and the bytes of a token
 text       tokens → text, up to a stop string
 job        what is asked of the engine, and what comes back
 row        one answer in the making

@@ -15,7 +15,7 @@ from s2ft.serve.errors import ApiError
 from s2ft.serve.job import End, Told
 from s2ft.serve.logs import NOTES
 from s2ft.serve.requests import ChatRequest, CompletionRequest
-from s2ft.serve.responses import Answer, ChatShape, CompletionShape, Shape, told
+from s2ft.serve.responses import Answer, ChatShape, CompletionShape, Shape, prompt_text, told
 from s2ft.serve.service import Asked, Asking, Service
 
 GONE = 499  # the status, in the log, of a response that nobody was there to read
@@ -31,7 +31,9 @@ async def answer(service: Service, asked: Asked, request: Request) -> Response:
     """
     asking = await service.ask(asked)
     kind = ChatShape if isinstance(asked, ChatRequest) else CompletionShape
-    shape = kind(asking.chosen.label, service.base.tokenizer, asking.prompt_tokens, asked.top_logprobs is not None)
+    shape = kind(
+        asking.chosen.label, service.base.tokenizer, asking.prompt_tokens, asked.top_logprobs is not None, asking.jobs
+    )
     parts = _counted(_parts(service, asked, asking), asking, service, request.scope[NOTES])
     if not asked.stream:
         return await _unless_gone(request, _whole(parts, asking, shape))
@@ -45,10 +47,10 @@ async def _parts(service: Service, asked: Asked, asking: Asking) -> Parts:
     echo = isinstance(asked, CompletionRequest) and asked.echo
     if echo and not asking.jobs[0].tell_prompt:
         for job in asking.jobs:
-            yield job.index, str(service.base.tokenizer.decode(job.prompt)), (), None
+            yield job.index, prompt_text(job, service.base.tokenizer), (), None
     async with aclosing(asking.events()) as events:
         async for index, event in events:
-            text, tokens = told(event, service.base.tokenizer)
+            text, tokens = told(event, asking.jobs[index], service.base.tokenizer)
             yield index, text, tokens, event.reason if isinstance(event, End) else None
 
 

@@ -15,6 +15,7 @@ _FAILED: dict[FailureKind, tuple[int, str]] = {
     "timeout": (504, "the answer took longer than this server allows"),
     "stopping": (503, "the server is stopping"),
     "adapter": (500, "the adapter cannot be used; the server's log says why"),
+    "overflow": (500, "{model}: the logits are not finite; its weights are damaged, or too large for this precision"),
     "engine": (500, "the answer could not be written; the server's log says why"),
 }
 
@@ -71,10 +72,18 @@ def no_model(name: str) -> ApiError:
     return ApiError(404, message, "model", "model_not_found")
 
 
-def failed(kind: FailureKind) -> ApiError:
-    """The engine has no answer."""
+def failed(kind: FailureKind, model: str = "") -> ApiError:
+    """The engine has no answer by a model."""
     status, message = _FAILED[kind]
-    return ApiError(status, message, code=kind, headers=RETRY if status == 503 else None)
+    return ApiError(
+        status, message.replace("{model}", shown(model)), code=kind, headers=RETRY if status == 503 else None
+    )
+
+
+def overflow(label: str) -> ApiError:
+    """A fusion by the client's weights has no answer."""
+    message = f"fuse: the logits of {shown(label)} are not finite; take smaller weights"
+    return ApiError(400, message, "fuse", "overflow")
 
 
 async def respond(error: ApiError, scope: Any, receive: Any, send: Any) -> None:

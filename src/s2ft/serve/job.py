@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-FailureKind = Literal["timeout", "stopping", "adapter", "engine"]
-"""The time is over; the server is about to stop; the adapter cannot be used; all else."""
+FailureKind = Literal["timeout", "stopping", "adapter", "overflow", "engine"]
+"""The time is over; the server is about to stop; the adapter cannot be used; its logits are not finite; all else."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Job:
         index: Which of its request's answers this is.
         deadline: On the clock of `time.monotonic`.
         inbox: Whoever waits for the answer; the engine does not look inside.
+        text: The prompt as the client sent it; None where it sent tokens, or a chat.
+        goes_on: Whether the answer's text goes on from the prompt's, as a completion does; a message stands by itself.
         failure: Set by any thread to end it.
         is_cancelled: Set by any thread when nobody waits any more.
     """
@@ -99,6 +101,8 @@ class Job:
     index: int = 0
     deadline: float = float("inf")
     inbox: Any = None
+    text: str | None = None
+    goes_on: bool = False
     failure: FailureKind | None = field(default=None, init=False)
     is_cancelled: bool = field(default=False, init=False)
 

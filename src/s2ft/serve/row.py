@@ -24,7 +24,7 @@ class Row:
     def __init__(self, job: Job, tokenizer: object, ends: Collection[int]) -> None:
         self.job, self.token = job, 0  # the token that goes into the model next
         self.generator = torch.Generator().manual_seed(job.sampling.seed)
-        self._ends, self._text = ends, Text(tokenizer, job.stop)
+        self._ends, self._text = ends, Text(tokenizer, job.stop, job.prompt if job.goes_on else ())
         self._count, self._untold = 0, list[Told]()
         self.is_complete = job.sampling.max_tokens == 0
 

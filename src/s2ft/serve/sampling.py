@@ -17,6 +17,13 @@ COLDEST = 1e-5  # a lower temperature takes the likeliest token: dividing by it 
 LEAST = -9999.0  # told for a probability of zero, since JSON knows no infinity
 
 
+def are_finite(
+    logits: Tensor,  # [rows, vocabulary]
+) -> Tensor:  # [rows], bool
+    """Which rows say how likely tokens are; some may be impossible, but not all of them."""
+    return logits.amax(-1).isfinite()
+
+
 def choose(
     logits: Tensor,  # [rows, vocabulary], float32
     how: Sequence[Sampling],

@@ -20,7 +20,7 @@ from torch import Tensor
 from s2ft.serve.batch import Batch
 from s2ft.serve.job import Event, Failure, Job, Told
 from s2ft.serve.row import Row
-from s2ft.serve.sampling import choose, tell
+from s2ft.serve.sampling import are_finite, choose, tell
 from s2ft.tuner.mixing import BASE
 from s2ft.tuner.pool import AdapterPool
 
@@ -220,6 +220,9 @@ class Scheduler:
             self._tell((job, Failure("engine")) for job in jobs)
             return
         self._rows += rows
+        if whole and not are_finite(logits[0]).all():
+            self._fail(rows)
+            return
         for row in rows:
             self._tell((row.job, event) for event in row.start(logits[0] if whole else None))
         self._advance(rows, logits[:, -1] if whole else logits)
@@ -233,6 +236,8 @@ class Scheduler:
 
     def _advance(self, rows: list[Row], logits: Tensor) -> None:
         """Each row gets its next token."""
+        finite = are_finite(logits).tolist()
+        self._fail([row for row, is_finite in zip(rows, finite, strict=True) if not (is_finite or row.is_complete)])
         going = [place for place, row in enumerate(rows) if not row.is_complete]
         rows, logits = [rows[place] for place in going], logits[going]
         how = [row.job.sampling for row in rows]
@@ -246,6 +251,13 @@ class Scheduler:
                 told[place] = replace(one, top=one.top[: how[place].top_logprobs])
         for row, one in zip(rows, told, strict=True):
             self._tell((row.job, event) for event in row.add(one))
+
+    def _fail(self, rows: Sequence[Row]) -> None:
+        """These rows have logits that are not finite, so there is no next token; the others go on."""
+        for row in rows:
+            row.is_complete = True
+            _log.error("the logits by the adapter %r are not finite", row.job.adapter)
+            self._tell([(row.job, Failure("overflow"))])
 
     def _keep(self, rows: list[Row]) -> None:
         if len(rows) < len(self._rows) or len(self._batch) != len(rows):

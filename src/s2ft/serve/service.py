@@ -16,7 +16,7 @@ from s2ft.data.tokens import text_ids
 from s2ft.serve.adapters import Adapters, Chosen, UnknownModelError, label
 from s2ft.serve.batch import Batch
 from s2ft.serve.channels import channels
-from s2ft.serve.errors import ApiError, failed, full, no_model
+from s2ft.serve.errors import ApiError, failed, full, no_model, overflow
 from s2ft.serve.job import End, Event, Failure, Job, Sampling
 from s2ft.serve.metrics import Metrics
 from s2ft.serve.model import Base
@@ -87,7 +87,8 @@ class Service:
             chosen = await self._chosen(recipe)
         except UnknownModelError:
             raise _unknown(asked) from None
-        asking = Asking(chosen, prompts, self._jobs(asked, prompts, chosen))
+        is_weighed = any(weight != 1 for weight in (asked.fuse or {}).values())
+        asking = Asking(chosen, prompts, self._jobs(asked, prompts, chosen), is_weighed)
         try:
             self._scheduler.submit(asking.jobs)  # no `await` since `_chosen`: a fusion stays until its jobs are known
         except FullError:
@@ -168,14 +169,17 @@ class Service:
     def _jobs(self, asked: Asked, prompts: Sequence[Sequence[int]], chosen: Chosen) -> list[Job]:
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         deadline, inbox = time.monotonic() + self.options.timeout, asyncio.Queue[Any]()
+        goes_on = isinstance(asked, CompletionRequest)
+        sent = asked.prompts if isinstance(asked, CompletionRequest) else [None]
         tell_prompt = isinstance(asked, CompletionRequest) and asked.echo and asked.logprobs is not None
         jobs: list[Job] = []
-        for prompt in prompts:
+        for prompt, one in zip(prompts, sent, strict=True):
+            text = one if isinstance(one, str) else None
             room = self._room(asked, len(prompt))
             for number in range(asked.n):
                 sampling = Sampling(room, asked.temperature, asked.top_p, seed + number, asked.top_logprobs)
                 place = (chosen.folder, tuple(asked.stop), tell_prompt, len(jobs), deadline, inbox)
-                jobs.append(Job(prompt, chosen.key, sampling, *place))
+                jobs.append(Job(prompt, chosen.key, sampling, *place, text, goes_on=goes_on))
         return jobs
 
     def _room(self, asked: Asked, length: int) -> int:
@@ -199,10 +203,13 @@ class Asking:
         chosen: What answers.
         prompts: Their tokens.
         jobs: One for each answer; their events come into one inbox.
+        is_weighed: Whether the client chose the weights of a fusion.
     """
 
-    def __init__(self, chosen: Chosen, prompts: Sequence[Sequence[int]], jobs: list[Job]) -> None:
-        self.chosen, self.jobs, self.generated = chosen, jobs, 0
+    def __init__(
+        self, chosen: Chosen, prompts: Sequence[Sequence[int]], jobs: list[Job], is_weighed: bool = False
+    ) -> None:
+        self.chosen, self.jobs, self.generated, self._is_weighed = chosen, jobs, 0, is_weighed
         self.prompt_tokens = sum(map(len, prompts))
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
@@ -216,13 +223,17 @@ class Asking:
             while open_ends:
                 index, event = await self.jobs[0].inbox.get()
                 if isinstance(event, Failure):
-                    raise failed(event.kind)
+                    raise self._error(event)
                 if isinstance(event, End):
                     open_ends -= 1
                     self.generated += event.tokens
                 yield index, event
         finally:
             self.cancel()
+
+    def _error(self, failure: Failure) -> ApiError:
+        is_weights = failure.kind == "overflow" and self._is_weighed
+        return overflow(self.chosen.label) if is_weights else failed(failure.kind, self.chosen.label)
 
     def cancel(self) -> None:
         """Nobody waits any more."""

@@ -5,6 +5,8 @@ text). So a few tokens before the new ones are decoded with them:
 
     told before            new
     ... │ prefix tokens │ tokens ...      text(prefix + new) - text(prefix); kept back while it ends in "\ufffd"
+
+A text that goes on from a prompt has the prompt's last tokens before its first ones; else it begins a text of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-HALF = "\ufffd"  # what half a character decodes to
+from s2ft.serve.spelling import HALF, Spelling
+
+FEW = 8  # tokens of a prompt that are looked at first
 
 
 class Text:
@@ -21,18 +25,23 @@ class Text:
     Args:
         tokenizer: Whose tokens they are; special tokens have no text.
         stop: Strings that end the answer, and are not part of it.
+        prompt: What its text goes on from; a character that the prompt only begins is told whole.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._recent: list[int] = []  # the prefix, and what is not told yet
-        self._prefix = 0  # how many of them are the prefix
+        begun = Spelling(tokenizer).begun(prompt) if prompt else 0
+        before = self._last(prompt[: len(prompt) - begun])
+        self._recent = [*before, *prompt[len(prompt) - begun :]]  # the prefix, and what is not told yet
+        self._prefix = len(before)  # how many of them are the prefix
+        self._is_empty = True
         self._held = ""  # the text that may begin a stop string
         self.is_stopped = False
 
     def add(self, token: int) -> str:
         """What can be told after this token."""
         self._recent.append(token)
+        self._is_empty = False
         new = self._new()
         if not new or new.endswith(HALF):
             return ""
@@ -41,16 +50,23 @@ class Text:
 
     def end(self) -> str:
         """What was kept back; the answer is complete."""
-        rest = self._until_stop(self._new())
+        rest = "" if self._is_empty else self._until_stop(self._new())
         rest, self._held = rest + self._held, ""
         return rest
+
+    def _last(self, tokens: Sequence[int]) -> Sequence[int]:
+        """As many of the last tokens as it takes to have some text that does not begin within a character."""
+        count = FEW
+        while count < len(tokens) and (HALF in (text := self._decode(tokens[-count:])) or not text):
+            count *= 2
+        return tokens[-count:]
 
     def _new(self) -> str:
         before = self._decode(self._recent[: self._prefix])
         return self._decode(self._recent)[len(before) :]
 
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)) if tokens else ""
 
     def _until_stop(self, new: str) -> str:
         text, self._held = self._held + new, ""

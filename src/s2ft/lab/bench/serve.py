@@ -34,6 +34,7 @@ from s2ft.lab.bench.servers import Running, running
 from s2ft.lab.registry import TellShare
 from s2ft.layer.linear import sliced_layers
 from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.serve.text import Text
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
 
 BASE = "base"  # what the servers call it
@@ -159,7 +160,8 @@ def _answers(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> list[
     for number, text in enumerate(TEXTS):
         prompt, tokens = text_ids(tokenizer, text), LENGTHS[number % len(LENGTHS)]
         written, margin = _written(model, prompt, tokens)
-        answer = tokenizer.decode(written, skip_special_tokens=True)
+        said = Text(tokenizer, prompt=prompt)
+        answer = "".join(map(said.add, written)) + said.end()
         found.append(Question(name, tuple(prompt), tokens, answer) if margin > MARGIN else None)
     return found
 
