@@ -70,6 +70,12 @@ def test_what_cannot_is_named_with_the_reason(
 
 
 @pytest.mark.parametrize("check", [check_place, check_free, free_file, report])
+def test_a_name_with_a_nul_character_is_refused(check: Callable[[Path], None], there: Path) -> None:
+    with pytest.raises(S2FTError, match="holds a NUL character"):
+        check(there / "a\0.gguf")
+
+
+@pytest.mark.parametrize("check", [check_place, check_free, free_file, report])
 def test_places_that_may_not_be_written_to_are_refused(
     check: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

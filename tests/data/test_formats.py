@@ -81,6 +81,7 @@ class TestFiles:
         sources = [
             write(tmp_path / "a.json", json.dumps(RECORDS, indent=2)),
             write(tmp_path / "lines.json", "\ufeff" + lines),
+            write(tmp_path / "blank.json", "\n" * 99 + lines),
             write(tmp_path / "comma.csv", table(RECORDS, ",")),
             write(tmp_path / "semicolon.csv", "\ufeff" + table(RECORDS, ";")),
             write(tmp_path / "a.tsv", table(RECORDS, "\t")),
@@ -138,6 +139,13 @@ class TestFiles:
                 "a.json",
                 "[{}]".encode("utf-16"),
                 "a.json:1: not UTF-8 text: it looks like UTF-16; save the file as UTF-8",
+            ),
+            ("a.csv", b"prompt,completion\ra,b\r", "a.csv:1: malformed CSV: new-line character seen in unquoted field"),
+            ("a.json.gz", b"no gzip", "a.json.gz' cannot be read as its name says"),
+            (
+                "a.json.gz",
+                gzip.compress(b"[{}]" + b" " * 99, mtime=0)[:-9],
+                "a.json.gz' cannot be read as its name says",
             ),
             ("a.csv", "title,body\na,b\n", "a.csv:2: expected the fields instruction, output"),
             ("a.jsonl.gz", b"no gzip", "a.jsonl.gz' cannot be read as its name says"),

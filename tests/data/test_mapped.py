@@ -136,6 +136,21 @@ def test_what_is_wrong_in_a_later_piece_is_told_by_its_place(tmp_path, monkeypat
         tokenize(load([refused]).examples, tokenizer, 400)
 
 
+def test_a_refusal_after_the_first_thousand_examples_is_told_by_its_place(tmp_path):
+    bad = {"messages": [SAID[0], {**SAID[1], "reasoning": "so"}]}
+    source = write(tmp_path / "refused.jsonl", [PLAIN[0]] * 1100 + [bad])
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    with pytest.raises(S2FTError, match=r"refused\.jsonl:1101: the model's chat template leaves out"):
+        tokenize(load([source]).examples, tokenizer, 400)
+
+
+def test_lists_that_are_empty_in_the_first_pieces_get_their_type_from_later_ones(monkeypatch):
+    shorten(monkeypatch)
+    rows = [{"prompt_ids": [], "number": n} for n in range(7)] + [{"prompt_ids": [5], "number": 7}] * 6
+    assert mapped.mapped(iter(rows)).to_list() == rows
+    assert mapped.mapped(iter(rows[:7])).to_list() == rows[:7]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form", ["text", "chat"])

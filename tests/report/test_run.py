@@ -7,15 +7,19 @@ import re
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from matplotlib.image import imread
 from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from s2ft import read_adapter
+from s2ft.data.tokens import IGNORED
+from s2ft.evaluate.engines import Answer, TransformersEngine
+from s2ft.finetune.samples import Samples
 from s2ft.finetune.weights import layer_changes
 from s2ft.report.run import run_page
-from tiny_base import tiny_model
+from tiny_base import byte_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,3 +112,19 @@ def test_samples_are_greedy_answers_with_and_without_the_adapter(finished) -> No
         for name, wanted in (("base", base), ("tuned", tuned)):
             text = tokenizer.decode(wanted, skip_special_tokens=True)
             assert sample[name].removesuffix(" …") == text
+
+
+def test_of_a_text_the_first_half_is_asked_and_what_fails_is_no_answer(monkeypatch) -> None:
+    tokenizer, text = byte_tokenizer(), "abcdefg"
+    ids = tokenizer(text).input_ids
+    rows = [{"input_ids": ids, "labels": ids}, {"input_ids": ids, "labels": [IGNORED] * 2 + ids[2:]}]
+    asked = Samples(Dataset.from_list(rows), tokenizer, 2)
+    asked.ask_base(tiny_model())
+    monkeypatch.setattr(TransformersEngine, "answers", lambda *_: [[(0, Answer(None, error="too long"))]])
+    first, second = asked.compare(tiny_model())
+    half = len(ids) - len(ids) // 2
+    assert first["prompt"] == tokenizer.decode(ids[:half], skip_special_tokens=True)
+    assert first["wanted"] == tokenizer.decode(ids[half:], skip_special_tokens=True)
+    assert "Error" not in first["base"]
+    assert first["tuned"] == "(no answer: too long)"
+    assert second["prompt"] == tokenizer.decode(ids[:2], skip_special_tokens=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
@@ -219,6 +219,40 @@ def test_a_budget_leaves_no_block_without_a_head(trained: int, heads_trained: in
     assert (sum(path.endswith("o_proj") for path in slices) == 3) == (heads_trained >= 3)
     left = trained / 2 if heads_trained in (2, 5) else trained - 720
     assert abs(24 * count["down_proj"] - left) <= 24 / 2
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.002, 0.0025])
+def test_a_block_with_few_heads_loses_none_to_one_with_many(budget: float) -> None:
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, head_dim=4
+    )
+    model = LlamaForCausalLM(config)
+    for layer, heads in zip(model.model.layers, (2, 2, 2, 16), strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, nn.Linear(32, 4 * heads, bias=False))
+        layer.self_attn.o_proj = nn.Linear(4 * heads, 32, bias=False)
+    slices = select(model, S2FTConfig(budget=budget, seed=0)).slices
+    heads = [len(slices[f"model.layers.{index}.self_attn.o_proj"].indices) / 4 for index in range(4)]
+    total = sum(heads)
+    assert min(heads) >= 1
+    assert heads[3] >= max(heads[:3])
+    assert total == max(4, round(budget * model.num_parameters() / 2 / 128))
+
+
+def test_a_budget_that_no_other_can_take_the_place_of_is_refused_without_one() -> None:
+    """One head is more than half of the model that is reached, and down has nothing to take the other half."""
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    with pytest.raises(
+        S2FTError, match=r"of the 2 units of o_proj rounds to zero, and \S+ is not right for all projections"
+    ):
+        select(LlamaForCausalLM(config), S2FTConfig(budget=1e-5))
 
 
 def test_the_default_trains_one_percent_of_o_and_down() -> None:

@@ -285,6 +285,34 @@ def test_experts_that_a_router_calls_one_by_one_are_refused_in_a_mixed_batch_bef
     tuned(tokens, decoder_input_ids=tokens, adapter_names=["attention", "__base__"])
 
 
+TIME_FIRST = {
+    "xlnet": lambda: hf.XLNetModel(hf.XLNetConfig(vocab_size=61, d_model=32, n_layer=1, n_head=4, d_inner=40)),
+    "fsmt": lambda: hf.FSMTModel(
+        hf.FSMTConfig(
+            **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 40),
+            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+            langs=["en", "de"], src_vocab_size=61, tgt_vocab_size=61, d_model=32,
+        )
+    ),
+    "longformer": lambda: hf.LongformerModel(
+        hf.LongformerConfig(
+            vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40, attention_window=4
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", TIME_FIRST)
+def test_layers_that_see_time_first_are_refused_in_a_batch_of_as_many_rows_as_tokens(family: str) -> None:
+    model = TIME_FIRST[family]().eval()
+    tuned = get_peft_model(model, S2FTConfig(ratios=0.5, seed=0, init_weights=False, target_modules="all-linear"))
+    tuned.add_adapter("other", S2FTConfig(ratios=0.5, seed=1, init_weights=False, target_modules="all-linear"))
+    tuned.eval()
+    with pytest.raises(S2FTError, match=r"is called with \[length, rows, features\]"):
+        tuned(text(rows=4)[:, :4], adapter_names=["default", "other", "default", "__base__"])
+
+
 def test_a_list_of_experts_that_its_block_runs_is_refused_by_name() -> None:
     """As many tokens as rows reach the expert here, so that their number alone would not show it."""
 

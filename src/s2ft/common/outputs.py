@@ -28,6 +28,7 @@ def check_place(output: str | Path, option: str = "output", is_folder: bool = Tr
         s2ft.common.errors.S2FTError: output='/dev/null/result': '/dev/null' is a file, not a folder
     """
     path, given = Path(output), f"{option}={str(output)!r}"
+    _check_name(output, option)
     if is_folder and not path.is_dir() and (path.exists() or path.is_symlink()):
         raise S2FTError(f"{given} is a file; name a folder")
     if not is_folder and path.is_dir():
@@ -45,6 +46,7 @@ def check_free(output: Path, suffix: str | None = None) -> None:
     Args:
         suffix: Of a file; None for a folder.
     """
+    _check_name(output, "output")
     given = f"output={str(output)!r}"
     if suffix is not None and output.suffix != suffix:
         raise S2FTError(f"{given} must be a file that ends in {suffix}")
@@ -62,6 +64,7 @@ def check_writable(file: str | Path | None, option: str = "json", suffix: str | 
     """
     if file is None:
         return
+    _check_name(file, option)
     path, given = Path(file), f"{option}={str(file)!r}"
     if not path.resolve().parent.is_dir():
         raise S2FTError(f"{given}: there is no folder {str(path.parent)!r} to write it in")
@@ -71,6 +74,11 @@ def check_writable(file: str | Path | None, option: str = "json", suffix: str | 
     if suffix == ".png":
         with from_extra("lab", given):
             import matplotlib  # noqa: F401 - is it there?
+
+
+def _check_name(path: str | Path, option: str) -> None:
+    if "\0" in str(path):
+        raise S2FTError(f"{option}={str(path)!r} holds a NUL character, which no file's name can")
 
 
 def entries(folder: Path) -> list[Path]:

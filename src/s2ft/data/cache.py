@@ -17,7 +17,7 @@ from s2ft.data.examples import data_digest
 from s2ft.data.mapped import cache_folder
 
 FEWEST = 10_000  # examples; fewer are prepared in a few seconds
-_MADE_BY = ("transformers", "tokenizers")  # what renders and tokenises
+_MADE_BY = ("s2ft", "transformers", "tokenizers")  # what renders, tokenises and cuts
 
 
 def cache_options(examples: Dataset, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> dict[str, Any]:

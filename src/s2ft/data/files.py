@@ -62,9 +62,8 @@ def given(value: Any) -> Any:
 
 def _read_json(path: Path) -> Iterator[Record]:
     """An array of objects, or, as many files called .json hold, an object in each line."""
-    with _opened(path) as stream:
-        start = stream.peek(64)[:64].removeprefix(_BOM).lstrip()
-    if not start.startswith(b"{"):
+    start = next((line for _, line in _lines(path) if line.strip()), "")
+    if not start.lstrip().startswith("{"):
         yield from _read_array(path)
         return
     records = _read_jsonl(path)
@@ -123,7 +122,10 @@ def _read_csv(path: Path) -> Iterator[Record]:
     if header is None:
         raise _empty(path)
     delimiter = max(_DELIMITERS, key=header.count)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
+    try:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
+    except csv.Error as error:
+        raise S2FTError(f"{path}:1: malformed CSV: {error}") from None
     if "" in names or len(set(names)) < len(names):
         raise S2FTError(f"{path}:1: the columns are {', '.join(map(repr, names))}; each needs a name of its own")
     yield from _rows(path, csv.reader((line for _, line in lines), delimiter=delimiter, strict=True), names)

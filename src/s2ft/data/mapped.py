@@ -39,6 +39,11 @@ def mapped(rows: Iterable[Row]) -> Dataset:
 
 def _in_file(few: list[Row], later: Iterator[Row]) -> Dataset:
     first = pyarrow.Table.from_pylist(few)
+    while "null" in str(first.schema.types) and (
+        more := list(islice(later, PIECE))
+    ):  # lists that are empty in all rows so far
+        few = [*few, *more]
+        first = pyarrow.Table.from_pylist(few)
     with tempfile.TemporaryFile(dir=cache_folder()) as file:
         with pyarrow.ipc.new_stream(file, first.schema) as stream:
             for piece in chain([first], _pieces(later, first.schema)):

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
@@ -36,6 +36,13 @@ _LOST = (
 
 IGNORED = -100  # the label of tokens that the loss leaves out
 SOURCE = "source"  # a column of examples that are to be weighed: the number of their source
+_COLUMNS = {  # of `encode`; lists that are empty in the first rows would say nothing of their type
+    "input_ids": List(Value("int64")),
+    "labels": List(Value("int64")),
+    "fate": Value("string"),
+    "problems": List(Value("string")),
+    "parted": Value("bool"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,10 +103,12 @@ def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: in
     """
     check_tokenizer(tokenizer, is_chat(examples))
     sources = examples[SOURCE][:] if SOURCE in examples.column_names else None
+    columns = _COLUMNS if sources is None else {**_COLUMNS, SOURCE: examples.features[SOURCE]}
     rows = examples.map(
         partial(_encode_batch, cut=_Cut(max_length, in_parts, frozenset(end_tokens(tokenizer))), tokenizer=tokenizer),
         batched=True,
         remove_columns=[name for name in examples.column_names if name != SOURCE],
+        features=Features(columns),
         desc="Tokenizing",
         **cache_options(examples, tokenizer, max_length=max_length, in_parts=in_parts, sources=sources),
     )

@@ -16,6 +16,7 @@ import math
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,15 +153,18 @@ def _of_module(adapter: AdapterFile, base: Checkpoint, module: str) -> Iterator[
 
 
 def _post_all(url: str, info: dict[str, Any], key: str | None) -> None:
-    """Pauses the server when all it has begun is answered, and lets it go on afterwards."""
-    _post(url, "pause?mode=wait&clear_cache=true", None, key)
+    """Pauses the server when all it has begun is answered, and lets it go on afterwards, whatever fails."""
     try:
+        _post(url, "pause?mode=wait&clear_cache=true", None, key)
         _post(url, "start_weight_update", None, key)
         _post(url, "update_weights", {"update_info": info}, key)
         _post(url, "finish_weight_update", None, key)
         _post(url, "reset_prefix_cache", None, key)
-    finally:
-        _post(url, "resume", None, key)
+    except BaseException:  # also a pause that took too long: the server may still begin it
+        with suppress(S2FTError):
+            _post(url, "resume", None, key)
+        raise
+    _post(url, "resume", None, key)
 
 
 def _post(url: str, path: str, body: dict[str, Any] | None, key: str | None) -> None:

@@ -1,6 +1,7 @@
 """What base and result answer to the same prompts, beside the data's own answer: `--samples N`, for the report.
 
-Prompts are those of the first held-out examples, or of the first that were trained on. Answers are greedy.
+Prompts are those of the first held-out examples, or of the first that were trained on; of a text without a prompt, its first
+half. Answers are greedy.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Samples:
         engine, found = TransformersEngine(model, self._tokenizer), [""] * len(self._rows)
         for batch in engine.answers([_prompt(row) for row in self._rows], GREEDY):
             for index, answer in batch:
-                found[index] = answer.error or f"{answer.text}{' …' if answer.truncated else ''}"
+                told = f"{answer.text}{' …' if answer.truncated else ''}"
+                found[index] = told if answer.error is None else f"(no answer: {answer.error})"
         return found
 
     def _text(self, ids: list[int]) -> str:
@@ -55,10 +57,14 @@ class Samples:
 
 
 def _prompt(row: dict[str, list[int]]) -> list[int]:
-    """The tokens before the first that is learned."""
-    first = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
-    return row["input_ids"][:first]
+    return row["input_ids"][: _start(row)]
 
 
 def _response(row: dict[str, list[int]]) -> list[int]:
-    return [label for label in row["labels"] if label != IGNORED]
+    return [label for label in row["labels"][_start(row) :] if label != IGNORED]
+
+
+def _start(row: dict[str, list[int]]) -> int:
+    """Where the answer begins: with the first token that is learned, if there are others before."""
+    first = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
+    return first or -(-len(row["labels"]) // 2)

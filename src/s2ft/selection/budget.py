@@ -15,13 +15,15 @@ The paper gives every layer the same share. A share of 1.66 heads a layer is kep
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from decimal import ROUND_CEILING, Decimal
+from functools import partial
 
 import numpy as np
 from torch import nn
 
-from s2ft.common.errors import raise_together
+from s2ft.common.errors import S2FTError, raise_together
 from s2ft.format.config import S2FTConfig
 from s2ft.format.terms import DEFAULT_BUDGET
 from s2ft.layer.linears import features, layer_stack
@@ -30,6 +32,7 @@ from s2ft.selection.coverage import Coverage
 from s2ft.selection.targets import by_projection
 from s2ft.selection.units import EXPERTS, Projection, Target
 
+RatiosOf = Callable[[S2FTConfig], Mapping[str, float]]  # projection → ratio
 REST = 0.1  # the least share of a budget that is left for what has a head in every block without help
 
 
@@ -45,11 +48,14 @@ def count_units(
     problems = []
     for among, reached in ((False, covered.beside_experts), (True, covered.experts)):
         by_name = by_projection([target for target in targets if is_expert(target) == among])
-        ratios = _ratios(by_name, config, model, reached)
+        ratios_of = partial(_ratios, by_name, model=model, reached=reached)
+        ratios = ratios_of(config)
         for name, group in by_name.items():
-            shares[name, among] = spread([ratios[name] * p.units for _, p in group])
+            units = [p.units for _, p in group]
+            with_one = config.ratios is None and group[0][0].kind == "attention"
+            shares[name, among] = spread(shared(ratios[name] * sum(units), units, with_one))
             if not sum(shares[name, among]):
-                problems.append(_rounds_to_zero(name, ratios[name], group, config))
+                problems.append(_rounds_to_zero(name, ratios[name], sum(units), config, ratios_of))
     raise_together(problems)
     rest = {key: iter(counts) for key, counts in shares.items()}
     return {
@@ -61,6 +67,24 @@ def count_units(
 def is_expert(target: Target) -> bool:
     """Whether a target is a projection of a stacked expert."""
     return target[0].kind == EXPERTS
+
+
+def shared(total: float, units: Sequence[int], with_one: bool) -> list[float]:
+    """Each layer's share of `total` units: as large as its own are of all.
+
+    Args:
+        total: Units to train, at most the sum of `units`.
+        units: That each layer has.
+        with_one: Where the total suffices, no share is below one: layers with few heads lose none to those with many.
+
+    Example:
+        >>> shared(11.0, [2, 20], with_one=True), shared(3.0, [2, 20], with_one=True)
+        ([1.0, 10.0], [1.05, 1.95])
+    """
+    ratio, layers = total / sum(units), len(units)
+    if not with_one or total < layers or ratio * min(units) >= 1:
+        return [ratio * own for own in units]
+    return [1 + (total - layers) * (own - 1) / (sum(units) - layers) for own in units]
 
 
 def spread(shares: Sequence[float]) -> list[int]:
@@ -108,7 +132,7 @@ def _several(count: int, what: str) -> str:
 
 
 def _ratios(
-    by_name: Mapping[str, list[Target]], config: S2FTConfig, model: nn.Module, reached: int
+    by_name: Mapping[str, list[Target]], config: S2FTConfig, *, model: nn.Module, reached: int
 ) -> dict[str, float]:
     if isinstance(config.ratios, dict):
         return {name: config.ratios[name] for name in by_name}
@@ -164,16 +188,25 @@ def _across(model: nn.Module, projection: Projection) -> int:
     return features(layer)[1 if projection.side == "in" else 0]
 
 
-def _rounds_to_zero(name: str, ratio: float, group: list[Target], config: S2FTConfig) -> str:
+def _rounds_to_zero(name: str, ratio: float, units: int, config: S2FTConfig, ratios_of: RatiosOf) -> str:
     """Names what was given, and the least of it that trains one unit: a number that works when it is given."""
-    units = sum(p.units for _, p in group)
+    what = f"of the {units} units of {name} rounds to zero"
     least = 0.5 / units  # the ratio at which the running total rounds to one
     if config.ratios is not None:
-        given, kind = f"ratio {ratio!r}", "ratio"
-    else:
-        budget = DEFAULT_BUDGET if config.budget is None else config.budget
-        given, kind, least = f"budget={budget!r}", "budget", budget * least / ratio
-    return f"{given} of the {units} units of {name} rounds to zero; the smallest {kind} that trains one is {round_up(least)!r}"
+        return f"ratio {ratio!r} {what}; the smallest ratio that trains one is {round_up(least)!r}"
+    budget = DEFAULT_BUDGET if config.budget is None else config.budget
+    found = round_up(budget * least / ratio)
+    if _gives(found, name, least, config, ratios_of):
+        return f"budget={budget!r} {what}; the smallest budget that trains one is {found!r}"
+    return f"budget={budget!r} {what}, and {found!r} is not right for all projections; give ratios, or target others"
+
+
+def _gives(budget: float, name: str, ratio: float, config: S2FTConfig, ratios_of: RatiosOf) -> bool:
+    """Whether the budget gives the projection this ratio at least, and none more than it has."""
+    try:
+        return budget <= 1 and ratios_of(replace(config, budget=budget))[name] >= ratio
+    except S2FTError:
+        return False
 
 
 def round_up(value: float) -> float:

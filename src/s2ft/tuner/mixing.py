@@ -30,6 +30,9 @@ _UNKNOWN = (
     "is called with tokens that cannot be told to be of this or that row, so `adapter_names` is not possible for adapters "
     "with a slice of it; run each adapter by itself"
 )
+_TURNED = "is called with [length, rows, features], which `adapter_names` is not made for; run each adapter by itself"
+_TIME_FIRST = ("XLNetModel", "FSMTModel", "LongformerSelfAttention", "LEDEncoderSelfAttention")
+"""Classes inside which layers are called so; a batch of as many rows as tokens would not show it."""
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def mixed_rows(tuner: S2FTModel, names: Sequence[str], beams: int) -> Iterator[N
     if pool is not None:
         require_own(tuner.model, "`adapter_names`", allowed=["merged"])
         pool.bring(names)
-    _refuse_routed(tuner.model, names)
+    _refuse_without_rows(tuner.model, names)
     single, repeated = MixedBatch(names), MixedBatch(name for name in names for _ in range(beams))
     encoder = _encoder(tuner.model) if beams > 1 else set()
     blocks: dict[str, _Block] = {}
@@ -78,19 +81,26 @@ def _check(tuner: S2FTModel, names: Any) -> None:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
 
-def _refuse_routed(model: nn.Module, names: Sequence[str]) -> None:
-    """Members of a list that has a forward of its own, such as NLLB-MoE's experts, get what a router sends them."""
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is not nn.Module.forward
-    ]
+def _refuse_without_rows(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises `S2FTError` for layers whose input does not begin with the batch's rows."""
     raise_by_place(
-        (f"{path}.{name}", _UNKNOWN)
-        for path, module in lists
+        (f"{path}.{name}", reason)
+        for path, module in model.named_modules()
+        if (reason := _without_rows(module)) is not None
         for name, layer in module.named_modules()
         if isinstance(layer, S2FTLinear) and layer.holds_any(names)
     )
+
+
+def _without_rows(module: nn.Module) -> str | None:
+    """Why layers inside cannot be told which row is whose.
+
+    Members of a list that has a forward of its own, such as NLLB-MoE's experts, get what a router sends them.
+    """
+    if type(module).__name__ in _TIME_FIRST:
+        return _TURNED
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)
+    return _UNKNOWN if is_list and type(module).forward is not nn.Module.forward else None
 
 
 def _encoder(model: Any) -> set[nn.Module]:
