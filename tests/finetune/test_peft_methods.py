@@ -65,7 +65,7 @@ def check_trains(run, base, name: str, keys: dict) -> None:
     assert "import s2ft" not in (result.output / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["miss", "shira"])
+@pytest.mark.parametrize("name", ["miss", "shira", "beft", "ln_tuning"])
 def test_a_method_of_pefts_trains_and_loads(run, base, name):
     check_trains(run, base, name, FITTING.get(name, {}))
 

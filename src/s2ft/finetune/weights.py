@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.linears import is_plain, layer_index
+from s2ft.layer.linears import is_plain, layer_index, linear_layer
 from s2ft.layer.sharding import gathered
 
 
@@ -44,15 +44,15 @@ def _delta(module: nn.Module, adapter: str) -> Tensor | None:  # [out, in], or t
 
 
 def _merged_change(module: Any, adapter: str) -> Tensor | None:  # [out, in]
-    """What merging a copy of the layer changes its weight by; None for layers that PEFT does not merge."""
-    base = getattr(module.get_base_layer(), "weight", None)
+    """What merging a copy of the layer changes its weight by; None for what is no linear layer, or PEFT does not merge."""
+    linear: Any = linear_layer(module)
     own = any(adapter in getattr(module, name, ()) for name in module.adapter_layer_names)
-    if base is None or not own or not is_plain(module.get_base_layer()) or gathered(base) is not base:
+    if linear is None or not own or not is_plain(linear):
         return None
-    merged = copy.deepcopy(module)
+    base, merged = linear.weight, copy.deepcopy(module)
     try:
         merged.merge(adapter_names=[adapter])
-    except NotImplementedError:
+    except Exception:  # each method refuses in its own way, and a report is no reason to lose a run
         return None
     change: Tensor = merged.get_base_layer().weight.detach().float() - base.detach().float()
     return change
