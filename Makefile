@@ -141,7 +141,7 @@ test-engines: setup
 # Tokens per second of vLLM (CPU) with an exported LoRA, a merged model, and a base that s2ft.sync has written into
 .PHONY: bench-engines
 bench-engines: setup
-	$(BIN)/python tests/engines/run.py --speed --json engines-speed.json
+	$(BIN)/python tests/engines/run.py --speed --json results/engines-speed.json
 
 # Source distribution and wheel, as they would be uploaded, in build/dist; the wheel is built from the source distribution
 dist:

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from peft import get_peft_model
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
 from trl.trainer.utils import add_fused_lm_head
 
 from s2ft import S2FTConfig
+from s2ft.finetune.head import TOKENS, VOCABULARY, small_tiles
 from s2ft.lab.bench.contestants import Contestant, chunked_head
 from s2ft.runtime.memory import peak_of, saved_bytes
 
@@ -42,6 +45,37 @@ def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
 def by_all_logits(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
     logits = model(input_ids=given["input_ids"], use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradients_in_small_tiles_are_those_of_all_logits(kind, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    base = MODELS[kind]()
+    model = get_peft_model(base, S2FTConfig(ratios=0.5, seed=0, init_weights=False))
+    trained = [one for one in model.parameters() if one.requires_grad]
+    add_fused_lm_head(base)
+    given = batch(3, 1 + TOKENS // 2)  # a tile of tokens, and half of one
+    expected = by_all_logits(model, given)
+    wanted = torch.autograd.grad(expected, trained)
+    usual = chunked_logprob.TOKEN_CHUNK_SIZE
+    with small_tiles():
+        assert chunked_logprob.TOKEN_CHUNK_SIZE == TOKENS < usual
+        loss = model(**given, use_cache=False, fused_lm_head=True).loss
+        found = torch.autograd.grad(loss, trained)
+    assert usual == chunked_logprob.TOKEN_CHUNK_SIZE
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_tiles_are_small_on_a_cpu_alone(available, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: available)
+    usual = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert usual > VOCABULARY
+    with small_tiles():
+        assert (usual if available else VOCABULARY) == utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert usual == utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -22,6 +22,7 @@ from torch._C import _autograd
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.orpo import ORPOTrainer
+from trl.trainer import utils
 
 from mixtures import mixture
 from private_names import private_names
@@ -226,7 +227,13 @@ def what_a_trainer_will_log_stands_in(name: str, *trainers: type) -> None:
         assert any(name in method.__code__.co_names for method in methods)
 
 
+def trls_head_reads_the_size_of_its_tiles_when_it_is_called() -> None:
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE >= 1
+    assert "_CHUNKED_LOGPROB_CHUNK_SIZE" in inspect.getsource(utils.add_fused_lm_head)
+
+
 USED: dict[str, Check] = {
+    "_CHUNKED_LOGPROB_CHUNK_SIZE": trls_head_reads_the_size_of_its_tiles_when_it_is_called,
     "_apply": apply_is_how_modules_are_cast,
     "_load_from_state_dict": load_from_state_dict_is_called_with_all_keys_and_a_prefix,
     "_save_to_state_dict": save_to_state_dict_is_called_with_a_prefix,

@@ -97,6 +97,9 @@ def test_a_slice_beside_the_layer_and_a_dense_one_compute_what_their_dequantised
     row = dense.bench_dense({"o_proj": (192, 64)}, tokens=7, rounds=1, seconds=0, device="cpu").rows[0]
     assert row["beside_saved_bytes"] == row["dense_saved_bytes"] == 7 * row["channels"] * 4
     assert row["floor_saved_bytes"] == 0
+    assert row["floor_held_bytes"] == 192 * 64 / 2  # half a byte each
+    of_a_channel = 64 / 2 + 8  # in four bits; and its number
+    assert row["beside_held_bytes"] - row["dense_held_bytes"] == row["channels"] * of_a_channel
     assert dense.dense_line(row)["saved bytes"] == "1.00"
 
 

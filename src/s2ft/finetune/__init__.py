@@ -27,6 +27,7 @@ Read `options`, then `train`.
     machines    options of `s2ft plan`: devices
     fit         memory per device, from a model's configuration: what fits, with which engine
     arguments   options → TRL's `SFTConfig`
+    head        the head of TRL's loss, in tiles that suit a CPU
     holdout     the held-out loss, in batches
     trackers    TensorBoard, W&B and others: which there are, and whether they are installed
     live        a run while it trains, in the terminal

@@ -22,6 +22,7 @@ from s2ft.finetune.card import Card
 from s2ft.finetune.checkpoints import remove_unfinished, step_of
 from s2ft.finetune.engines import trained_state
 from s2ft.finetune.estimate import Estimate, estimate
+from s2ft.finetune.head import small_tiles
 from s2ft.finetune.hub import push
 from s2ft.finetune.launch import check_run
 from s2ft.finetune.layout import layout
@@ -73,7 +74,7 @@ def train(options: TrainOptions) -> TrainResult:
     output = Path(options.output)
     check_run(options)
     alone = sole_writer(output) if leads() else nullcontext()
-    with no_empty_folders(output), alone:  # the trainer makes the folder at once
+    with no_empty_folders(output), alone, small_tiles():  # the trainer makes the folder at once
         if leads():
             remove_unfinished(output)
         with clear_failures(_advice(options), options.output):

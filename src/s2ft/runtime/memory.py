@@ -83,7 +83,8 @@ def _address(tensor: Tensor) -> int:
 def peak_of(run: Callable[[], object], device: torch.device) -> int | None:
     """What a call takes at its peak beside what is held before: on a GPU of torch's tensors, else of resident memory.
 
-    None where the system keeps no peak that can be reset (it is Linux that does).
+    None where the system keeps no peak that can be reset (it is Linux that does). In a process that was started with
+    MALLOC_MMAP_THRESHOLD_=262144, large blocks go back to the system when they are freed; else holes between others count, too.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
+from s2ft.finetune.head import small_tiles
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions
 from s2ft.format.config import S2FTConfig
@@ -82,10 +83,11 @@ class Contestant:
 
 @contextmanager
 def chunked_head(base: PreTrainedModel) -> Iterator[None]:
-    """Gives the model TRL's head, as its trainers do: the loss without all logits at once, by `fused_lm_head=True`."""
+    """Gives the model TRL's head, as `s2ft train` does: the loss without all logits at once, by `fused_lm_head=True`."""
     add_fused_lm_head(base)
     try:
-        yield
+        with small_tiles():
+            yield
     finally:
         del base.forward  # it stands on the object, before the class's own
 

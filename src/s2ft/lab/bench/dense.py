@@ -40,7 +40,7 @@ class Rest(nn.Module):
     def __init__(self, rest: nn.Module, own: Tensor) -> None:  # own: [out_features, channels]
         super().__init__()
         self.rest = rest
-        self.own = nn.Parameter(own.float())
+        self.own = nn.Parameter(own.float().clone(memory_format=torch.contiguous_format))
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, in_features] → [tokens, out_features]
         """The rest by its library, the slice by torch, which keeps a copy of its share of x, not all of it."""
