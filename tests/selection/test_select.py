@@ -18,7 +18,7 @@ from s2ft import S2FTConfig, S2FTError, select
 from s2ft.format.choice import chosen_layers
 from s2ft.format.slices import Slice
 from s2ft.format.terms import STRATEGIES
-from s2ft.selection.budget import spread
+from s2ft.selection.budget import shared, spread
 from s2ft.selection.scores import score_units
 from s2ft.selection.structure import find_structures
 
@@ -219,6 +219,12 @@ def test_a_budget_leaves_no_block_without_a_head(trained: int, heads_trained: in
     assert (sum(path.endswith("o_proj") for path in slices) == 3) == (heads_trained >= 3)
     left = trained / 2 if heads_trained in (2, 5) else trained - 720
     assert abs(24 * count["down_proj"] - left) <= 24 / 2
+
+
+def test_a_total_that_rounding_has_made_smaller_still_gives_one_to_each() -> None:
+    assert spread(shared(4 - 1e-10, [2, 2, 2, 16], with_one=True)) == [1, 1, 1, 1]
+    assert spread(shared(22, [2, 2, 2, 16], with_one=True)) == [2, 2, 2, 16]
+    assert min(shared(3.9, [2, 2, 2, 16], with_one=True)) < 0.5  # too little for all: as large as they are
 
 
 @pytest.mark.parametrize("budget", [0.001, 0.002, 0.0025])

@@ -33,6 +33,7 @@ from s2ft.selection.targets import by_projection
 from s2ft.selection.units import EXPERTS, Projection, Target
 
 RatiosOf = Callable[[S2FTConfig], Mapping[str, float]]  # projection → ratio
+_ROUNDING = 1e-6  # units; what was a whole number before it was a share of parameters
 REST = 0.1  # the least share of a budget that is left for what has a head in every block without help
 
 
@@ -82,7 +83,7 @@ def shared(total: float, units: Sequence[int], with_one: bool) -> list[float]:
         ([1.0, 10.0], [1.05, 1.95])
     """
     ratio, layers = total / sum(units), len(units)
-    if not with_one or total < layers or ratio * min(units) >= 1:
+    if not with_one or total < layers - _ROUNDING or ratio * min(units) >= 1:
         return [ratio * own for own in units]
     return [1 + (total - layers) * (own - 1) / (sum(units) - layers) for own in units]
 
