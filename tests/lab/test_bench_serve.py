@@ -12,6 +12,7 @@ from s2ft import S2FTError
 from s2ft.demo import base_path
 from s2ft.lab.bench import serve
 from s2ft.lab.bench.clients import Question, ask_for
+from s2ft.lab.bench.report import model_label
 from s2ft.lab.bench.serve import bench_serve, serve_line
 from s2ft.lab.bench.servers import running
 from s2ft.serve.model import load_base
@@ -72,6 +73,12 @@ def test_a_row_of_the_table() -> None:
         "p95 ms": "2",
         "MB": "5",
     }
+
+
+def test_a_report_does_not_say_where_a_model_lies(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert model_label(str(tmp_path / "mine")) == "mine"
+    assert model_label("org/name") == "org/name"
 
 
 @pytest.mark.parametrize("option", ["clients", "adapters", "seconds"])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,6 +16,7 @@ from s2ft.common.errors import gathered, raise_together
 from s2ft.finetune.methods import METHODS
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.bench.bases import Source, shell
+from s2ft.lab.bench.report import model_label
 from s2ft.lab.registry import TrainingDtype
 from s2ft.lab.shapes import EXPERTS, LLAMA2_7B, LLAMA3_8B, QWEN3_30B_A3B_8_BLOCKS, SMALL
 from s2ft.runtime.lookup import check_folder, check_hub
@@ -131,7 +131,7 @@ def adjusted(
     if lengths or batches:
         preset = replace(preset, cells=_cells(preset, lengths or [main.seq_len], batches or [main.batch_size]))
     if model is not None:
-        preset = replace(preset, models={_label(model): model}, ablation=False)
+        preset = replace(preset, models={model_label(model): model}, ablation=False)
     if names:
         preset = replace(preset, methods=names, ablation=False)
     return replace(preset, budgets=budgets or preset.budgets)
@@ -186,11 +186,6 @@ def _cells(preset: Preset, lengths: Sequence[int], batches: Sequence[int]) -> li
         replace(main if number == 0 else other, batch_size=size, seq_len=length)
         for number, (size, length) in enumerate(itertools.product(batches, lengths))
     ]
-
-
-def _label(model: str) -> str:
-    """A model's name in the rows: of a path its end, so that no report says where it lies."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _machine_problems(preset: Preset, liger: bool) -> Iterator[str]:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,3 +67,8 @@ def take_turns(
         if number + 1 >= warm_up + LEAST and time.perf_counter() > end:
             break
     return times
+
+
+def model_label(model: str) -> str:
+    """A model's name in the rows: of a path its end, so that no report says where it lies."""
+    return Path(model).resolve().name if Path(model).exists() else model

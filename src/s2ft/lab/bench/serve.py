@@ -29,7 +29,7 @@ from s2ft.demo import base_path
 from s2ft.evaluate.engines import end_ids
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.bench.clients import Question, ask_for
-from s2ft.lab.bench.report import Report
+from s2ft.lab.bench.report import Report, model_label
 from s2ft.lab.bench.servers import Running, running
 from s2ft.lab.registry import TellShare
 from s2ft.layer.linear import sliced_layers
@@ -95,7 +95,12 @@ def bench_serve(
             with running([*with_adapters, "--engine", "vllm"], root / "log", vllm) as server:
                 rows.append(_measured("vllm", server, asked, clients, short))
         tell(1.0)
-    settings = {"model": model or "embedded", "adapters": adapters, "seconds": seconds, "questions": len(asked)}
+    settings = {
+        "model": model_label(model) if model else "embedded",
+        "adapters": adapters,
+        "seconds": seconds,
+        "questions": len(asked),
+    }
     ties = (adapters + 1) * len(TEXTS) - len(asked)
     return Report(settings={**settings, "near_ties": ties, "threads": torch.get_num_threads()}, rows=rows)
 
