@@ -26,7 +26,7 @@ from s2ft.layer.linears import is_quantised, weight_matrix, weight_of
 from s2ft.layer.sharding import Part, gathered, written
 
 _PART = 1 << 19  # bytes: sums larger than that malloc gets from the system anew each time, page by page
-_ENTRIES = 1 << 15  # for each thread, in columns that are read and written at once: their cache lines are 2 MB
+_ENTRIES = 1 << 16  # for each thread, in columns that are read and written at once: their cache lines are 4 MB
 
 
 @dataclass(eq=False)
