@@ -39,9 +39,7 @@ def mapped(rows: Iterable[Row]) -> Dataset:
 
 def _in_file(few: list[Row], later: Iterator[Row]) -> Dataset:
     first = pyarrow.Table.from_pylist(few)
-    while "null" in str(first.schema.types) and (
-        more := list(islice(later, PIECE))
-    ):  # lists that are empty in all rows so far
+    while _lacks_types(first.schema) and (more := list(islice(later, PIECE))):
         few = [*few, *more]
         first = pyarrow.Table.from_pylist(few)
     with tempfile.TemporaryFile(dir=cache_folder()) as file:
@@ -52,6 +50,11 @@ def _in_file(few: list[Row], later: Iterator[Row]) -> Dataset:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pyarrow.ipc.open_stream(pyarrow.py_buffer(content)).read_all()
     return Dataset(InMemoryTable(table), fingerprint=uuid.uuid4().hex)  # or its content would be pickled for one
+
+
+def _lacks_types(schema: pyarrow.Schema) -> bool:
+    """Whether lists were empty in all rows, which tells no type of what they hold."""
+    return "null" in str(schema.types)
 
 
 def _pieces(rows: Iterator[Row], schema: pyarrow.Schema) -> Iterator[pyarrow.Table]:

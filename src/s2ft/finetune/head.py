@@ -3,7 +3,7 @@
 TRL projects hidden states onto the vocabulary tile by tile, forward and backward, so that all logits are never there at once:
 
     4,096 tokens × 32,768 of the vocabulary    TRL's tiles, which a GPU's kernel reads and writes in place
-      256        ×  4,096                      on a CPU, where each operation makes a copy of a tile, which stays in cache
+      256        ×  4,096                      on a CPU, where each operation makes a copy of a tile
 """
 
 from __future__ import annotations

@@ -12,23 +12,20 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from tokenizers.pre_tokenizers import ByteLevel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 HALF = "\ufffd"  # what half a character decodes to
 LONGEST = 4  # bytes of a character in UTF-8
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def _bytes_of_letters() -> dict[str, int]:
-    """The letter that byte-level names have for each byte: its own where it prints, else one from U+0100 on, in order."""
-    letters = sorted(ByteLevel.alphabet())
-    own, others = {ord(letter): letter for letter in letters}, iter(one for one in letters if ord(one) > 255)
-    return {own.get(byte) or next(others): byte for byte in range(256)}
-
-
-_BYTES = _bytes_of_letters()
+@cache
+def _bytes() -> dict[str, int]:
+    """The letter that byte-level names have for each byte → the byte."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Spelling:
@@ -56,7 +53,7 @@ class Spelling:
         name = self._own_name(token)
         if found := _BYTE.fullmatch(name):
             return bytes([int(found[1], 16)])
-        return bytes(_BYTES[letter] for letter in name) if set(name) <= set(_BYTES) else alone.encode()
+        return bytes(_bytes()[letter] for letter in name) if set(name) <= _bytes().keys() else alone.encode()
 
     def is_silent(self, token: int) -> bool:
         """Whether it has no part in an answer's text: a special token."""
