@@ -13,7 +13,7 @@ noted, and the layer computes it beside (`is_beside`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -162,15 +162,16 @@ class BaseWeight:
 
     def _add_columns(self, weight: Tensor, channels: Tensor, delta: Tensor) -> None:
         """Sets columns aside and adds to them, some rows at a time, so that writing finds in the caches what was read."""
-        own = weight.new_empty(len(weight), len(channels))
+        rows, size = weight.shape[0], channels.shape[0]
+        own = weight.new_empty(rows, size)
         stash = Stash(1, channels, own, rows=0)
         self._stashes.append(stash)
-        step = max(1, torch.get_num_threads() * _ENTRIES // max(1, len(channels)))
-        for start in range(0, len(weight), step):
-            part = slice(start, start + step)
-            take_columns(weight[part], channels, own[part])
-            stash.rows = min(start + step, len(weight))  # from here on, `restore` puts these rows back
-            put_slice(weight[part], 1, channels, add_delta(own[part], delta[part]))
+        step = max(1, torch.get_num_threads() * _ENTRIES // max(1, size))
+        done = 0
+        for part, kept, added in _in_parts(step, weight, own, delta):
+            take_columns(part, channels, kept)
+            stash.rows = done = done + part.shape[0]  # from here on, `restore` puts these rows back
+            put_slice(part, 1, channels, add_delta(kept, added))
         stash.rows = None
 
     def set_aside(self, weight: Tensor, dim: int, channels: Tensor) -> Stash:  # weight: [out_features, in_features]
@@ -209,3 +210,10 @@ def shared_weights(model: nn.Module) -> set[int]:
             if type(parameter.data) is Tensor and (address := parameter.data_ptr()):
                 (shared if address in seen else seen).add(address)
     return shared
+
+
+def _in_parts(step: int, *matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """So many rows of each at a time; as they are where one part is enough, since a view takes as long as a small slice."""
+    if matrices[0].shape[0] <= step:
+        return [matrices]
+    return zip(*(matrix.split(step) for matrix in matrices), strict=True)
