@@ -183,9 +183,13 @@ def test_ctrl_c_is_no_failed_answer(model, monkeypatch) -> None:
 
 def test_batches_are_the_same_whatever_is_done_already(model, monkeypatch) -> None:
     prompts, seen = random_prompts(10), []
-    monkeypatch.setattr(
-        model, "generate", lambda input_ids, **_: seen.append(input_ids) or torch.cat([input_ids] * 2, 1)
-    )
+
+    def ending_at_once(input_ids, **_):
+        seen.append(input_ids)
+        ended = torch.cat([input_ids, torch.full_like(input_ids[:, :1], END)], 1)
+        return types.SimpleNamespace(sequences=ended, past_key_values=None)
+
+    monkeypatch.setattr(model, "generate", ending_at_once)
     engine = TransformersEngine(model, byte_tokenizer(), 3)
     assert len(collect(engine, prompts)) == 10
     whole = seen[:]

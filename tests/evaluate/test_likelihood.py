@@ -1,14 +1,17 @@
 """Likelihoods against transformers' own loss, and against the same sum written out in float64."""
 
 import math
+from functools import partial, wraps
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
+from transformers import BloomConfig, BloomForCausalLM
 
-from families import build
+from families import build, hybrid
 from s2ft import S2FTError
 from s2ft.demo import base_path
+from s2ft.evaluate import likelihood
 from s2ft.evaluate.likelihood import Choice, accuracy, choice, log_likelihoods, perplexity, token_log_likelihoods
 from s2ft.runtime.models import load_model, load_tokenizer
 
@@ -38,6 +41,39 @@ def test_rows_of_several_lengths_score_as_they_do_alone(family: str) -> None:
     found = token_log_likelihoods(model, given, follows)
     for row, before, after in zip(found, given, follows, strict=True):
         torch.testing.assert_close(row.double(), one_by_one(model, before, after), rtol=1e-5, atol=1e-5)
+
+
+def bloom():
+    """Takes no positions."""
+    return BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=24, n_layer=2, n_head=4)).double().eval()
+
+
+@pytest.mark.parametrize(
+    "make", [*(partial(build, family) for family in ("llama", "gpt2", "mistral", "gemma3")), hybrid, bloom]
+)
+def test_what_several_rows_have_in_common_may_be_read_once(make) -> None:
+    model = make()
+    given = [torch.randint(1, 30, (length,)).tolist() for length in (1, 9, 4)]
+    follows = [[torch.randint(1, 30, (length,)).tolist() for length in own] for own in ((6, 1), (3,), (1, 1, 12, 2))]
+    wanted = [
+        float(one_by_one(model, before, after).sum())
+        for before, texts in zip(given, follows, strict=True)
+        for after in texts
+    ]
+    assert likelihood._sums(model, given, follows) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_answers_of_one_token_need_no_second_pass(model, monkeypatch) -> None:
+    forward, passes = model.forward, []
+
+    @wraps(forward)
+    def noting(**inputs):
+        passes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", noting)
+    likelihood._sums(model, [[5, 6], [7]], [[[1], [2], [3]], [[4], [5]]])
+    assert passes == [(2, 2)]
 
 
 def test_every_module_is_left_in_its_mode(model) -> None:

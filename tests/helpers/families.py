@@ -8,6 +8,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -91,6 +93,13 @@ def build(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def hybrid() -> PreTrainedModel:
+    """Convolutions and attention: its cache has more than keys and values."""
+    sizes = {**_SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    config = Lfm2Config(**_COMMON, **sizes, layer_types=["conv", "full_attention"], block_multiple_of=4)
+    return Lfm2ForCausalLM(config).double().eval()
 
 
 def tokens(*shape: int) -> torch.Tensor:

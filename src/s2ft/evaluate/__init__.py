@@ -7,6 +7,7 @@ Read `options` and `tasks`, then `run`.
     questions   a task's questions, from files and the Hub
     extraction  how an answer is read
     engines     what writes answers: transformers, in batches of similar length, or vLLM
+    writing     the tokens of a batch of answers; rows that have ended leave it
     answers     answers written, scored, and kept in JSONL; resumable
     tally       counts, intervals, means
     subjects    what is evaluated: the base and its adapters

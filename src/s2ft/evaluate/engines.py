@@ -27,6 +27,7 @@ from s2ft.data.template import chat_ids
 from s2ft.data.tokens import end_tokens, text_ids
 from s2ft.evaluate.questions import Prompt
 from s2ft.evaluate.tasks import Decoding
+from s2ft.evaluate.writing import STRETCH, written
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import positions
 
@@ -205,11 +206,11 @@ class TransformersEngine:
         settings = GenerationConfig(
             max_new_tokens=room, num_beams=beams, do_sample=False, pad_token_id=pad, eos_token_id=self._ends or None
         )
-        with _only(self._base, settings), evaluating(self._model), torch.no_grad():
-            output = self._model.generate(
-                input_ids=tokens.to(self._model.device), attention_mask=mask.to(self._model.device)
-            )  # [prompts, longest + new]
-        return [self._answer(row) for row in output[:, tokens.shape[1] :].tolist()]
+        tokens, mask = tokens.to(self._model.device), mask.to(self._model.device)
+        stretch = STRETCH if beams == 1 else room
+        with _only(self._base, settings), evaluating(self._model):
+            rows = written(self._model, tokens, mask, room, self._ends, stretch)
+        return [self._answer(row) for row in rows]
 
     def _answer(self, new: list[int]) -> Answer:
         end = next((place for place, token in enumerate(new) if token in self._ends), None)

@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from s2ft.common.errors import S2FTError
-from s2ft.evaluate.engines import evaluating
+from s2ft.evaluate.engines import evaluating, pad_left
 from s2ft.evaluate.questions import Prompt, load_questions
 from s2ft.evaluate.tasks import Task
+from s2ft.evaluate.writing import has_rows
 
 _QUESTION = re.compile(r"question:\s*(.*?)(?:\n\n|$)|sentence:\s*(.*?)(?:\n\n|$)", re.IGNORECASE | re.DOTALL)
 _NUMBERED = r"(?:answer|option|ending|solution)"
@@ -93,17 +96,78 @@ def log_likelihoods(
     pairs: Sequence[tuple[str, str]],  # what is given, and what follows it
     batch_size: int = 16,
 ) -> list[float]:
-    """Log p(what follows | what is given) of each pair, in nats."""
-    given = [tokenizer(text).input_ids or [tokenizer.eos_token_id] for text, _ in pairs]
+    """Log p(what follows | what is given) of each pair, in nats; what several pairs have in common is read once.
+
+    Args:
+        batch_size: How many different texts are given at a time.
+    """
+    places: dict[str, list[int]] = {}  # what is given → its pairs
+    for index, (text, _) in enumerate(pairs):
+        places.setdefault(text, []).append(index)
+    given = {text: tokenizer(text).input_ids or [tokenizer.eos_token_id] for text in places}
     follows = [tokenizer(text, add_special_tokens=False).input_ids for _, text in pairs]
-    order = sorted(range(len(pairs)), key=lambda index: -len(given[index]) - len(follows[index]))
+    order = sorted(given, key=lambda text: -len(given[text]))
     found = [0.0] * len(pairs)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        rows = token_log_likelihoods(model, [given[index] for index in batch], [follows[index] for index in batch])
-        for index, row in zip(batch, rows, strict=True):
-            found[index] = float(row.sum())
+        own = [places[text] for text in batch]
+        sums = _sums(model, [given[text] for text in batch], [[follows[index] for index in some] for some in own])
+        for index, value in zip(chain.from_iterable(own), sums, strict=True):
+            found[index] = value
     return found
+
+
+def _sums(
+    model: Any,
+    given: Sequence[list[int]],  # token ids, at least one each
+    follows: Sequence[Sequence[list[int]]],  # the texts that may follow each
+) -> list[float]:
+    """Log p of each text that may follow, in the order of `follows`."""
+    owners = [owner for owner, texts in enumerate(follows) for _ in texts]
+    rows = list(chain.from_iterable(follows))
+    shared = _after_shared(model, given, owners, rows) if _takes_positions(model) else None
+    if shared is None:
+        shared = token_log_likelihoods(model, [given[owner] for owner in owners], rows)
+    return [float(row.sum()) for row in shared]
+
+
+@torch.no_grad()
+def _after_shared(
+    model: Any,
+    given: Sequence[list[int]],
+    owners: Sequence[int],  # of each row, an index into `given`
+    rows: Sequence[list[int]],
+) -> list[Tensor] | None:  # as `token_log_likelihoods`
+    """Reads what is given once, and each row after the keys and values of its owner; None if the model keeps others."""
+    tokens, mask = (part.to(model.device) for part in pad_left(given, 0))
+    with evaluating(model):
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        read = model(input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
+        cache = getattr(read, "past_key_values", None)
+        if not has_rows(cache):
+            return None
+        owner = torch.tensor(owners, device=model.device)
+        cache.batch_select_indices(owner)
+        texts = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)  # [rows, longest]
+        logits = [read.logits[owner, -1:]]
+        if texts.shape[1] > 1:
+            before = mask[owner]
+            said = texts[:, :-1]
+            output = model(
+                input_ids=said,
+                attention_mask=torch.cat([before, torch.ones_like(said)], 1),
+                position_ids=before.sum(1, keepdim=True) + torch.arange(said.shape[1], device=model.device),
+                past_key_values=cache,
+            )
+            logits.append(output.logits)
+    scores = torch.cat(logits, 1).float().log_softmax(-1).gather(-1, texts[..., None])[..., 0]
+    return [row[: len(text)].cpu() for row, text in zip(scores, rows, strict=True)]
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether rows of different lengths can be read after keys and values that are padded on the left."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in signature(base.forward).parameters
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, window: int = 512, limit: int = 8192) -> float:
