@@ -100,6 +100,17 @@ def test_every_part_has_its_rows(model, data, tmp_path):
     assert again.rows == report.rows
 
 
+def test_a_part_of_the_real_study_is_chosen_by_name(model, data, tmp_path):
+    assert RealSettings().restricted("fusion, arithmetic").parts == ("arithmetic", "fusion")
+    assert RealSettings().restricted(None) == RealSettings()
+    with pytest.raises(
+        S2FTError, match=r"only: 'Arithmetic': must be among arithmetic, commonsense, selection, fusion"
+    ):
+        RealSettings().restricted("arithmetic,Arithmetic")
+    report = study_real(tmp_path / "runs", SETTINGS, model=model, data=data, only="selection")
+    assert {row["part"] for row in report.rows} == {"selection"}
+
+
 def test_rates_are_tuned_on_examples_that_no_report_sees(data):
     examples = load_task("arithmetic", data)
     sides = {

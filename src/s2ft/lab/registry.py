@@ -232,6 +232,11 @@ STUDIES = {
     ),
     "real": Entry(
         "Test the paper's claims on a real model: arithmetic, commonsense, the choice of channels, fusion.",
-        {"model": _MODEL, "data": _DATA, "workers": _WORKERS},
+        {
+            "model": _MODEL,
+            "data": _DATA,
+            "workers": _WORKERS,
+            "only": Option(str | None, None, "Of arithmetic,commonsense,selection,fusion [default: all]"),
+        },
     ),
 }

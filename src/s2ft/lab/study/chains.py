@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+from s2ft.common.errors import S2FTError
 from s2ft.evaluate.subjects import fingerprint
 from s2ft.lab.study.experiment import Experiments
 from s2ft.lab.study.runs import Settings
@@ -32,6 +33,18 @@ VERSION = 3  # of what a run measures; runs of another version are not taken
 def identity(model: str) -> Settings:
     """What a run on a real model depends on besides its settings. The machine and its libraries are no part of it."""
     return {"model": fingerprint(model, "config.json"), "version": VERSION}
+
+
+def named(only: str | None, known: Sequence[str]) -> list[str]:
+    """What `--only` names, with commas between.
+
+    Raises:
+        S2FTError: if a name is not among those that are known.
+    """
+    asked = [name.strip() for name in only.split(",")] if only else []
+    if unknown := [name for name in asked if name not in known]:
+        raise S2FTError(f"only: {', '.join(map(repr, unknown))}: must be among {', '.join(known)}")
+    return asked
 
 
 @contextmanager

@@ -16,9 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from s2ft.common.errors import S2FTError
 from s2ft.lab.registry import TellShare
-from s2ft.lab.study.chains import experiments, identity
+from s2ft.lab.study.chains import experiments, identity, named
 from s2ft.lab.study.curves import RULE, curves
 from s2ft.lab.study.report import HELD_OUT, StudyReport
 from s2ft.lab.study.runs import Runs, Settings
@@ -125,13 +124,10 @@ class DefaultsSettings:
         Raises:
             S2FTError: if a name is neither.
         """
-        asked = [name.strip() for name in only.split(",")] if only else []
-        named = (*self.contenders, ALL_VARIANTS)
-        known = (*self.cases, *named, KEPT)
-        if unknown := [name for name in asked if name not in known]:
-            raise S2FTError(f"only: {', '.join(map(repr, unknown))}: must be among {', '.join(known)}")
+        contenders = (*self.contenders, ALL_VARIANTS)
+        asked = named(only, (*self.cases, *contenders, KEPT))
         cases = [name for name in self.cases if name in asked] or self.cases
-        wanted = [name for name in named if name in asked] or named
+        wanted = [name for name in contenders if name in asked] or contenders
         return replace(
             self,
             cases=tuple(cases),

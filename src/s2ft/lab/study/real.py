@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Lock
 
 from s2ft.lab.registry import TellShare
-from s2ft.lab.study.chains import experiments, identity, side_by_side
+from s2ft.lab.study.chains import experiments, identity, named, side_by_side
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.material import TESTS
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
@@ -86,6 +86,15 @@ class RealSettings:
         vanilla = [part for part in self.parts if part in TESTS]
         return sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(tuned) + len(fused)) + len(vanilla)
 
+    def restricted(self, only: str | None) -> RealSettings:
+        """To the parts named, with commas between them.
+
+        Raises:
+            S2FTError: if there is no part of that name.
+        """
+        asked = named(only, PARTS)
+        return replace(self, parts=tuple(part for part in self.parts if part in asked) if asked else self.parts)
+
 
 def variants(who: Contender) -> dict[str, bool]:
     """The ways in which a contender's adapters are fused: name → whether their channels are disjoint."""
@@ -102,6 +111,7 @@ def study_real(
     model: str,
     data: str,
     workers: int = 1,
+    only: str | None = None,
 ) -> StudyReport:
     """Runs the study, or what of it is not in `folder` yet.
 
@@ -110,16 +120,21 @@ def study_real(
         model: A chat model's folder, GGUF file or name on the Hub.
         data: LLM-Adapters' folder.
         workers: Runs at a time, each in a process of its own.
+        only: The parts to run, as in `RealSettings.restricted`; None: all.
 
     Raises:
         S2FTError: if model or data cannot be read, or `folder` holds runs of another version of the study.
     """
-    settings = settings or RealSettings()
+    settings = (settings or RealSettings()).restricted(only)
     runs = Runs(folder, settings.runs, tell, identity(model))
     with experiments(model, data, workers) as performer:
         study = _Study(runs, performer, settings)
-        chains = [*study.chains(), *study.fusions()]  # fusions wait for the others' rates
-        rows = [row for part in side_by_side(chains, workers) for row in part]
+        rows = [
+            row
+            for part in settings.parts  # whole parts are there early, and fusions find the others' rates
+            for own in side_by_side(list(study.chains(part)), workers)
+            for row in own
+        ]
     found = {"learning_rate": study.tuned, "seconds": round(runs.seconds), "environments": runs.environments}
     return StudyReport({**asdict(settings), **found}, rows, ("part", "method"))
 
@@ -134,18 +149,12 @@ class _Study:
     tuned: dict[str, dict[str, float]] = field(default_factory=dict)  # part → contender → rate
     locks: dict[tuple[str, str], Lock] = field(default_factory=dict)
 
-    def chains(self) -> Iterator[Chain]:
-        """What can run side by side: a chain for each contender of each part."""
-        for part in self.settings.parts:
-            if part in TESTS:
-                yield partial(self._vanilla, part)
-            if part != "fusion":
-                yield from (partial(self._scored, part, who) for who in self.settings.contenders[part])
-
-    def fusions(self) -> Iterator[Chain]:
-        """A chain for each contender that fuses."""
-        if "fusion" in self.settings.parts:
-            yield from (partial(self._fused, who) for who in self.settings.contenders["fusion"])
+    def chains(self, part: str) -> Iterator[Chain]:
+        """What can run side by side: a chain for each contender of a part."""
+        if part in TESTS:
+            yield partial(self._vanilla, part)
+        run = self._fused if part == "fusion" else partial(self._scored, part)
+        yield from (partial(run, who) for who in self.settings.contenders[part])
 
     def _vanilla(self, part: str) -> list[Row]:
         asked = self._asked(VANILLA, part, "all")
