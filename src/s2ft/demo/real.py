@@ -28,7 +28,7 @@ from s2ft.finetune.train import train
 from s2ft.runtime.models import load_model, load_tokenizer
 from s2ft.runtime.precision import choose_precision
 
-TRAINED, TESTED = 160, 32  # conversations
+TRAINED, TESTED = 100, 32  # conversations
 OLD_TASKS = ("boolq", "arc-e")
 OLD_QUESTIONS = 100  # of each task
 _TEXT_TOKENS = 4096

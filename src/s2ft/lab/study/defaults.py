@@ -4,7 +4,7 @@
     arithmetic-1000        worked problems                                   `s2ft train` as a user calls it
 
 For every contender, case and seed: each rate of one grid, and the rate of the rule. Variants of S²FT (other projections,
-budgets, allocations, warm-ups) take a few rates on one case. All but the budgets train about as many parameters (LoRA 10% more,
+budgets, allocations, warm-ups) take two rates and the rule's on one case. All but the budgets train about as many parameters (LoRA 10% more,
 to be on the safe side), in as many steps.
 """
 
@@ -25,7 +25,7 @@ from s2ft.lab.study.summary import Row
 from s2ft.lab.study.tuning import DIVERGED
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-FEW = (1e-3, 2e-3, 4e-3)  # for variants
+FEW = (1e-3, 2e-3, None)  # for variants; None: the rule's
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class DefaultsSettings:
     contenders: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: CONTENDERS)  # name → options
     rates: tuple[float, ...] = GRID
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: VARIANTS)  # on the case `VARIED`
-    variant_rates: tuple[float, ...] = FEW
+    variant_rates: tuple[float | None, ...] = FEW
     kept: bool = False  # report what is kept, and run nothing
 
     @property
