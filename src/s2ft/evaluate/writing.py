@@ -45,15 +45,22 @@ def written(
             found[row] += some
         room -= new.shape[1]
         places = [place for place, row in enumerate(rows) if not set(ends).intersection(found[row])]
-        rows = [rows[place] for place in places]
-        kept = torch.tensor(places, dtype=torch.int64, device=tokens.device)
+        rows, kept = [rows[place] for place in places], torch.tensor(places, dtype=torch.int64, device=tokens.device)
         tokens, mask = output.sequences[kept], torch.cat([mask, torch.ones_like(new)], 1)[kept]
-        cache = output.past_key_values
-        if has_rows(cache):
-            cache.batch_select_indices(kept)
-        else:
-            cache, stretch = None, room
+        cache = _chosen(output.past_key_values, kept)
+        stretch = room if cache is None else stretch
     return found
+
+
+def _chosen(
+    cache: Any,
+    rows: Tensor,  # [kept], int64
+) -> Cache | None:
+    """These rows alone; None if they cannot be chosen."""
+    if not has_rows(cache):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def has_rows(cache: Any) -> TypeGuard[Cache]:
