@@ -57,7 +57,8 @@ def _short(monkeypatch):
     monkeypatch.setattr("s2ft.lab.study.tuning.STEPS", 0)
     monkeypatch.setitem(DECODING, "arithmetic", Decoding(1, 4))
     monkeypatch.setattr(experiment, "QUESTIONS", {"arithmetic": 1, "commonsense": 2})
-    for name in ("FUSED_QUESTIONS", "CHOICES", "MOST_HELD_OUT"):
+    monkeypatch.setattr(experiment, "MOST_HELD_OUT", dict.fromkeys(experiment.MOST_HELD_OUT, 2))
+    for name in ("FUSED_QUESTIONS", "CHOICES"):
         monkeypatch.setattr(experiment, name, 2)
     monkeypatch.setattr(experiment, "documentation", lambda: "plain text " * 20)
 

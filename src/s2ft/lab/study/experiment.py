@@ -45,12 +45,12 @@ from s2ft.lab.study.tuning import DIVERGED
 from s2ft.runtime.models import load_model
 from s2ft.training.rate import learning_rate
 
-MOST_HELD_OUT = 200  # examples
+MOST_HELD_OUT = {"style": 200, "arithmetic": 80, "commonsense": 80}  # examples at most
 QUESTIONS = {  # of each task, answered in writing: the 95% interval of the average is within ±4 points
     "arithmetic": 60,  # 6 tasks, up to 18%
     "commonsense": 130,  # 5 tasks
 }
-FUSED_QUESTIONS = 50  # the same for fused adapters
+FUSED_QUESTIONS = 30  # the same for fused adapters
 CHOICES = 200  # of each commonsense task, chosen by likelihood
 BATCH = {"cpu": 32, "cuda": 128}  # prompts at once
 
@@ -105,9 +105,9 @@ class Experiments:
 
     def _measure(self, model: Any, task: str, measured: str) -> Result:
         split: Split = "validation" if measured == "validation" else "test"
-        held_out = draw(self._examples(task), split, MOST_HELD_OUT, seed=0)
+        held_out = draw(self._examples(task), split, MOST_HELD_OUT[task], seed=0)
         if task == "style":  # too few to be divided
-            held_out = [*held_out, *draw(self._examples(task), "validation", MOST_HELD_OUT, seed=0)]
+            held_out = [*held_out, *draw(self._examples(task), "validation", MOST_HELD_OUT[task], seed=0)]
         found: Result = {"held_out": self._loss(model, held_out)}
         if measured == "all":
             found |= {"written": self._written(model, task, QUESTIONS[task]), **self._kept(model)}

@@ -50,7 +50,7 @@ RATES: dict[str, tuple[float, ...]] = {  # a grid for each method; it grows wher
     "s2ft": (1e-3, 2e-3, 4e-3),
 }
 WORKLOAD = Workload(steps=60, batch_size=4, train_examples=240, test_examples=0)
-WORKLOADS = {  # seeds before size: meant for about ten hours on two cores, which nobody has measured
+WORKLOADS = {  # seeds before size: about fourteen hours on two cores by estimate
     "arithmetic": WORKLOAD,
     "commonsense": WORKLOAD,
     "selection": replace(WORKLOAD, steps=40, train_examples=160),
