@@ -148,7 +148,7 @@ def _after_shared(
             return None
         owner = torch.tensor(owners, device=model.device)
         cache.batch_select_indices(owner)
-        texts = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)  # [rows, longest]
+        texts = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True).to(model.device)
         logits = [read.logits[owner, -1:]]
         if texts.shape[1] > 1:
             before = mask[owner]
