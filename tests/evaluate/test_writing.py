@@ -43,6 +43,8 @@ def test_rows_that_leave_change_nothing_for_the_others(family, stretch) -> None:
 
 def test_a_cache_of_another_kind_is_made_anew(monkeypatch) -> None:
     model = hybrid()
+    with torch.no_grad():
+        model.lm_head.weight[list(ENDS)] *= 0.01  # never the likeliest in all rows: some go on
     assert not has_rows(model(input_ids=torch.tensor([[3]]), use_cache=True).past_key_values)
     prompts = torch.randint(3, 40, (5, 6)).tolist()
     generate, asked = model.generate, []
@@ -53,7 +55,7 @@ def test_a_cache_of_another_kind_is_made_anew(monkeypatch) -> None:
 
     monkeypatch.setattr(model, "generate", noting)
     assert write(model, prompts, 10, 3) == [one_by_one(model, prompt, 10) for prompt in prompts]
-    assert asked in ([3], [3, 7])
+    assert asked == [3, 7]
 
 
 def test_only_rows_that_have_not_ended_are_under_way(monkeypatch) -> None:

@@ -250,6 +250,18 @@ def pad_left(
     return tokens, mask
 
 
+def places_of(
+    mask: Tensor,  # [rows, length], of rows that are padded on the left
+) -> Tensor:  # [rows, length], int64
+    """The position of each token in its row, which does not count the padding.
+
+    Example:
+        >>> places_of(torch.tensor([[0, 0, 1, 1]]))
+        tensor([[0, 0, 0, 1]])
+    """
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 @contextmanager
 def _only(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Generates with `settings` alone: a model's own (a repetition penalty, say) would change the protocol."""

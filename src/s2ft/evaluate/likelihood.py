@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from s2ft.common.errors import S2FTError
-from s2ft.evaluate.engines import evaluating, pad_left
+from s2ft.evaluate.engines import evaluating, pad_left, places_of
 from s2ft.evaluate.questions import Prompt, load_questions
 from s2ft.evaluate.tasks import Task
 from s2ft.evaluate.writing import has_rows
@@ -125,7 +125,7 @@ def _sums(
     """Log p of each text that may follow, in the order of `follows`."""
     owners = [owner for owner, texts in enumerate(follows) for _ in texts]
     rows = list(chain.from_iterable(follows))
-    shared = _after_shared(model, given, owners, rows) if _takes_positions(model) else None
+    shared = _after_shared(model, given, owners, rows)
     if shared is None:
         shared = token_log_likelihoods(model, [given[owner] for owner in owners], rows)
     return [float(row.sum()) for row in shared]
@@ -138,11 +138,14 @@ def _after_shared(
     owners: Sequence[int],  # of each row, an index into `given`
     rows: Sequence[list[int]],
 ) -> list[Tensor] | None:  # as `token_log_likelihoods`
-    """Reads what is given once, and each row after the keys and values of its owner; None if the model keeps others."""
+    """Reads what is given once, and each row after the keys and values of its owner; None where the model cannot."""
+    if not _takes_positions(model):
+        return None
     tokens, mask = (part.to(model.device) for part in pad_left(given, 0))
     with evaluating(model):
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        read = model(input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
+        read = model(
+            input_ids=tokens, attention_mask=mask, position_ids=places_of(mask), use_cache=True, logits_to_keep=1
+        )
         cache = getattr(read, "past_key_values", None)
         if not has_rows(cache):
             return None

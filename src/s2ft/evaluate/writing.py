@@ -26,13 +26,12 @@ def written(
     mask: Tensor,  # [prompts, longest], int64
     room: int,  # tokens that an answer may have
     ends: Collection[int],
-    stretch: int = STRETCH,  # of `room`: all rows stay to the end, as beams must
+    stretch: int,  # tokens until rows may leave; of `room`, all stay to the end, as beams must
 ) -> list[list[int]]:
     """The tokens after each prompt. What comes after one of `ends` means nothing."""
     found: list[list[int]] = [[] for _ in tokens]
     rows, cache = list(range(len(found))), None
     while rows and room > 0:
-        length = tokens.shape[1]
         output = model.generate(
             input_ids=tokens,
             attention_mask=mask,
@@ -40,7 +39,7 @@ def written(
             max_new_tokens=min(stretch, room),
             return_dict_in_generate=True,
         )
-        new = output.sequences[:, length:]  # [rows, new]
+        new = output.sequences[:, tokens.shape[1] :]  # [rows, new]
         for row, some in zip(rows, new.tolist(), strict=True):
             found[row] += some
         room -= new.shape[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from s2ft.evaluate.engines import pad_left
+from s2ft.evaluate.engines import pad_left, places_of
 from s2ft.serve.cache import joined, kept, padded_mask
 from s2ft.tuner.mixing import mixed_rows
 from s2ft.tuner.model import S2FTModel
@@ -59,8 +59,7 @@ class Batch:
         ids, mask = (part.to(self._device) for part in pad_left([list(prompt) for prompt in prompts], 0))
         cache = DynamicCache()
         with self._mixed(names):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._forward(ids, mask, positions, cache, 0 if whole else 1)
+            logits = self._forward(ids, mask, places_of(mask), cache, 0 if whole else 1)
         self._take(list(names), cache, mask)
         return logits if whole else logits[:, -1]
 
