@@ -14,6 +14,7 @@ from s2ft.lab.study.summary import Row
 
 RULE = "rule"  # in place of a rate: the one that follows from method and run
 FEWEST = 2  # rates that make a line
+ROOM = 1.5  # below the lowest mean and above the highest, as a factor
 
 
 def curves(report: StudyReport, png: Path) -> None:
@@ -37,6 +38,8 @@ def _panel(axes: Any, report: StudyReport, rows: Sequence[Row], title: str) -> N
     for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         _line(axes, report, [row for row in rows if row["method"] == method], f"C{place % 10}")
     axes.set(title=title, xlabel="learning rate", ylabel=report.settings["measured"], xscale="log", yscale="log")
+    means = [row["mean"] for row in rows]  # an interval can reach below zero, which a logarithm has no place for
+    axes.set_ylim(min(means) / ROOM, max(means) * ROOM)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
 

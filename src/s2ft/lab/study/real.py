@@ -49,14 +49,8 @@ RATES: dict[str, tuple[float, ...]] = {  # a grid for each method; it grows wher
     "shira": (1e-3, 2e-3, 4e-3),
     "s2ft": (1e-3, 2e-3, 4e-3),
 }
-WORKLOAD = Workload(steps=60, batch_size=4, train_examples=240, test_examples=0)
-WORKLOADS = {  # seeds before size: about fourteen hours on two cores by estimate
-    "arithmetic": WORKLOAD,
-    "commonsense": WORKLOAD,
-    "selection": replace(WORKLOAD, steps=40, train_examples=160),
-    "fusion": WORKLOAD,
-}
-PARTS = tuple(WORKLOADS)
+WORKLOAD = Workload(steps=40, batch_size=4, train_examples=160, test_examples=0)  # seeds before size
+PARTS = ("arithmetic", "commonsense", "selection", "fusion")
 
 Chain = Callable[[], list[Row]]
 
@@ -76,7 +70,7 @@ class RealSettings:
         }
     )
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
-    workloads: Mapping[str, Workload] = field(default_factory=lambda: WORKLOADS)
+    workloads: Mapping[str, Workload] = field(default_factory=lambda: dict.fromkeys(PARTS, WORKLOAD))
 
     @property
     def runs(self) -> int:
