@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from statistics import fmean
 from threading import Event
+from time import sleep
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from llm_adapters import write_llm_adapters
 from s2ft import S2FTError
 from s2ft.cli.app import app
+from s2ft.common.files import sole_writer
 from s2ft.data.tokens import IGNORED
 from s2ft.demo.skills import belongs
 from s2ft.evaluate.tasks import DECODING, Decoding
@@ -254,11 +256,30 @@ def test_the_first_chain_that_fails_is_told_at_once():
     log.addFilter(told)
     try:
         with pytest.raises(S2FTError, match="no memory"):
-            side_by_side([waits, fails], workers=2)
+            side_by_side([waits, fails], Workers(_squares, (10,), 2))
     finally:
         log.removeFilter(told)
     assert started.is_set()
-    assert side_by_side([lambda: 1, lambda: 2], workers=1) == [1, 2]
+    assert side_by_side([lambda: 1, lambda: 2], Workers(_squares, (10,))) == [1, 2]
+
+
+def test_a_failure_leaves_what_other_chains_ask_for_undone(tmp_path):
+    kept = Runs(tmp_path, 100, identity={"version": 1})
+    many = [{"seed": seed} for seed in range(1, 100)]
+    with Workers(_slow_squares, (10,), 2) as workers, pytest.raises(ZeroDivisionError):
+        side_by_side([lambda: kept.results([{"seed": 0}], workers), lambda: kept.results(many, workers)], workers)
+    assert len(_lines(tmp_path)) < len(many)
+
+
+def _lines(folder):
+    return (folder / FILE).read_text().splitlines() if (folder / FILE).exists() else []
+
+
+def test_chains_keep_their_runs_in_a_folder_that_the_command_has_locked(model, data, tmp_path):
+    few = replace(SETTINGS, parts=("selection",))
+    with sole_writer(tmp_path / "runs"):
+        study_real(tmp_path / "runs", few, model=model, data=data)
+    assert Runs(tmp_path / "runs", 1).environments
 
 
 def test_a_training_that_diverges_has_no_rows(model, data, tmp_path, monkeypatch):
@@ -288,6 +309,11 @@ def _squares(start):
         return {"score": start + settings["seed"] ** 2}
 
     return perform
+
+
+def _slow_squares(start):
+    perform = _squares(start)
+    return lambda settings: [perform(settings), sleep(0.05)][0]
 
 
 def _nothing(asked):

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -59,17 +60,20 @@ def experiments(model: str, data: str | None, workers: int) -> Iterator[Workers]
             yield performers
 
 
-def side_by_side(chains: Sequence[Callable[[], T]], workers: int) -> list[T]:
+def side_by_side(chains: Sequence[Callable[[], T]], workers: Workers) -> list[T]:
     """What the chains return, in order; one after the other where there is a single worker.
 
+    A chain may write where its caller has the lock.
+
     Raises:
-        Exception: what the first chain that failed raised, when those that have begun have ended.
+        Exception: what the first chain that failed raised, when the runs that have begun have ended.
     """
-    with ThreadPoolExecutor(max_workers=len(chains) if workers > 1 else 1) as threads:
-        running = [threads.submit(chain) for chain in chains]
+    with ThreadPoolExecutor(max_workers=len(chains) if workers.count > 1 else 1) as threads:
+        running = [threads.submit(copy_context().run, chain) for chain in chains]
         done, _ = wait(running, return_when=FIRST_EXCEPTION)
         for failed in (one for one in done if one.exception() is not None):
             log.error("a run failed, so the study stops: %s", failed.exception())
             threads.shutdown(wait=False, cancel_futures=True)
+            workers.stop()
             failed.result()
         return [one.result() for one in running]

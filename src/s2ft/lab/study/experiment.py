@@ -47,11 +47,11 @@ from s2ft.training.rate import learning_rate
 
 MOST_HELD_OUT = {"style": 200, "arithmetic": 80, "commonsense": 80}  # examples at most
 QUESTIONS = {  # of each task, answered in writing: the 95% interval of the average is within ±4 points
-    "arithmetic": 60,  # 6 tasks, up to 18%
+    "arithmetic": 40,  # 6 tasks, up to 11%
     "commonsense": 130,  # 5 tasks
 }
 FUSED_QUESTIONS = 30  # the same for fused adapters
-CHOICES = 200  # of each commonsense task, chosen by likelihood
+CHOICES = 130  # of each commonsense task, chosen by likelihood
 BATCH = {"cpu": 32, "cuda": 128}  # prompts at once
 
 

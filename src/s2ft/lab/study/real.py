@@ -126,7 +126,7 @@ def study_real(
         rows = [
             row
             for part in settings.parts  # whole parts are there early, and fusions find the others' rates
-            for own in side_by_side(list(study.chains(part)), workers)
+            for own in side_by_side(list(study.chains(part)), performer)
             for row in own
         ]
     found = {"learning_rate": study.tuned, "seconds": round(runs.seconds), "environments": runs.environments}

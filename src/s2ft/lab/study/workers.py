@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from types import TracebackType
 
@@ -23,7 +23,9 @@ class Workers:
     """Performs runs, `count` at a time; a single one in this process."""
 
     def __init__(self, make: Callable[..., Perform], given: tuple[Hashable, ...], count: int = 1) -> None:
-        self._make, self._given = make, given
+        self._make, self._given, self.count = make, given, count
+        self._waiting: set[Future[Done]] = set()
+        self._stopped = False
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
         self._pool = ProcessPoolExecutor(count, mp_context=spawn) if count > 1 else None
 
@@ -33,6 +35,12 @@ class Workers:
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """Begins no more runs, whoever asks for them: to those who wait for one, a `CancelledError` is raised."""
+        self._stopped = True
+        for run in tuple(self._waiting):
+            run.cancel()
 
     def __call__(self, asked: list[Settings]) -> Iterator[tuple[int, Done]]:
         """From settings to (place among them, what was done), in any order.
@@ -48,12 +56,16 @@ class Workers:
             self._pool.submit(_perform, self._make, self._given, settings): place
             for place, settings in enumerate(asked)
         }
+        self._waiting.update(places)
+        if self._stopped:  # looked at when `stop` can find them
+            self.stop()
         try:
             for done in as_completed(places):
                 yield places[done], done.result()
         finally:
             for waiting in places:
                 waiting.cancel()
+            self._waiting.difference_update(places)
 
 
 def _perform(make: Callable[..., Perform], given: tuple[Hashable, ...], settings: Settings) -> Done:
