@@ -1,4 +1,4 @@
-"""The server under the lm-evaluation-harness's local-completions model, where the harness is installed (extra `eval`)."""
+"""The server under the lm-evaluation-harness's local-completions model, where lm-eval[api] is installed."""
 
 import json
 import random
@@ -12,6 +12,7 @@ from s2ft.demo import base_path
 from s2ft.demo.skills import SKILLS
 
 lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("tenacity", reason="the harness asks servers with what lm-eval[api] brings")
 
 TASKS = {
     "choice": {
