@@ -2,7 +2,6 @@
 
 import json
 import logging
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from statistics import fmean
 from threading import Event
@@ -31,7 +30,7 @@ from s2ft.lab.study.material import TESTS, draw, load_task
 from s2ft.lab.study.real import PARTS, RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
 from s2ft.lab.study.report import draw as draw_picture
-from s2ft.lab.study.runs import FILE, Done, Runs
+from s2ft.lab.study.runs import FILE, Runs
 from s2ft.lab.study.training import Workload, tokens_of
 from s2ft.lab.study.tuning import DIVERGED
 from s2ft.lab.study.workers import Workers
@@ -283,10 +282,7 @@ def test_chains_keep_their_runs_in_a_folder_that_the_command_has_locked(model, d
 
 
 def test_a_training_that_diverges_has_no_rows(model, data, tmp_path, monkeypatch):
-    def diverging(asked):
-        yield from ((place, Done({DIVERGED: "NaN"}, 0.0, {})) for place in range(len(asked)))
-
-    monkeypatch.setattr(real, "experiments", lambda *_: nullcontext(diverging))
+    monkeypatch.setattr(real, "experiments", lambda *_: Workers(_diverging, ()))
     fused = replace(SETTINGS, parts=("selection", "fusion"))
     assert study_real(tmp_path / "runs", fused, model=model, data=data).rows == []
 
@@ -309,6 +305,10 @@ def _squares(start):
         return {"score": start + settings["seed"] ** 2}
 
     return perform
+
+
+def _diverging():
+    return lambda _: {DIVERGED: "NaN"}
 
 
 def _slow_squares(start):
