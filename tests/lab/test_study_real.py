@@ -27,7 +27,7 @@ from s2ft.lab.study.curves import RULE
 from s2ft.lab.study.defaults import VARIANTS, DefaultsSettings, study_defaults
 from s2ft.lab.study.experiment import Experiments
 from s2ft.lab.study.material import TESTS, draw, load_task
-from s2ft.lab.study.real import PARTS, RealSettings, study_real
+from s2ft.lab.study.real import RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
 from s2ft.lab.study.report import draw as draw_picture
 from s2ft.lab.study.runs import FILE, Runs
@@ -49,7 +49,7 @@ SETTINGS = RealSettings(
         "fusion": (S2FT,),
     },
     rates={"full": (1e-4,), "s2ft": (1e-3,)},
-    workloads=dict.fromkeys(PARTS, WORKLOAD),
+    workload=WORKLOAD,
 )
 
 

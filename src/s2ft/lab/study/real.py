@@ -70,7 +70,7 @@ class RealSettings:
         }
     )
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
-    workloads: Mapping[str, Workload] = field(default_factory=lambda: dict.fromkeys(PARTS, WORKLOAD))
+    workload: Workload = WORKLOAD
 
     @property
     def runs(self) -> int:
@@ -169,7 +169,7 @@ class _Study:
         for variant, disjoint in variants(who).items():
             common = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates}
             seeds = range(self.settings.seeds)
-            asked = [{**common, "seed": seed, "recipe": asdict(self.settings.workloads["fusion"])} for seed in seeds]
+            asked = [{**common, "seed": seed, "recipe": asdict(self.settings.workload)} for seed in seeds]
             for seed, result in enumerate(self.runs.results(asked, self.performer)):
                 rows += [
                     _row("fusion", variant, f"{suite}, {fusion}", seed, score)
@@ -195,7 +195,7 @@ class _Study:
         return {
             "contender": asdict(who),
             "task": task,
-            "recipe": asdict(self.settings.workloads[part]),
+            "recipe": asdict(self.settings.workload),
             "measured": measured,
         }
 
