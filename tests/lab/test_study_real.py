@@ -113,6 +113,17 @@ def test_a_part_of_the_real_study_is_chosen_by_name(model, data, tmp_path):
     assert {row["part"] for row in report.rows} == {"selection"}
 
 
+def test_a_strategy_that_arithmetic_has_run_is_not_run_again(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "STRATEGY", {S2FT: "W+"})
+    shared = replace(SETTINGS, contenders={**SETTINGS.contenders, "arithmetic": (S2FT,), "selection": (S2FT,)})
+    arithmetic = study_real(tmp_path / "runs", shared, model=model, data=data, only="arithmetic")
+    kept = (tmp_path / "runs" / FILE).read_text()
+    selection = study_real(tmp_path / "runs", shared, model=model, data=data, only="selection")
+    assert (tmp_path / "runs" / FILE).read_text() == kept
+    losses = [row for row in arithmetic.rows if row["method"] == "s2ft" and row["task"] in (HELD_OUT, LOSS)]
+    assert selection.rows == [{**row, "part": "selection", "method": "W+"} for row in losses]
+
+
 def test_rates_are_tuned_on_examples_that_no_report_sees(data):
     examples = load_task("arithmetic", data)
     sides = {

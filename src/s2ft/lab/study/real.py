@@ -2,7 +2,8 @@
 
     arithmetic     worked problems; then six tests, answered in writing; commonsense by likelihood; perplexity of plain text
     commonsense    four tasks; then three of these and two others, answered in writing
-    selection      the paper's strategies, each largest and smallest, on arithmetic: loss of held-out examples
+    selection      the paper's strategies, each largest and smallest, on arithmetic: loss of held-out examples; random channels
+                   and the largest weights are there already
     fusion         an adapter of each suite, on the same or on disjoint channels, beside LoRA's exact sum
 
 Each contender's rate is the best of its grid on held-out examples. Runs are kept one by one, so that the study can stop and go
@@ -23,7 +24,7 @@ from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.material import TESTS
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
 from s2ft.lab.study.runs import Performer, Result, Runs, Settings
-from s2ft.lab.study.selection import STRATEGIES, contender
+from s2ft.lab.study.selection import PAPERS, contender
 from s2ft.lab.study.summary import Row
 from s2ft.lab.study.training import Workload
 from s2ft.lab.study.tuning import DIVERGED, best_of_grid
@@ -42,12 +43,14 @@ ARITHMETIC = (
     S2FT,
 )
 COMMONSENSE = tuple(who for who in ARITHMETIC if who.name != "shira")
-RATES: dict[str, tuple[float, ...]] = {  # a grid for each method; it grows where the best rate is at its edge
-    "full": (2e-5, 4e-5, 8e-5),
-    "lora": (5e-4, 1e-3, 2e-3),
-    "dora": (5e-4, 1e-3, 2e-3),
-    "shira": (1e-3, 2e-3, 4e-3),
-    "s2ft": (1e-3, 2e-3, 4e-3),
+STRATEGY = {RANDOM: "R", S2FT: "W+"}  # of arithmetic's contenders that are two of the selection's as well
+SELECTION = (*STRATEGY, *(contender(name, BUDGET) for name in PAPERS if name not in STRATEGY.values()))
+RATES: dict[str, tuple[float, ...]] = {  # of each method, tried first: the better one is at an edge, so a third follows
+    "full": (4e-5, 8e-5),
+    "lora": (2e-3, 4e-3),
+    "dora": (2e-3, 4e-3),
+    "shira": (4e-3, 8e-3),
+    "s2ft": (2e-3, 4e-3),
 }
 WORKLOAD = Workload(steps=40, batch_size=4, train_examples=160, test_examples=0)  # seeds before size
 PARTS = ("arithmetic", "commonsense", "selection", "fusion")
@@ -65,7 +68,7 @@ class RealSettings:
         default_factory=lambda: {
             "arithmetic": ARITHMETIC,
             "commonsense": COMMONSENSE,
-            "selection": tuple(contender(name, BUDGET) for name in STRATEGIES),
+            "selection": SELECTION,
             "fusion": (LORA, S2FT),
         }
     )
@@ -147,7 +150,8 @@ class _Study:
         """What can run side by side: a chain for each contender of a part."""
         if part in TESTS:
             yield partial(self._vanilla, part)
-        run = self._fused if part == "fusion" else partial(self._scored, part)
+        own = {"selection": self._strategy, "fusion": self._fused}
+        run = own.get(part) or partial(self._scored, part)
         yield from (partial(run, who) for who in self.settings.contenders[part])
 
     def _vanilla(self, part: str) -> list[Row]:
@@ -158,10 +162,15 @@ class _Study:
     def _scored(self, part: str, who: Contender) -> list[Row]:
         """Tunes the rate, then trains with every seed."""
         rate = self._rate(part, who)
-        common = self._asked(who, part, "all" if part in TESTS else "test")
+        common = self._asked(who, part, "all" if part in TESTS or who in STRATEGY else "test")
         asked = [{**common, "rate": rate, "seed": seed} for seed in range(self.settings.seeds)]
         results = self.runs.results(asked, self.performer)
         return [row for seed, result in enumerate(results) for row in _rows(part, who.name, seed, result)]
+
+    def _strategy(self, who: Contender) -> list[Row]:
+        """As the paper names it, and its losses alone."""
+        rows = [row for row in self._scored("selection", who) if row["task"] in (HELD_OUT, LOSS)]
+        return [{**row, "method": STRATEGY.get(who, who.name)} for row in rows]
 
     def _fused(self, who: Contender) -> list[Row]:
         rates = {suite: self._rate(suite, who) for suite in TESTS}

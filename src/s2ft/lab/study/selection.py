@@ -22,9 +22,12 @@ from s2ft.lab.study.training import Workload
 
 SIGNS = (("+", "largest"), ("−", "smallest"))
 LETTERS = (("W", "weight"), ("A", "activation"), ("S", "product"), ("G", "gradient"))
-STRATEGIES: dict[str, tuple[str, str]] = {  # as the paper names them → strategy, subset
+PAPERS: dict[str, tuple[str, str]] = {  # as the paper names them → strategy, subset
     "R": ("random", "largest"),
     **{f"{letter}{sign}": (strategy, subset) for letter, strategy in LETTERS for sign, subset in SIGNS},
+}
+STRATEGIES = {
+    **PAPERS,
     "LIFT+": ("lift", "largest"),
     "saliency+": ("saliency", "largest"),
 }
