@@ -1,4 +1,4 @@
-"""Preferences with TRL: which of two answers is better. The reference is the same model with its adapter as it was before.
+"""Preferences with TRL: which of two answers is better. The reference is the base: the model with its adapter disabled.
 
 python examples/dpo.py runs/dpo
 """

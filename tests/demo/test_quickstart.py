@@ -1,11 +1,13 @@
 """The quickstart: a short one in the suite, the whole of it among the slow tests."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import s2ft
 from s2ft.adapters.file import read_adapter
 from s2ft.cli.app import app
 from s2ft.demo import quickstart as module
@@ -14,14 +16,30 @@ from s2ft.finetune.card import read_card
 from s2ft.finetune.train import TrainResult
 
 
-def test_a_short_quickstart_leaves_adapter_card_and_scores(tmp_path: Path) -> None:
-    result = quickstart(tmp_path / "run", train_examples=64, test_examples=8)
+SOURCE = Path(s2ft.__file__).parents[1]
+
+
+def test_a_short_quickstart_leaves_adapter_card_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = quickstart(Path("runs", "quickstart"), train_examples=64, test_examples=8)
     assert read_adapter(result.folder).parameters == result.card["adapter"]["trainable_parameters"]
     assert read_card(result.folder)["scores"] == result.accuracies
     assert list(result.accuracies) == [NEW_SKILL, *OLD_SKILLS]
     assert result.accuracies[NEW_SKILL]["base"] == 0
     curve = result.card["loss_curve"]
     assert curve[-1][1] < curve[0][1]
+    _examples_that_start_from_it_run()
+
+
+def _examples_that_start_from_it_run() -> None:
+    """Those in the help of `s2ft inspect`, `export` and `merge`."""
+    Path("src").symlink_to(SOURCE)
+    files = (file.read_text(encoding="utf-8") for file in Path("src", "s2ft", "cli").glob("*.py"))
+    examples = re.findall(r"Example: s2ft (.*runs/quickstart/.*)", "".join(files))
+    assert {line.split()[0] for line in examples} == {"inspect", "export", "merge"}
+    for line in examples:
+        result = CliRunner().invoke(app, line.split())
+        assert result.exit_code == 0, f"{line}: {result.output}"
 
 
 def test_an_interrupted_one_compares_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

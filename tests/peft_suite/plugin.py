@@ -148,11 +148,8 @@ OTHER_BASE = (
     "test_loading_model_requires_grad_set_correctly",
     "test_loading_model_with_modules_to_save_requires_grad_set_correctly",
 )
-FLAT = "OPT's MLP gets tokens without their rows, so that a row cannot be given its adapter there: refused"
 NOT_APPLICABLE = {  # test → part of its id, reason
     "test_from_pretrained_cache_dir": ("", "downloads into an empty cache, which needs the network"),
-    "test_mixed_adapter_batches": ("OPT", FLAT),
-    "test_generate_with_mixed_adapter_batches": ("OPT", FLAT),
 }
 
 

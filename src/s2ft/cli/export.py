@@ -25,7 +25,7 @@ def export(
 ) -> None:
     """Write an adapter in the form that another engine takes (vLLM, SGLang, llama.cpp, ...). Lossless.
 
-    Example: s2ft export runs/quickstart --to vllm --output runs/for-vllm
+    Example: s2ft export runs/quickstart/adapter --to vllm --output runs/for-vllm
     """
     check_writable(json_file)
     check_folder(adapter)

@@ -37,7 +37,7 @@ def inspect(
 ) -> None:
     """Print what an adapter changes, per layer, with counts and norms; needs no base model. Of --base, only the config is read.
 
-    Example: s2ft inspect runs/quickstart --png channels.png
+    Example: s2ft inspect runs/quickstart/adapter --png channels.png
     """
     check_writable(png, "png", suffix=".png")
     check_writable(json_file)

@@ -32,7 +32,7 @@ def merge(
 
     A quantised base is dequantised: the result is a plain model.
 
-    Example: s2ft merge runs/quickstart --base src/s2ft/demo/base --output runs/merged
+    Example: s2ft merge runs/quickstart/adapter --base src/s2ft/demo/base --output runs/merged
     """
     check_writable(json_file)
     check_folder(adapter)

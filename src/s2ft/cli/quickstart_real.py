@@ -24,7 +24,7 @@ def quickstart_real(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Teach SmolLM2 (135M parameters, English) a new way of answering, with the defaults; three minutes on two cores.
+    """Teach SmolLM2 (135M parameters, English) a new way of answering, with the defaults; under eight minutes on two cores.
 
     Example: s2ft quickstart-real
     """

@@ -32,16 +32,15 @@ class S2FTConfig(SavedConfig, PeftConfig):
         ratios: Fraction of the heads or channels to train, in (0, 1]: one number for all targets, or one per projection
             (`{"o_proj": 0.05, "down_proj": 0.02}`). Heads are counted for q and o, key-value groups for k and v,
             FFN channels for gate, up and down, input channels for `out_proj`. Give `ratios` or `budget`, not both.
-        budget: Fraction of the model's parameters to train, split evenly over the targets; what no slice can be taken
-            from (a vision tower) does not count, and stacked experts have a budget of their own, the same share of
-            them. The default is 0.01 on `o_proj` and `down_proj`, where the paper's allocation study (fig. 4) puts it,
-            and on the `out_proj` of mixers (Mamba).
+        budget: Fraction of the model's parameters to train, split evenly over the targets, but with a head of attention in
+            every block where a tenth is left for the rest. What no slice can be taken from (a vision tower) does not count,
+            and stacked experts have a budget of their own, the same share of them. The default is 0.01 on `o_proj` and
+            `down_proj`, where the paper's allocation study (fig. 4) puts it, and on the `out_proj` of mixers (Mamba).
         strategy: `random`, or a score to rank by: `weight`, `activation`, `product`, `gradient`, `lift` or `saliency` (see
             `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
-            score of your own, too, and then fills in `own`. None is filled in: `weight`, which was at least as good as random
-            channels wherever the two were compared (docs/training.md); `random` with a `seed`, or where a weight cannot be
-            read (quantised, sharded). Two adapters by weight have the same channels: to fuse them, give the second `avoid` or
-            a `seed`.
+            score of your own, too, and then fills in `own`. None is filled in: `weight` (docs/choosing.md says why), but
+            `random` with a `seed`, or where a weight cannot be read (on device meta, or packed in a way that nobody can
+            undo). Two adapters by weight have the same channels: to fuse them, give the second `avoid` or a `seed`.
         subset: Whether the `largest` or the `smallest` scores are trained.
         seed: Seed of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
         allocation: `uniform` gives every layer, and every expert of a layer, the same share (the paper's choice); `global`
@@ -68,8 +67,8 @@ class S2FTConfig(SavedConfig, PeftConfig):
         checksums: Filled in on saving: name → checksum of each tensor in the weight file (see `s2ft.format.checksum`).
         format_version: Filled in on saving: the version of the file format (see `s2ft.format.config_file`).
 
-    A rate that suits AdamW is 0.3 / √(channels of a slice × steps), some 1e-3 to 5e-3 for a short run: more than a LoRA wants,
-    and a hundred times what TRL takes by default (docs/training.md).
+    A rate that suits AdamW is `s2ft.learning_rate`: 0.3 × √(examples a step / 16, at most 1) / √(channels of a slice × steps),
+    some 1e-3 to 5e-3 for a short run, a hundred times what TRL takes by default (docs/choosing.md).
 
     Raises:
         S2FTError: with every problem of the given values at once.
