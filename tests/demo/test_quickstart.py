@@ -15,7 +15,6 @@ from s2ft.demo.quickstart import NEW_SKILL, OLD_SKILLS, fresh_folder, quickstart
 from s2ft.finetune.card import read_card
 from s2ft.finetune.train import TrainResult
 
-
 SOURCE = Path(s2ft.__file__).parents[1]
 
 
