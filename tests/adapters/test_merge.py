@@ -197,6 +197,15 @@ def test_bad_bases_are_refused_and_nothing_is_written(message: str, tmp_path: Pa
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_patch_whose_values_overflow_is_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.float16)
+    adapter = save_adapter(tmp_path / "adapter", base, {"down_proj": 0.5}, size=300)
+    overflowing(base)
+    with pytest.raises(S2FTError, match=r"do not fit torch\.float16"):
+        s2ft.export(adapter, "patch", tmp_path / "patch.safetensors")
+    assert not (tmp_path / "patch.safetensors").exists()
+
+
 def test_memory_is_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tmp_path / "base", "llama")
     adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})

@@ -70,22 +70,26 @@ def merged_rows(
     trained: Slice,
     delta: Tensor,  # [out_features, s] on the input side, [s, in_features] on the output side
 ) -> Tensor:  # [n, across], in the base's dtype
-    """The new values of a slice's channels in one tensor: summed in float32 (a float64 base: float64), rounded once."""
+    """The new values of a slice's channels in one tensor: summed in float32 (a float64 base: float64), rounded once.
+
+    Raises:
+        S2FTError: if one of them is not finite.
+    """
     rows = (delta.T if trained.side == "in" else delta)[place.picked]
     # A live model's deltas are float32
-    return add_delta(place.read(weight), rows if weight.dtype == torch.float64 else rows.float())
+    merged = add_delta(place.read(weight), rows if weight.dtype == torch.float64 else rows.float())
+    if not all_finite(merged):
+        raise S2FTError(
+            f"{place.tensor}: merged values do not fit {weight.dtype}, or the base holds values that are not finite"
+        )
+    return merged
 
 
 def _merge_module(adapter: AdapterFile, base: Checkpoint, module: str, aside: Path) -> None:
     trained, delta = adapter.slices[module], adapter.delta(module)
     for place in base.places(module, trained):
         weight = base.tensor(place.tensor)
-        rows = merged_rows(place, weight, trained, delta)
-        if not all_finite(rows):
-            raise S2FTError(
-                f"{place.tensor}: merged values do not fit {weight.dtype}, or the base holds values that are not finite"
-            )
-        place.write(weight, rows)
+        place.write(weight, merged_rows(place, weight, trained, delta))
         _overwrite(aside / base.files[place.tensor].name, place.tensor, weight)
 
 
