@@ -90,10 +90,20 @@ def test_flags_win_over_the_yaml_file(train, base, data, tmp_path):
     assert adapters[0] == adapters[1]
 
 
-def test_the_command_in_the_card_gives_the_options_again(train, monkeypatch):
-    given = {"model": "org/base", "data": ["a b.json", "c.json"], "output": "out", "layers": [3], "clip": 0.5}
-    given |= {"ratios": {"o_proj": 0.1, "down_proj": 0.05}, "target_modules": ["o_proj", "down_proj"], "packing": True}
-    options, seen = parse_options({**given, "report_to": ["wandb", "mlflow"], "learning_rate": "auto"}), []
+SLICES = {
+    "layers": [3],
+    "ratios": {"o_proj": 0.1, "down_proj": 0.05},
+    "target_modules": ["o_proj", "down_proj"],
+    "packing": True,
+    "learning_rate": "auto",
+}
+REWARDS = {"objective": "grpo", "reward_function": ["a b.py:f", "b.py:g"]}
+
+
+@pytest.mark.parametrize("given", [SLICES, REWARDS, {**REWARDS, "reward_function": ["a.py:f"]}])
+def test_the_command_in_the_card_gives_the_options_again(train, monkeypatch, given):
+    given = {**given, "model": "org/base", "data": ["a b.json", "c.json"], "output": "out", "clip": 0.5}
+    options, seen = parse_options({**given, "report_to": ["wandb", "mlflow"]}), []
     monkeypatch.setattr("s2ft.cli.train.check_run", lambda options: None)
     monkeypatch.setattr("s2ft.cli.train.check_hub", lambda name: None)
     monkeypatch.setattr("s2ft.cli.train._run", lambda options, _: seen.append(options))

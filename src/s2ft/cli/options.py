@@ -11,6 +11,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from s2ft.finetune.values import repeats
 from s2ft.lab.registry import Entry
 
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder of the adapter", show_default=False)]
@@ -63,7 +64,7 @@ def _of_field(name: str, field: FieldInfo, required: str) -> inspect.Parameter:
     text = f"{field.description}" + ("" if field.default in (None, []) else f" [{default}]")
     if field.annotation is bool:
         return parameter(name, bool | None, text, None, f"{flag}/--no-{flag[2:]}")
-    kind = list[str] if field.annotation == list[str] else str
+    kind = list[str] if repeats(field) else str
     return parameter(name, kind | None, text, metavar=_metavar(field))
 
 

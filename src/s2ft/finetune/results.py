@@ -26,6 +26,7 @@ from s2ft.finetune.model_card import model_card
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions, to_yaml
 from s2ft.finetune.prepare import Setup
+from s2ft.finetune.values import repeats
 from s2ft.finetune.weights import layer_changes
 from s2ft.format.config import S2FTConfig
 from s2ft.report.run import run_page
@@ -127,11 +128,11 @@ def command_words(options: TrainOptions) -> list[str]:
     for name in sorted(fields, key=lambda name: not fields[name].is_required()):
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
         if value is not None and value != fields[name].default:
-            words += _typed(flag, value, repeats=fields[name].annotation == list[str])
+            words += _typed(flag, value, repeated=repeats(fields[name]))
     return words
 
 
-def _typed(flag: str, value: Any, repeats: bool) -> list[str]:
+def _typed(flag: str, value: Any, repeated: bool) -> list[str]:
     """An option as it is typed."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
@@ -139,7 +140,7 @@ def _typed(flag: str, value: Any, repeats: bool) -> list[str]:
         return [flag, yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()]
     if isinstance(value, dict):
         return [flag, ",".join(f"{key}={item}" for key, item in value.items())]
-    if isinstance(value, list) and repeats:
+    if isinstance(value, list) and repeated:
         return [word for item in value for word in (flag, item)]
     if isinstance(value, list):
         return [flag, ",".join(map(str, value)) + ("," if len(value) == 1 else "")]  # a single one stays a list

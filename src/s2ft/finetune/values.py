@@ -6,10 +6,11 @@ The command line hands over the text that was typed, a YAML file numbers and lis
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 AUTO_RATE = "auto"  # the learning rate that short runs find
 
@@ -154,3 +155,13 @@ ConfigKeys = Annotated[dict[str, Any] | None, BeforeValidator(config_keys)]
 Layers = Annotated[int | list[int] | str | None, BeforeValidator(_layers)]
 Avoided = Annotated[list[str] | None, BeforeValidator(_words), AfterValidator(_without_nul)]
 Targets = Annotated[str | list[str] | None, BeforeValidator(_word_or_words), AfterValidator(_named)]
+
+
+def repeats(field: FieldInfo) -> bool:
+    """Whether an option is given once more for each further value (`Names`, and lists as they are), not with commas between."""
+    notes = [
+        *field.metadata,
+        *(note for kind in get_args(field.annotation) for note in getattr(kind, "__metadata__", ())),
+    ]
+    readers = [note.func for note in notes if isinstance(note, BeforeValidator)]
+    return _one_or_many in readers or (field.annotation == list[str] and not readers)
