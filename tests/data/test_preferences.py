@@ -83,6 +83,8 @@ def test_a_limit_counts_pairs(tmp_path: Path) -> None:
     [
         ("pair", {"prompt": "a", "chosen": "b"}, r"expected .* with prompt .*, chosen and rejected; found prompt, chosen"),
         ("pair", {"chosen": "b", "rejected": "c"}, "prompt is missing, and chosen and rejected do not begin alike"),
+        ("pair", {"question": "?", "chosen": "the answer is a", "rejected": "the answer is b"}, r"--map prompt=question"),
+        ("judged", {"query": "?", "chosen": "the answer is a", "rejected": "the answer is b"}, r"but query: say that"),
         ("pair", {"prompt": "a", "chosen": "b", "rejected": 5}, "rejected is 5; it must be text"),
         ("pair", {"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "chosen has no turn with the role 'assistant'"),
         ("pair", {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, "chosen ends with a turn of the role 'user'"),

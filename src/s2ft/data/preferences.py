@@ -5,7 +5,8 @@
     prompt    {"prompt", ...}                        one example without an answer; what stands beside the prompt is for rewards
 
 Prompts and answers are text, or lists of chat messages; `instruction` and `input` become the Alpaca prompt. A pair whose prompt
-stands at the beginning of both answers, as in many data sets, is parted where they part.
+stands at the beginning of both answers, as in many data sets, is parted where they part; texts with a field beside them that
+sounds like their prompt are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Value = dict[str, Any]
 
 _ANSWERS = ("chosen", "rejected")
 _PROMPTS = "prompt (or instruction and input)"
+_LIKE_PROMPTS = ("question", "query", "problem", "input", "context", "user")  # what other data sets call a prompt
 _BESIDE = (*OPTIONS, KWARGS, "system")  # goes to the chat template, with each answer
 
 
@@ -31,6 +33,14 @@ def pair_problems(value: Any) -> Iterator[str]:
     if not _has(value, _ANSWERS):
         yield f"expected an object with {_PROMPTS}, chosen and rejected; found {_found(value)}"
         return
+    if not _prompt(value) and isinstance(value["chosen"], str):
+        like = [name for name in _LIKE_PROMPTS if isinstance(value.get(name), str)]
+        yield from (
+            f"there is no {_PROMPTS}, but {name}: say that it is the prompt (--map prompt={name}), or leave it out"
+            for name in like
+        )
+        if like:
+            return
     prompt, *answers = _parted(value)
     if not prompt:
         yield "prompt is missing, and chosen and rejected do not begin alike, so there is none to part from them"
