@@ -105,6 +105,16 @@ def test_answers_are_read_counted_and_kept(base, data, tmp_path, monkeypatch) ->
     assert lines[3] == {**lines[3], "output": None, "error": "lost"}
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "chat_template.jinja", "tokenizer.model", "merges.txt"])
+def test_another_file_is_another_model(name, tmp_path) -> None:
+    (tmp_path / name).write_text("1")
+    before = fingerprint(str(tmp_path), "config.json")
+    (tmp_path / "README.md").write_text("words")
+    assert fingerprint(str(tmp_path), "config.json") == before
+    (tmp_path / name).write_text("2")
+    assert fingerprint(str(tmp_path), "config.json") != before
+
+
 def test_an_interrupted_run_goes_on_to_the_same_table(base, data, tmp_path, monkeypatch) -> None:
     names = ("gsm8k", "boolq")
     whole = evaluate(options(base, data, tmp_path / "whole", *names))

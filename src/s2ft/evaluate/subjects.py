@@ -26,7 +26,8 @@ from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_model, load_tokenizer
 
 RUN_FILE = "run.json"
-_DIGESTED = (".safetensors", ".json")  # the run card (run.json) is left out: it holds dates
+# Weights, settings, chat template, vocabularies; the run card (run.json) is left out: it holds dates
+_DIGESTED = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
 
 def trained_on(name: str) -> str | None:
