@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import fmean
 from threading import Event
 from time import sleep
@@ -26,7 +27,7 @@ from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.curves import RULE
 from s2ft.lab.study.defaults import VARIANTS, DefaultsSettings, study_defaults
 from s2ft.lab.study.experiment import Experiments
-from s2ft.lab.study.material import TESTS, draw, load_task
+from s2ft.lab.study.material import TESTS, draw, examples_digest, load_task, questions_digest
 from s2ft.lab.study.real import RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
 from s2ft.lab.study.report import draw as draw_picture
@@ -228,6 +229,25 @@ def test_part_of_the_defaults_study_is_chosen_by_name():
     assert DefaultsSettings().restricted(None) == DefaultsSettings()
     with pytest.raises(S2FTError, match=r"only: 'dora': must be among style-50, .*, random, weight, variants"):
         DefaultsSettings().restricted("lora,dora")
+
+
+def test_runs_on_other_data_are_other_runs(model, data, tmp_path):
+    few = replace(
+        SETTINGS, contenders={**SETTINGS.contenders, "arithmetic": (), "selection": SETTINGS.contenders["selection"]}
+    )
+
+    def kept() -> int:
+        study_real(tmp_path / "runs", few, model=model, data=data, only="selection")
+        return len((tmp_path / "runs" / FILE).read_text().splitlines())
+
+    first = kept()
+    assert kept() == first
+    for file, more in (("ft-training_set/math_data.json", 2 * first), ("dataset/boolq/test.json", 3 * first)):
+        path = Path(data, file)
+        path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+        examples_digest.cache_clear()
+        questions_digest.cache_clear()
+        assert kept() == more
 
 
 def test_a_study_of_another_version_is_not_mixed_in(model, data, tmp_path, monkeypatch):

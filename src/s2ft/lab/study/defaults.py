@@ -19,6 +19,7 @@ from typing import Any
 from s2ft.lab.registry import TellShare
 from s2ft.lab.study.chains import experiments, identity, named
 from s2ft.lab.study.curves import RULE, curves
+from s2ft.lab.study.material import examples_digest
 from s2ft.lab.study.report import HELD_OUT, StudyReport
 from s2ft.lab.study.runs import Runs, Settings
 from s2ft.lab.study.summary import Row
@@ -154,24 +155,30 @@ def study_defaults(
     """
     settings = (settings or DefaultsSettings()).restricted(only)
     runs = Runs(folder, settings.runs, tell, identity(model))
-    asked = [one for one in settings.asked() if not settings.kept or runs.has(_settings(settings, one))]
+    every = ((one, _settings(settings, one, data)) for one in settings.asked())
+    asked = [(one, wanted) for one, wanted in every if not settings.kept or runs.has(wanted)]
     with experiments(model, data, workers) as performer:
-        results = runs.results([_settings(settings, one) for one in asked], performer)
+        results = runs.results([wanted for _, wanted in asked], performer)
     rows: list[Row] = []
-    for (case, who, rate, seed), result in zip(asked, results, strict=True):
+    for ((case, who, rate, seed), _), result in zip(asked, results, strict=True):
         if DIVERGED not in result:
             shown = RULE if rate is None else f"{rate:g}"
             rows.append({"method": who, "rate": shown, "task": case, "seed": seed, "score": result["held_out"]})
-    found = {"seconds": round(runs.seconds), "environments": runs.environments, "rules": _rules(asked, results)}
+    found = {
+        "seconds": round(runs.seconds),
+        "environments": runs.environments,
+        "rules": _rules([one for one, _ in asked], results),
+    }
     told = {**asdict(settings), "measured": HELD_OUT, **found}
     return StudyReport(told, rows, ("method", "rate"), picture=curves)
 
 
-def _settings(settings: DefaultsSettings, asked: Asked) -> Settings:
+def _settings(settings: DefaultsSettings, asked: Asked, data: str) -> Settings:
     name, who, rate, seed = asked
     case = CASES[name]
     options = {**case.options, **settings.options(who), **({} if rate is None else {"learning_rate": rate})}
-    return {"options": options, "task": case.task, "examples": case.examples, "seed": seed}
+    common = {"task": case.task, "data": examples_digest(case.task, data)}
+    return {**common, "options": options, "examples": case.examples, "seed": seed}
 
 
 def _rules(asked: list[Asked], results: list[Any]) -> dict[str, float]:

@@ -5,6 +5,8 @@
     {"fusion", "disjoint", "rates", "seed", "recipe"}                two trainings, and their adapters fused
     {"options", "task", "examples", "seed"}                          `s2ft train` itself, with these options; measured: "test"
 
+Beside these stands "data", a digest of what is trained on and asked: runs on other data are other runs.
+
 All weights are fp32, whatever the machine multiplies fastest: runs of several machines can be put beside each other, and no
 method is favoured by the precision.
 """

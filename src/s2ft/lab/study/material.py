@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+from datasets import Dataset
+
 from s2ft.common.errors import S2FTError, raise_together
-from s2ft.data.examples import load_examples
+from s2ft.data.examples import data_digest, load_examples
 from s2ft.data.folder import find_file, places
 from s2ft.demo.lighthouse import conversations
 from s2ft.demo.skills import Split, belongs
+from s2ft.evaluate.comparison import check_scores
+from s2ft.evaluate.questions import digest
 from s2ft.lab.study.commonsense import ASKED, LONGEST, TRAINED, example_length, training_file
 
 Example = dict[str, Any]  # prompt and completion: text, or messages
@@ -42,6 +47,20 @@ def load_task(task: str, data: str | None) -> list[Example]:
         S2FTError: if a file is missing or malformed.
     """
     return TASKS[task](data or "")
+
+
+@cache
+def examples_digest(task: str, data: str | None) -> str:
+    """Of all examples of a task: runs on others are other runs."""
+    return data_digest(Dataset.from_list(load_task(task, data)))[:16]
+
+
+@cache
+def questions_digest(data: str) -> str:
+    """Of all questions that a real model is asked, whole files of them."""
+    tasks = [task for tasks in TESTS.values() for task in tasks]
+    asked = [question for _, questions in check_scores(tasks, data).questions for question in questions]
+    return digest([(question.prompt, question.gold) for question in asked])
 
 
 def draw(examples: list[Example], split: Split, count: int, seed: int) -> list[Example]:

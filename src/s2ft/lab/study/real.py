@@ -21,7 +21,7 @@ from threading import Lock
 from s2ft.lab.registry import TellShare
 from s2ft.lab.study.chains import experiments, identity, named, side_by_side
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
-from s2ft.lab.study.material import TESTS
+from s2ft.lab.study.material import TESTS, examples_digest, questions_digest
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
 from s2ft.lab.study.runs import Performer, Result, Runs, Settings
 from s2ft.lab.study.selection import PAPERS, contender
@@ -125,7 +125,12 @@ def study_real(
     settings = (settings or RealSettings()).restricted(only)
     runs = Runs(folder, settings.runs, tell, identity(model))
     with experiments(model, data, workers) as performer:
-        study = _Study(runs, performer, settings)
+        study = _Study(
+            runs,
+            performer,
+            settings,
+            {task: f"{examples_digest(task, data)}/{questions_digest(data)}" for task in TESTS},
+        )
         rows = [
             row
             for part in settings.parts  # whole parts are there early, and fusions find the others' rates
@@ -143,6 +148,7 @@ class _Study:
     runs: Runs
     performer: Performer
     settings: RealSettings
+    data: dict[str, str]  # digests of what a task trains on and of all questions
     tuned: dict[str, dict[str, float]] = field(default_factory=dict)  # part → contender → rate
     locks: dict[tuple[str, str], Lock] = field(default_factory=dict)
 
@@ -176,7 +182,7 @@ class _Study:
         rates = {suite: self._rate(suite, who) for suite in TESTS}
         rows: list[Row] = []
         for variant, disjoint in variants(who).items():
-            common = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates}
+            common = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": self.data}
             seeds = range(self.settings.seeds)
             asked = [{**common, "seed": seed, "recipe": asdict(self.settings.workload)} for seed in seeds]
             for seed, result in enumerate(self.runs.results(asked, self.performer)):
@@ -204,6 +210,7 @@ class _Study:
         return {
             "contender": asdict(who),
             "task": task,
+            "data": self.data[task],
             "recipe": asdict(self.settings.workload),
             "measured": measured,
         }
