@@ -1,18 +1,22 @@
 """`s2ft compare` as it is typed: runs that are there, and runs that it trains, one for each method."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
+from peft import get_peft_model
 
+from s2ft import S2FTError
 from s2ft.cli.app import main
 from s2ft.finetune import contest
-from s2ft.finetune.lora import equal_rank
+from s2ft.finetune.lora import equal_rank, lora_config
 from s2ft.finetune.options import parse_options
 from s2ft.runtime.models import empty_model
+from tiny_base import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,18 +39,18 @@ def trained(monkeypatch) -> list[list[str]]:
     """The commands that would run in processes of their own, and run in this one."""
     commands: list[list[str]] = []
 
-    def in_this_process(words: list[str], check: bool) -> SimpleNamespace:
+    def in_this_process(words: list[str]) -> int:
         commands.append(words[3:])
         before, sys.argv = sys.argv, ["s2ft", *words[3:]]
         try:
             main()
         except SystemExit as left:
-            return SimpleNamespace(returncode=int(left.code or 0))
+            return int(left.code or 0)
         finally:
             sys.argv = before
         raise AssertionError
 
-    monkeypatch.setattr(contest, "subprocess", SimpleNamespace(run=in_this_process))
+    monkeypatch.setattr(contest, "exit_code", in_this_process)
     return commands
 
 
@@ -54,15 +58,31 @@ def test_an_interrupted_comparison_says_how_it_goes_on_and_a_failed_run_is_named
     s2ft, base, data, tmp_path, monkeypatch
 ):
     codes = iter((130, 2, 2))
-    monkeypatch.setattr(
-        contest, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=next(codes)))
-    )
+    monkeypatch.setattr(contest, "exit_code", lambda words: next(codes))
     words = ["compare", "--methods", "full,lora", "--model", base, "--data", data, "--output", str(tmp_path / "out")]
     code, printed, _ = s2ft(*words)
     assert (code, printed) == (130, "the same command goes on from here\n")
     code, _, errors = s2ft(*words)
     assert code == 2
     assert "not trained, as said above: full, lora" in errors
+
+
+def test_a_run_that_is_interrupted_has_the_time_to_save_its_checkpoint():
+    """Ctrl-C reaches both processes of a terminal; the run takes a second to end, with its own exit code."""
+    child = (
+        "import signal, sys, time\n"
+        "def save(*_): time.sleep(1); print('saved', flush=True); sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save); print('ready', flush=True); time.sleep(60)"
+    )
+    words = (
+        f"import sys; from s2ft.finetune.contest import exit_code; print(exit_code([sys.executable, '-c', {child!r}]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", words], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=60)[0] == "saved\n130\n"
 
 
 def test_what_is_finished_is_kept_and_the_page_has_all(s2ft, trained, base, data, tmp_path):
@@ -85,6 +105,9 @@ def test_what_is_finished_is_kept_and_the_page_has_all(s2ft, trained, base, data
     code, _, errors = s2ft(*words, "--epochs", "7")
     assert code == 2
     assert re.search(r"--epochs=7\.0, but \S+ was trained with --epochs=3\.0; name another output", errors)
+    code, _, errors = s2ft(*words, "--samples", "2")
+    assert code == 2
+    assert re.search(r"--samples=2, but \S+ was asked with --samples=0; name another output", errors), errors
     code, printed, _ = s2ft("compare", str(out / "s2ft"), str(out / "lora"), "--html", str(tmp_path / "two.html"))
     assert code == 0
     assert re.search(r"lora\s.*\d\.\d\d GB", printed)
@@ -101,6 +124,32 @@ def test_each_method_gets_the_options_that_it_takes_and_looks_for_its_own_rate(b
     assert runs[3].output == "o/peft-oft"
 
 
+def test_a_budget_keeps_what_is_given_or_refuses_it(base, data):
+    values = {"model": base, "data": [data], "output": "o", "budget": "0.05", "target_modules": "o_proj,down_proj"}
+    s2ft, lora = contest.plan(["s2ft", "lora"], values)
+    assert s2ft.target_modules == lora.target_modules == ["o_proj", "down_proj"]
+    model = empty_model(base)
+    wanted = 0.05 * model.num_parameters()
+    trained = [
+        sum(
+            p.numel()
+            for p in get_peft_model(tiny_model(), lora_config(rank, 1, targets=lora.target_modules)).parameters()
+            if p.requires_grad
+        )
+        for rank in range(1, 40)
+    ]
+    assert lora.lora_rank == 1 + min(range(39), key=lambda place: abs(trained[place] - wanted))
+    for name, value in (("lora_rank", "3"), ("lora_alpha", "5")):
+        with pytest.raises(S2FTError, match=rf"{name}={value}: with budget=0.05, lora gets {name}=\d+; leave one"):
+            contest.plan(["s2ft", "lora"], {**values, name: value})
+
+
+def test_runs_are_not_uploaded_one_over_the_other(base, data):
+    values = {"model": base, "data": [data], "output": "o", "push_to_hub": "me/x"}
+    with pytest.raises(S2FTError, match="push_to_hub='me/x': each run would be uploaded over the one before"):
+        contest.plan(["s2ft", "lora"], values)
+
+
 @pytest.mark.slow
 def test_each_run_has_a_process_of_its_own(s2ft, base, data, tmp_path):
     words = ["compare", "--methods", "s2ft,lora", "--model", base, "--data", data, "--output", str(tmp_path / "out")]
@@ -112,7 +161,7 @@ def test_each_run_has_a_process_of_its_own(s2ft, base, data, tmp_path):
 def test_a_paused_run_goes_on(base, data, tmp_path, monkeypatch):
     options = parse_options({"model": base, "data": data, "output": str(tmp_path / "out"), "layers": [1]})
     started = []
-    monkeypatch.setattr(subprocess, "run", lambda words, check: started.append(words) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(contest, "exit_code", lambda words: started.append(words) or 0)
     (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint-2" / "run.json").write_text("{}")
     assert contest.standing(options) == "paused"

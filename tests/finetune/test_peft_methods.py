@@ -103,10 +103,13 @@ def test_the_size_for_a_number_of_parameters_is_the_nearest(base, name):
 
 
 def test_a_size_that_is_given_or_that_a_method_lacks_stays(base):
+    def given(keys):
+        return parse_options({**PATHS, "method": "peft:miss", "peft_config": keys})
+
     model = empty_model(base)
-    assert find_method("peft:miss").of_size(model, 500, {"r": 7}) == {"peft_config": {"r": 7}}
+    assert find_method("peft:miss").of_size(model, 500, given({"r": 7})) == {"peft_config": {"r": 7}}
     assert find_method("peft:ln_tuning").of_size(model, 500) == {}
-    assert find_method("peft:miss").of_size(model, 640, {"target_modules": ["o_proj"]})["peft_config"]["r"] == 10
+    assert find_method("peft:miss").of_size(model, 640, given({"target_modules": ["o_proj"]}))["peft_config"]["r"] == 10
 
 
 def test_sizes_are_tried_until_none_is_nearer():

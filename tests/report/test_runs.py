@@ -36,6 +36,8 @@ def test_quality_is_what_all_runs_have(cards) -> None:
     cards["b"]["scores"] = {"y": {"tuned": 0.0}, "x": {"tuned": 0.25}}
     assert quality(cards) == ("mean score", {"a": 0.625, "b": 0.125})
     assert [row["x"] for row in rows(cards)] == [0.5, 0.25]
+    cards["b"]["scores"]["x"]["tuned"] = None  # no answer
+    assert quality(cards).name == "held-out loss"
     del cards["a"]["scores"], cards["b"]["training"]["best_loss"]
     assert quality(cards) == ("training loss", {"a": cards["a"]["training"]["final_loss"], "b": 0.5})
 
@@ -45,6 +47,11 @@ def test_what_is_not_alike_is_named(cards) -> None:
     cards["b"]["data"]["digest"] = "0"
     cards["b"]["environment"]["cpu"] = "another"
     assert differences(cards) == ["b and a differ in their data", "b and a differ in their processor"]
+    cards["a"]["scores"], cards["b"]["scores"] = ({"x": {"tuned": 0.5, "questions": count}} for count in (100, 1000))
+    assert differences(cards)[-1] == "b and a differ in their questions"
+    assert quality(cards).name == "held-out loss"
+    cards["a"].pop("scores")
+    cards["b"].pop("scores")
     assert "Not alike: b and a differ in their data." in runs_page(cards)
 
 

@@ -21,12 +21,13 @@ from s2ft.finetune.checkpoints import whole_checkpoints
 from s2ft.finetune.methods import find_method, foreign_options, method_problem
 from s2ft.finetune.options import TrainOptions, parse_options
 from s2ft.finetune.results import command_words
-from s2ft.finetune.resume import FREE
+from s2ft.finetune.resume import ASKING, FINISHED, FREE
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.runtime.models import empty_model
 from s2ft.runtime.processes import process_count
 
 _OPEN = (None, "auto")  # values that a run settles
+_GROWING = ("budget", "peft_config")  # a budget is given, and keys of a config are added to those given
 _ENTRY = "import s2ft_command; s2ft_command.main()"
 
 log = logging.getLogger("s2ft")
@@ -47,6 +48,10 @@ def plan(methods: Sequence[str], values: Mapping[str, Any]) -> list[TrainOptions
         raise S2FTError(f"methods names {', '.join(twice)} more than once")
     raise_together(f"methods names {name!r}: {problem}" for name in methods if (problem := method_problem(name)))
     first = [parse_options(_of_method(name, values)) for name in methods]
+    if values.get("push_to_hub") is not None:
+        raise S2FTError(
+            f"push_to_hub={values['push_to_hub']!r}: each run would be uploaded over the one before; upload the one you choose"
+        )
     idle = [name for name in values if all(name in foreign_options(method) for method in methods) and name != "budget"]
     raise_together(f"{name}={values[name]!r} is an option of none of {', '.join(methods)}" for name in idle)
     return first if "budget" not in values else _sized(first, values)
@@ -66,7 +71,13 @@ def _sized(runs: Sequence[TrainOptions], values: Mapping[str, Any]) -> list[Trai
     parameters = round(float(values["budget"]) * model.num_parameters())
     found = []
     for options in runs:
-        size = find_method(options.method).of_size(model, parameters, options.peft_config)
+        size = find_method(options.method).of_size(model, parameters, options)
+        raise_together(
+            f"{name}={getattr(options, name)!r}: with budget={values['budget']}, {options.method} gets {name}={value!r}; leave "
+            "one of them out"
+            for name, value in size.items()
+            if name in values and name not in _GROWING and getattr(options, name) != value
+        )
         log.info("%s: %s", options.method, size or "leaves no choice of its size")
         found.append(parse_options({**_of_method(options.method, values), **size}))
     return found
@@ -88,13 +99,31 @@ def standing(options: TrainOptions) -> str:
         for name, value in now.items()
         if name not in FREE and value not in _OPEN and before.get(name) != value
     )
-    return "finished" if card.get("status") == "finished" else "paused"
+    if card.get("status") != FINISHED:
+        return "paused"
+    if options.evaluate is not None or options.samples:
+        raise_together(
+            f"{name}={now[name]!r}, but {folder} was asked with {name}={before.get(name)!r}; name another output"
+            for name in sorted(ASKING)
+            if before.get(name) != now[name]
+        )
+    return FINISHED
 
 
 def run(options: TrainOptions) -> int:
     """Trains, in a process of its own, what is not finished yet; its exit code."""
     found = standing(options)
-    if found == "finished":
+    if found == FINISHED:
         return 0
     resumed = options.model_copy(update={"resume": found == "paused"})
-    return subprocess.run([sys.executable, "-c", _ENTRY, *command_words(resumed)[1:]], check=False).returncode
+    return exit_code([sys.executable, "-c", _ENTRY, *command_words(resumed)[1:]])
+
+
+def exit_code(words: list[str]) -> int:
+    """Of a command, waited for through Ctrl-C, too: a terminal sends that to both, and the run still saves its checkpoint."""
+    with subprocess.Popen(words) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # `subprocess.run` would kill it after a quarter of a second
+                log.info("waiting for the run to end")

@@ -79,8 +79,11 @@ def _listed(given: str | list[str] | set[str] | None) -> str:
     return repr(sorted(given) if isinstance(given, set) else given)
 
 
-def equal_rank(model: nn.Module, parameters: int, dora: bool = False) -> int:
-    """The rank (at least 1) of the LoRA on all linear layers whose number of parameters is nearest to `parameters`.
+def equal_rank(model: nn.Module, parameters: int, dora: bool = False, targets: str | list[str] = "all-linear") -> int:
+    """The rank (at least 1) of the LoRA on these layers whose number of parameters is nearest to `parameters`.
+
+    Raises:
+        S2FTError: if the targets are no linear layers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -88,7 +91,14 @@ def equal_rank(model: nn.Module, parameters: int, dora: bool = False) -> int:
         >>> equal_rank(LlamaForCausalLM(config), 4 * (4 * (16 + 16) + 3 * (16 + 24)))
         4
     """
-    sizes = [features(linear) for linear in linears(model).values()]
+    config = lora_config(1, 1, targets=targets)
+    check_targets(config, model)
+    meant = {
+        path: linear
+        for path, linear in linears(model).items()
+        if targets == "all-linear" or check_target_module_exists(config, path)
+    }
+    sizes = [features(linear) for linear in meant.values()]
     magnitudes = sum(out for _, out in sizes) if dora else 0
     return max(1, round((parameters - magnitudes) / sum(into + out for into, out in sizes)))
 

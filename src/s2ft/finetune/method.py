@@ -41,13 +41,13 @@ class Method:
         """
         return None
 
-    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
         """Options with which about so many parameters are trained; none where the method leaves no choice.
 
         Args:
             model: Without values will do (device meta).
             parameters: That are to be trained.
-            keys: Given for the config of a method of PEFT's.
+            given: Options that stay what they are, such as the layers to train.
         """
         return {}
 

@@ -18,7 +18,6 @@ The command line's help reads this file, so what is slow to import (torch, PEFT,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +129,7 @@ class S2FT(Method):
 
         return choose_channels(options, model, examples)
 
-    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
         """A budget."""
         return {"budget": parameters / model.num_parameters()}
 
@@ -155,12 +154,13 @@ class Lora(Method):
         check_targets(config, model)
         return config
 
-    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The nearest rank on all linear layers; alpha is twice the rank, as in the paper."""
+    def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
+        """The nearest rank on all linear layers, or on those given; alpha is twice the rank, as in the paper."""
         from s2ft.finetune.lora import equal_rank
 
-        rank = equal_rank(model, parameters, self.dora)
-        return {"lora_rank": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+        targets = (given and given.target_modules) or "all-linear"
+        rank = equal_rank(model, parameters, self.dora, targets)
+        return {"lora_rank": rank, "lora_alpha": 2 * rank, "target_modules": targets}
 
 
 class Dora(Lora):
@@ -242,7 +242,7 @@ class Paca(Method):
 
         return paca_config(model, options.paca_rank, options.seed or 0)
 
-    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
         """The nearest number of columns."""
         from s2ft.finetune.paca import equal_columns
 

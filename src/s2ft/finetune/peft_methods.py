@@ -137,9 +137,9 @@ class PeftMethod(Method):
         """The config with the keys that were given."""
         return self.config(options.peft_config)
 
-    def of_size(self, model: PreTrainedModel, parameters: int, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The size key with which the number of parameters is nearest, beside the `keys` that are given."""
-        key, keys = self.size_key, dict(keys or {})
+    def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
+        """The size key with which the number of parameters is nearest, beside the keys that are given."""
+        key, keys = self.size_key, dict((given and given.peft_config) or {})
         if key is None or key in keys:
             return {"peft_config": keys} if keys else {}
 

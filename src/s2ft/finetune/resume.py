@@ -40,19 +40,10 @@ OPTIMIZER = {  # engine → files that hold the optimizer's state, and with FSDP
     **dict.fromkeys(ZERO, ("latest",)),
 }
 NOTE = "run.json"  # in a checkpoint: options and data; in the output folder: the whole run card
+TRAINED, FINISHED = "trained", "finished"  # a card's status: before base and result are asked, and after all
 SETTLED = ("batch_size", "gradient_accumulation", "learning_rate")  # by the run, where they were left open
-FREE = {  # options that do not change the weights
-    "output",
-    "resume",
-    "log_every",
-    "report_to",
-    "save_every",
-    "evaluate",
-    "eval_data",
-    "eval_limit",
-    "samples",
-    "push_to_hub",
-}
+ASKING = {"evaluate", "eval_data", "eval_limit", "samples"}  # what base and result are asked
+FREE = {"output", "resume", "log_every", "report_to", "save_every", "push_to_hub", *ASKING}  # do not change the weights
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ def settled_options(noted: dict[str, Any]) -> dict[str, Any]:
 
 def _newest(output: Path, options: TrainOptions) -> Paused:
     checkpoints = whole_checkpoints(output)
-    if (output / NOTE).is_file() and _read(output / NOTE).get("status") == "finished":
+    if (output / NOTE).is_file() and _read(output / NOTE).get("status") == FINISHED:
         raise S2FTError(f"output={options.output!r} holds a finished run; there is nothing to resume")
     if not checkpoints:
         raise S2FTError(f"output={options.output!r} has no checkpoint to resume from")

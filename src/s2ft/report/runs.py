@@ -120,21 +120,35 @@ def shown(row: Row) -> Row:
 def quality(cards: Cards) -> Quality:
     """The best measure that all runs have."""
     table = {row["run"]: row for row in rows(cards)}
-    asked = [frozenset(card.get("scores", {})) for card in cards.values()]
-    if asked[0] and len(set(asked)) == 1:
-        return Quality("mean score", {name: fmean(row[task] for task in asked[0]) for name, row in table.items()})
+    asked = [_questions(card) for card in cards.values()]
+    tasks = asked[0].keys()
+    if (
+        tasks
+        and asked == [asked[0]] * len(asked)
+        and all(row[task] is not None for row in table.values() for task in tasks)
+    ):
+        return Quality("mean score", {name: fmean(row[task] for task in tasks) for name, row in table.items()})
     held_out = {name: row["held_out_loss"] for name, row in table.items()}
     if None not in held_out.values():
         return Quality("held-out loss", held_out)
     return Quality("training loss", {name: row["loss"] for name, row in table.items()})
 
 
+def _questions(card: Mapping[str, Any]) -> dict[str, int]:
+    """Task → how many questions of it were asked."""
+    return {task: score.get("questions") for task, score in card.get("scores", {}).items()}
+
+
 def differences(cards: Cards) -> list[str]:
     """What keeps the runs from being compared, in words."""
     first, *others = cards
     found = []
-    for what, (section, key) in ALIKE.items():
-        values = {name: card.get(section, {}).get(key) for name, card in cards.items()}
+    all_values = {
+        what: {name: card.get(section, {}).get(key) for name, card in cards.items()}
+        for what, (section, key) in ALIKE.items()
+    }
+    all_values["questions"] = {name: _questions(card) for name, card in cards.items()}
+    for what, values in all_values.items():
         odd = [name for name in others if values[name] != values[first]]
         if odd:
             found.append(f"{', '.join(odd)} and {first} differ in their {what}")
