@@ -1,6 +1,9 @@
 """The methods that S²FT is compared with: what each trains, leaves behind, resumes to, and refuses."""
 
+import json
+import logging
 import random
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,31 @@ def trained(base, data, tmp_path_factory):
         return train(options_of(method, model=base, data=data, output=str(tmp_path_factory.mktemp(method) / "out")))
 
     return call
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_base_whose_generation_config_samples_without_saying_so_is_saved(run, base, tmp_path, caplog, method):
+    """As Llama 2's; transformers refuses it once the tokenizer's tokens are in it."""
+    caplog.set_level(logging.INFO, logger="s2ft")
+    shutil.copytree(base, tmp_path / "lax")
+    lax = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
+    (tmp_path / "lax" / "generation_config.json").write_text(json.dumps(lax))
+    result = run(method, model=str(tmp_path / "lax"), max_steps=2, save_every=1)
+    saved = json.loads((result.output / "generation_config.json").read_text())
+    assert {name: saved[name] for name in ("temperature", "top_p", "do_sample")} == {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": True,
+    }
+    assert any("do_sample=True" in message for message in caplog.messages)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(run, base, tmp_path):
+    shutil.copytree(base, tmp_path / "lax")
+    (tmp_path / "lax" / "generation_config.json").write_text(json.dumps({"length_penalty": 0.5}))
+    with pytest.raises(S2FTError, match=r"would not save its generation config: .*length_penalty"):
+        run("full", model=str(tmp_path / "lax"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", OF_METHOD)

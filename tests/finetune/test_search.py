@@ -170,6 +170,33 @@ def test_what_the_loss_is_measured_on_does_not_train_before_the_run(run, monkeyp
     assert len(whole) == 40
 
 
+def test_tries_warm_up_as_the_run_does(run, monkeypatch, short):
+    warmed, attempt = [], module_under_test._try
+    monkeypatch.setattr(
+        module_under_test,
+        "_try",
+        lambda trainer, layout: warmed.append(trainer.args.warmup_steps) or attempt(trainer, layout),
+    )
+    run(max_steps=10, warmup_steps=5)
+    assert set(warmed) == {2}  # of four steps
+
+
+def test_what_the_loss_is_measured_on_does_not_train_in_another_copy(run, data, monkeypatch, short):
+    seen, attempt = [], module_under_test._try
+
+    def rows(part: Any) -> set[str]:
+        return {repr(row["input_ids"]) for row in part}
+
+    def looked_at(trainer: Trainer, layout: str) -> float:
+        seen.append((rows(trainer.train_dataset), rows(trainer.eval_dataset)))
+        return attempt(trainer, layout)
+
+    monkeypatch.setattr(module_under_test, "_try", looked_at)
+    run(data=[data], data_weights=[3.5])
+    assert seen
+    assert all(trained and measured and not trained & measured for trained, measured in seen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",

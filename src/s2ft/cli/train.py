@@ -82,13 +82,15 @@ def _report(card: dict[str, Any], output: Path, json_file: str | None) -> None:
 
 def _measured(card: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What was asked for besides the training loss, and the memory."""
+    from s2ft.evaluate.tally import percent
+
     training = card["training"]
     if "held_out" in training:
         best, step = training["best_loss"], training["best_step"]
         at = "not measured" if best is None else f"{best:.3f} at step {step}, whose weights were kept"
         yield "held-out loss", f"{at} ({training['held_out']} examples)"
     for task, score in card.get("scores", {}).items():
-        yield task, f"{score['base']:.1%} → {score['tuned']:.1%} of {score['questions']} questions"
+        yield task, f"{percent(score['base'])} → {percent(score['tuned'])} of {score['questions']} questions"
     if "peak_memory_bytes" in training:
         yield "memory", f"{training['peak_memory_bytes'] / 1e9:.2f} GB at most, of the {training['peak_memory_of']}"
 

@@ -132,6 +132,19 @@ def hold_out(tokens: Tokens, count: int | None, seed: int) -> tuple[Tokens, Data
     return replace(tokens, dataset=parts["train"]), parts["test"]
 
 
+def without(tokens: Tokens, taken: Dataset) -> Tokens:
+    """The tokens without those rows that equal one of `taken`.
+
+    Raises:
+        S2FTError: if no example is left.
+    """
+    gone = {repr(row) for row in taken}
+    rows = [number for number, row in enumerate(tokens.dataset) if repr(row) not in gone]
+    if not rows:
+        raise S2FTError(f"all {len(tokens.dataset)} examples are copies of {len(taken)}, which are held out")
+    return replace(tokens, dataset=tokens.dataset.select(rows))
+
+
 def weigh(tokens: Tokens, weights: Sequence[float], seed: int) -> Tokens:
     """Takes the examples of each source as often as its weight says: 2.5 takes all twice, and a random half once more.
 

@@ -34,6 +34,16 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def percent(share: float | None) -> str:
+    """A share as tables show it; None where no question was answered.
+
+    Example:
+        >>> percent(0.125), percent(None)
+        ('12.5%', 'no answer')
+    """
+    return "no answer" if share is None else f"{share:.1%}"
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
     """The mean of independent values and the normal 95% interval around it; None for fewer than two values."""
     if len(values) < 2:

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from s2ft.data.sources import HubName, kind_of_file
+from s2ft.evaluate.tally import percent
 from s2ft.finetune.card import Card
 from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
@@ -100,6 +101,7 @@ def _head(card: Card) -> str:
     results = [
         EvalResult("text-generation", task, task, "accuracy", round(score["tuned"], 4))
         for task, score in scores.items()
+        if score["tuned"] is not None
     ]
     named = [HubName.parse(name).name for name in options["data"] if not _is_local(name)]
     head = ModelCardData(
@@ -108,7 +110,7 @@ def _head(card: Card) -> str:
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation" if OBJECTIVES[options["objective"]].answers else "text-classification",
         tags=[options["method"], *([] if whole else ["peft"]), "s2ft-train"],
-        metrics=["accuracy"] if scores else None,
+        metrics=["accuracy"] if results else None,
         eval_results=results or None,
         model_name=(options.get("push_to_hub") or options["method"]).rpartition("/")[2],
     )
@@ -132,7 +134,7 @@ def _figures(card: Card) -> list[str]:
     }
     lines = [f"| {name} | {value:.4g} |" for name, value in rows.items() if value is not None]
     lines += [
-        f"| {task}, base → tuned | {score['base']:.1%} → {score['tuned']:.1%} of {score['questions']} questions |"
+        f"| {task}, base → tuned | {percent(score['base'])} → {percent(score['tuned'])} of {score['questions']} questions |"
         for task, score in card.get("scores", {}).items()
     ]
     return ["| | |", "|---|---|", *lines]

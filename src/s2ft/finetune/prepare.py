@@ -33,7 +33,7 @@ from s2ft.data.examples import data_digest, load, prompt_format
 from s2ft.data.masks import CLOSED, OPENED, marked, spans
 from s2ft.data.packing import check_packing
 from s2ft.data.template import turn_end
-from s2ft.data.tokens import SOURCE, Tokens, hold_out, weigh
+from s2ft.data.tokens import SOURCE, Tokens, hold_out, weigh, without
 from s2ft.evaluate.comparison import Checked, check_scores
 from s2ft.finetune.arguments import longest, trainer_config
 from s2ft.finetune.card import Card
@@ -57,7 +57,7 @@ from s2ft.finetune.values import AUTO_RATE
 from s2ft.format.config import S2FTConfig
 from s2ft.format.terms import PURE
 from s2ft.layer.sharding import from_first, is_loaded_once
-from s2ft.runtime.models import load_model, load_scorer, load_tokenizer, place
+from s2ft.runtime.models import load_model, load_scorer, load_tokenizer, place, settle_generation
 from s2ft.runtime.precision import choose_precision
 from s2ft.runtime.processes import as_leader, engine, is_divided
 from s2ft.runtime.trainable import check_trainable
@@ -129,6 +129,8 @@ def prepare(options: TrainOptions) -> Setup:
     log.info("precision: %s", reasons["precision"])
     with loading():
         model = (load_model if objective.answers else load_scorer)(options.model, dtype, options.quantize)
+    if method.leaves_model:
+        settle_generation(model)
     autocast |= computes_in_bf16(dtype)
     max_length = longest(options, model)
     data = _tokenized(options, examples, digest, tokenizer, max_length)
@@ -152,7 +154,7 @@ def prepare(options: TrainOptions) -> Setup:
     if paused is None:
         log.info("learning rate: %g, %s", options.learning_rate, reasons["learning_rate"])
 
-    flow = Flow(options.save_every)
+    flow = Flow(options.save_every, saves_end=questions is not None or options.samples > 0)
     callbacks = [flow, *method.callbacks(options, model)]
     trainer = make(options, data, config, callbacks)
     check_started(trainer)
@@ -234,6 +236,8 @@ def _settle_rate(
         return settled, reason if noted is None else str(noted.get("reason")), noted
     short = plan_tries(settled, len(data.tokens.dataset), planned_steps(settled, rows))
     left, apart = hold_out(data.tokens, short.held_out, options.train_seed)
+    if options.data_weights is not None and apart is not None:
+        left = without(left, apart)  # else other copies of them would be trained on
     parts = replace(data, tokens=left, held_out=apart)
     found = search(settled, short, lambda brief: make(brief, parts, copy.deepcopy(config), [], **UNSEEN))
     return settled.model_copy(update={"learning_rate": found.rate}), found.reason, found.card

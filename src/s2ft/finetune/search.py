@@ -126,7 +126,10 @@ def search(options: TrainOptions, short: Short, trainer_of: Callable[[TrainOptio
     started = time.perf_counter()
 
     def loss_at(rate: float) -> float:
-        loss = _try(trainer_of(short.options(options, rate)), options.layout)
+        brief = short.options(options, rate)
+        trainer = trainer_of(brief)
+        trainer.args.warmup_steps = warmup_steps(brief, short.steps)
+        loss = _try(trainer, options.layout)
         log.info("learning rate %g: held-out loss %.4g after a run of %d steps", rate, loss, short.steps)
         return loss
 

@@ -31,6 +31,7 @@ from s2ft.finetune.options import AT_ONCE, LONGEST, TrainOptions
 from s2ft.finetune.prepare import Setup, prepare
 from s2ft.finetune.recipe import mean_channels, too_short
 from s2ft.finetune.results import run_card, save_result, write_run
+from s2ft.finetune.resume import FINISHED, TRAINED
 from s2ft.finetune.samples import Samples
 from s2ft.finetune.trackers import tracking
 from s2ft.format.config import S2FTConfig
@@ -102,14 +103,16 @@ def _run(setup: Setup) -> TrainResult:
         metrics = _train(setup)
         # Ctrl-C must not prevent saving from here on; one that came while the best weights were loaded counts as too late
         interrupted = setup.flow.interrupted and trainer.state.global_step < trainer.state.max_steps
-        card = {"status": "interrupted" if interrupted else "finished", **run_card(setup, steps, foreseen, metrics)}
+        asks = (setup.questions is not None or options.samples > 0) and not interrupted
+        status = "interrupted" if interrupted else TRAINED if asks else FINISHED
+        card = {"status": status, **run_card(setup, steps, foreseen, metrics)}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         state = trained_state(model) if is_managed() else None
         if leads():
             save_result(options, model, setup.data.tokenizer, card, state)
         trainer.accelerator.wait_for_everyone()  # the first to leave would remove an empty output folder
-    if (setup.questions is not None or options.samples) and not interrupted and leads():
-        card |= {"samples": samples.compare(model)}
+    if asks and leads():
+        card |= {"status": FINISHED, "samples": samples.compare(model)}
         card |= {} if setup.questions is None else {"scores": scorer.compare(model), "answers": scorer.answers()}
         write_run(output, card)
     if options.push_to_hub is not None and not interrupted and leads():

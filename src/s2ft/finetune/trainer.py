@@ -227,10 +227,11 @@ class Flow(TrainerCallback):
 
     Args:
         save_every: Steps between two checkpoints before the held-out loss is measured; from then on, each measurement has one.
+        saves_end: There is a checkpoint of the last step, too, for something long that comes after it.
     """
 
-    def __init__(self, save_every: int | None = None) -> None:
-        self.interrupted, self.save_every = False, save_every
+    def __init__(self, save_every: int | None = None, saves_end: bool = False) -> None:
+        self.interrupted, self.save_every, self.saves_end = False, save_every, saves_end
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -244,7 +245,9 @@ class Flow(TrainerCallback):
             control.should_save = control.should_training_stop = True
             args.load_best_model_at_end = False  # the run leaves the weights that it has come to
         if finished:
-            control.should_save = args.load_best_model_at_end  # else the adapter itself is written next
+            control.should_save = (
+                args.load_best_model_at_end or self.saves_end
+            )  # else the adapter itself is written next
             self.interrupted = False
         if control.should_training_stop:
             control.should_log = True

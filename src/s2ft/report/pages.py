@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from s2ft.evaluate.tally import percent
 from s2ft.report.charts import number
 
 
@@ -20,7 +21,7 @@ def render(template: str, **values: Any) -> str:
 def _environment() -> Environment:
     loader = PackageLoader("s2ft.report", "page")
     found = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    found.filters |= {"number": number, "duration": duration}
+    found.filters |= {"number": number, "duration": duration, "percent": percent}
     found.globals["styles"] = "".join(
         (files(f"s2ft.{folder}") / "page" / "page.css").read_text(encoding="utf-8") for folder in ("serve", "report")
     )

@@ -5,6 +5,8 @@ Code that comes with a model is not run: unless it is told so, transformers asks
 
 from __future__ import annotations
 
+import copy
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +30,8 @@ from s2ft.runtime.lookup import check_folder
 from s2ft.runtime.processes import own_device
 from s2ft.runtime.quantisation import QUANTISATIONS, check_quantisation
 from s2ft.tuner.model import S2FTModel  # noqa: F401 - PEFT knows the method from here on
+
+log = logging.getLogger("s2ft")
 
 HEADS = ("score", "classifier", "pre_classifier")  # of sequence classifiers
 
@@ -132,6 +137,36 @@ def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
+
+
+def settle_generation(model: PreTrainedModel) -> None:
+    """Lets a model sample whose generation config has values of sampling, but does not say that it samples.
+
+    transformers does not save such a config once anything in it has changed, as the tokens of the tokenizer do in training.
+
+    Raises:
+        S2FTError: if there is more for which it would not be saved.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or _why_unsaved(config) is None:
+        return
+    config.do_sample = True
+    if (reason := _why_unsaved(config)) is not None:
+        raise S2FTError(
+            f"model={model.name_or_path!r}: transformers would not save its generation config: {reason}; mend that file"
+        )
+    log.info("generation config: do_sample=True, as its values of sampling would not be saved without")
+
+
+def _why_unsaved(config: GenerationConfig) -> str | None:
+    """What keeps the config from being saved, but for the padding, which the tokenizer's replaces."""
+    whole = copy.deepcopy(config)
+    whole.pad_token_id = None
+    try:
+        whole.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())[:300]
+    return None
 
 
 def place(model: PreTrainedModel, device: torch.device | str) -> None:
