@@ -107,11 +107,23 @@ def test_a_part_of_the_real_study_is_chosen_by_name(model, data, tmp_path):
     assert RealSettings().restricted("fusion, arithmetic").parts == ("arithmetic", "fusion")
     assert RealSettings().restricted(None) == RealSettings()
     with pytest.raises(
-        S2FTError, match=r"only: 'Arithmetic': must be among arithmetic, commonsense, selection, fusion"
+        S2FTError, match=r"only: 'Arithmetic': must be among arithmetic, commonsense, selection, fusion, kept"
     ):
         RealSettings().restricted("arithmetic,Arithmetic")
     report = study_real(tmp_path / "runs", SETTINGS, model=model, data=data, only="selection")
     assert {row["part"] for row in report.rows} == {"selection"}
+
+
+def test_what_is_kept_of_the_parts_is_reported_without_a_run(model, data, tmp_path, monkeypatch):
+    few = replace(SETTINGS, rates={"full": (1e-4,), "s2ft": (5e-4, 1e-3)})
+    assert study_real(tmp_path / "runs", few, model=model, data=data, only="kept").rows == []
+    whole = study_real(tmp_path / "runs", few, model=model, data=data, only="arithmetic")
+    monkeypatch.setattr(Experiments, "__call__", lambda *_: 1 / 0)
+    monkeypatch.setattr("s2ft.lab.study.tuning.STEPS", 2)  # a grid may have grown
+    narrow = replace(few, seeds=3, rates={"full": (2e-4,), "s2ft": (5e-4,)})
+    kept = study_real(tmp_path / "runs", narrow, model=model, data=data, only="kept")
+    assert kept.rows == whole.rows
+    assert kept.settings["learning_rate"]["arithmetic"] == whole.settings["learning_rate"]["arithmetic"]
 
 
 def test_a_strategy_that_arithmetic_has_run_is_not_run_again(model, data, tmp_path, monkeypatch):

@@ -236,7 +236,11 @@ STUDIES = {
             "model": _MODEL,
             "data": _DATA,
             "workers": _WORKERS,
-            "only": Option(str | None, None, "Of arithmetic,commonsense,selection,fusion [default: all]"),
+            "only": Option(
+                str | None,
+                None,
+                "Of arithmetic,commonsense,selection,fusion [default: all]; kept: report what was run before",
+            ),
         },
     ),
 }

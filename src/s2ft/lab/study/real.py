@@ -27,7 +27,7 @@ from s2ft.lab.study.runs import Performer, Result, Runs, Settings
 from s2ft.lab.study.selection import PAPERS, contender
 from s2ft.lab.study.summary import Row
 from s2ft.lab.study.training import Workload
-from s2ft.lab.study.tuning import DIVERGED, best_of_grid
+from s2ft.lab.study.tuning import DIVERGED, best_kept, best_of_grid
 
 BUDGET = 0.0109  # as many parameters as LoRA of rank 6 on all linear layers has on SmolLM2
 VANILLA = Contender("vanilla", "vanilla")
@@ -53,6 +53,7 @@ RATES: dict[str, tuple[float, ...]] = {  # of each method, tried first: the bett
     "s2ft": (2e-3, 4e-3),
 }
 WORKLOAD = Workload(steps=40, batch_size=4, train_examples=160, test_examples=0)  # seeds before size
+KEPT = "kept"
 PARTS = ("arithmetic", "commonsense", "selection", "fusion")
 
 Chain = Callable[[], list[Row]]
@@ -74,6 +75,7 @@ class RealSettings:
     )
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
     workload: Workload = WORKLOAD
+    kept: bool = False  # report what is kept, and run nothing
 
     @property
     def runs(self) -> int:
@@ -84,13 +86,14 @@ class RealSettings:
         return sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(tuned) + len(fused)) + len(vanilla)
 
     def restricted(self, only: str | None) -> RealSettings:
-        """To the parts named, with commas between them.
+        """To the parts named, with commas between them; "kept" takes the runs that are in the folder, and runs nothing.
 
         Raises:
-            S2FTError: if there is no part of that name.
+            S2FTError: if a name is neither.
         """
-        asked = named(only, PARTS)
-        return replace(self, parts=tuple(part for part in self.parts if part in asked) if asked else self.parts)
+        asked = named(only, (*PARTS, KEPT))
+        parts = tuple(part for part in self.parts if part in asked) or self.parts
+        return replace(self, parts=parts, kept=KEPT in asked)
 
 
 def variants(who: Contender) -> dict[str, bool]:
@@ -149,7 +152,7 @@ class _Study:
     performer: Performer
     settings: RealSettings
     data: dict[str, str]  # digests of what a task trains on and of all questions
-    tuned: dict[str, dict[str, float]] = field(default_factory=dict)  # part → contender → rate
+    tuned: dict[str, dict[str, float | None]] = field(default_factory=dict)  # part → contender → rate
     locks: dict[tuple[str, str], Lock] = field(default_factory=dict)
 
     def chains(self, part: str) -> Iterator[Chain]:
@@ -161,17 +164,17 @@ class _Study:
         yield from (partial(run, who) for who in self.settings.contenders[part])
 
     def _vanilla(self, part: str) -> list[Row]:
-        asked = self._asked(VANILLA, part, "all")
-        result = self.runs.results([{**asked, "rate": 0.0, "seed": 0}], self.performer)[0]
-        return list(_rows(part, VANILLA.name, 0, result))
+        asked = {**self._asked(VANILLA, part, "all"), "rate": 0.0}
+        return [
+            row for seed, result in self._results(asked, seeds=1) for row in _rows(part, VANILLA.name, seed, result)
+        ]
 
     def _scored(self, part: str, who: Contender) -> list[Row]:
         """Tunes the rate, then trains with every seed."""
         rate = self._rate(part, who)
-        common = self._asked(who, part, "all" if part in TESTS or who in STRATEGY else "test")
-        asked = [{**common, "rate": rate, "seed": seed} for seed in range(self.settings.seeds)]
-        results = self.runs.results(asked, self.performer)
-        return [row for seed, result in enumerate(results) for row in _rows(part, who.name, seed, result)]
+        asked = {**self._asked(who, part, "all" if part in TESTS or who in STRATEGY else "test"), "rate": rate}
+        found = self._results(asked, self.settings.seeds) if rate is not None else []
+        return [row for seed, result in found for row in _rows(part, who.name, seed, result)]
 
     def _strategy(self, who: Contender) -> list[Row]:
         """As the paper names it, and its losses alone."""
@@ -182,10 +185,9 @@ class _Study:
         rates = {suite: self._rate(suite, who) for suite in TESTS}
         rows: list[Row] = []
         for variant, disjoint in variants(who).items():
-            common = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": self.data}
-            seeds = range(self.settings.seeds)
-            asked = [{**common, "seed": seed, "recipe": asdict(self.settings.workload)} for seed in seeds]
-            for seed, result in enumerate(self.runs.results(asked, self.performer)):
+            asked = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": self.data}
+            asked["recipe"] = asdict(self.settings.workload)
+            for seed, result in self._results(asked, self.settings.seeds):
                 rows += [
                     _row("fusion", variant, f"{suite}, {fusion}", seed, score)
                     for fusion, suites in (result.items() if DIVERGED not in result else ())
@@ -193,17 +195,26 @@ class _Study:
                 ]
         return rows
 
-    def _rate(self, part: str, who: Contender) -> float:
-        """Tuned once, whoever asks first."""
+    def _results(self, asked: Settings, seeds: int) -> list[tuple[int, Result]]:
+        """Of each seed; of those that are kept, where nothing is to be run."""
+        wanted = [{**asked, "seed": seed} for seed in range(seeds)]
+        wanted = [one for one in wanted if not self.settings.kept or self.runs.has(one)]
+        results = self.runs.results(wanted, self.performer)
+        return [(one["seed"], result) for one, result in zip(wanted, results, strict=True)]
+
+    def _rate(self, part: str, who: Contender) -> float | None:
+        """Tuned once, whoever asks first; None where nothing is to be run and none was tried."""
         with self.locks.setdefault((part, who.name), Lock()):
             if who.name not in self.tuned.setdefault(part, {}):
                 self.tuned[part][who.name] = self._tune(part, who)
             return self.tuned[part][who.name]
 
-    def _tune(self, part: str, who: Contender) -> float:
+    def _tune(self, part: str, who: Contender) -> float | None:
         asked = {**self._asked(who, part, "validation"), "seed": TUNING_SEED}
         rates = self.settings.rates[who.method]
-        return best_of_grid(self.runs, rates, asked, self.performer, lambda result: -float(result["held_out"]))
+        if self.settings.kept:
+            return best_kept(self.runs, rates, asked, _low_loss)
+        return best_of_grid(self.runs, rates, asked, self.performer, _low_loss)
 
     def _asked(self, who: Contender, part: str, measured: str) -> Settings:
         task = "arithmetic" if part == "selection" else part
@@ -214,6 +225,10 @@ class _Study:
             "recipe": asdict(self.settings.workload),
             "measured": measured,
         }
+
+
+def _low_loss(result: Result) -> float:
+    return -float(result["held_out"])
 
 
 def _rows(part: str, method: str, seed: int, result: Result) -> Iterator[Row]:

@@ -52,12 +52,25 @@ def best_of_grid(
     wanted = list(rates)
     while wanted:
         results = runs.results([{**settings, "rate": rate} for rate in wanted], perform)
-        for rate, result in zip(wanted, results, strict=True):
-            scores[rate] = -math.inf if DIVERGED in result else _finite(score(result))
+        scores |= {rate: _score(result, score) for rate, result in zip(wanted, results, strict=True)}
         best = max(sorted(scores), key=scores.__getitem__)
         wanted = _beyond(best, scores) if len(scores) < len(rates) + STEPS else []
         runs.total += len(wanted)
     return best
+
+
+def best_kept(runs: Runs, rates: Sequence[float], settings: Settings, score: Callable[[Result], float]) -> float | None:
+    """The best of the rates that this grid, as far as it may grow, has tried before; None if it has tried none."""
+    factors = [float(FACTOR) ** power for power in range(-STEPS, STEPS + 1)]
+    reached = sorted({rate * factor for rate in rates for factor in factors})
+    asked = [own for rate in reached if runs.has(own := {**settings, "rate": rate})]
+    results = runs.results(asked, lambda new: [])
+    scores = {own["rate"]: _score(result, score) for own, result in zip(asked, results, strict=True)}
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def _score(result: Result, score: Callable[[Result], float]) -> float:
+    return -math.inf if DIVERGED in result else _finite(score(result))
 
 
 def _attempt(run: Callable[[float], Result], rate: float) -> Result:
