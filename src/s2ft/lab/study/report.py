@@ -102,7 +102,8 @@ def _grouped_bars(report: StudyReport, png: Path) -> None:
             place / max(1, len(labels) - 1),
         )
     axes.set(xticks=range(len(tasks)), ylabel="exact match, %", ylim=(0, 105))
-    axes.set_xticklabels(tasks, **({"rotation": 15, "ha": "right"} if len(tasks) > 3 else {}))
+    many = len(tasks) > 3
+    axes.set_xticklabels(tasks, rotation=15 if many else 0, ha="right" if many else "center")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(png, dpi=100)
