@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft.tuners.lora import LoraLayer
 
 from s2ft import S2FTError
@@ -14,8 +15,9 @@ from s2ft.demo.skills import FAR_SKILLS, NEAR_SKILLS, SKILLS, STUDY_SKILLS, belo
 from s2ft.finetune.trainer import DivergedError
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.study import contenders, runs
+from s2ft.lab.study.bars import bars_by_part, draw
 from s2ft.lab.study.contenders import Contender, fit, train_and_score, tuned_rate
-from s2ft.lab.study.report import LOSS, StudyReport, cell, draw
+from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport, cell
 from s2ft.lab.study.runs import FILE, Runs
 from s2ft.lab.study.selection import STRATEGIES, contender
 from s2ft.lab.study.summary import interval, summarize
@@ -282,6 +284,26 @@ def test_table_json_and_picture(tmp_path):
     draw(report, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert cell({"task": "x", "mean": 1.0, "low": None, "high": None}) == "100.0"
+
+
+def test_parts_have_panels_of_their_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, png, **options: figures.append(figure))
+    scores = [
+        ("one", "vanilla", HELD_OUT, 9.0),
+        ("one", "a", HELD_OUT, 1.0),
+        ("one", "b", HELD_OUT, 2.0),
+        ("one", "a", "x", 0.5),
+        ("two", "c", PERPLEXITY, 3.0),
+    ]
+    rows = [{"part": part, "method": who, "task": task, "seed": 0, "score": score} for part, who, task, score in scores]
+    for own in (rows, []):
+        draw(StudyReport({}, own, ("part", "method"), picture=bars_by_part), tmp_path / "a.png")
+    shown = [[axes.axison for axes in figure.axes] for figure in figures]
+    assert shown == [[True, False, True, False, True, False], [False] * 3], "what was not measured is left out"
+    loss, _, accuracies, *_ = figures[0].axes
+    assert [name.get_text() for name in loss.get_yticklabels()] == ["a", "b"], "the base would squeeze the others"
+    assert [bar.get_height() for bar in accuracies.patches] == [50]
 
 
 def test_the_folder_of_runs_is_left_whole(tmp_path):

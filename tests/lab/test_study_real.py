@@ -21,6 +21,7 @@ from s2ft.demo.skills import belongs
 from s2ft.evaluate.tasks import DECODING, Decoding
 from s2ft.finetune.train import train
 from s2ft.lab.study import experiment, real
+from s2ft.lab.study.bars import draw as draw_picture
 from s2ft.lab.study.chains import VERSION, side_by_side
 from s2ft.lab.study.commonsense import ASKED, TRAINED
 from s2ft.lab.study.contenders import TUNING_SEED, Contender
@@ -30,7 +31,6 @@ from s2ft.lab.study.experiment import Experiments
 from s2ft.lab.study.material import TESTS, draw, examples_digest, load_task, questions_digest
 from s2ft.lab.study.real import RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
-from s2ft.lab.study.report import draw as draw_picture
 from s2ft.lab.study.runs import FILE, Runs
 from s2ft.lab.study.training import Workload, tokens_of
 from s2ft.lab.study.tuning import DIVERGED

@@ -36,7 +36,7 @@ def _study(name: str, seeds: int, runs: Path | None, json_file: Path | None, png
     check_writable(json_file)
     check_writable(png, "png", ".png")
     check_place(folder, "runs")
-    from s2ft.lab.study.report import draw
+    from s2ft.lab.study.bars import draw
 
     report = _run(name, folder, seeds, options)
     show(report.table())

@@ -15,6 +15,7 @@ chains          runs side by side, each contender's after its rate is tuned
 workers         processes that perform runs
 runs            keeps finished runs, so that a study can continue
 summary         means with Student's interval
-report          table and picture
+report          scores and table
+bars            the picture of scores
 curves          the picture of loss against learning rate
 """

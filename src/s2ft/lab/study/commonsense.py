@@ -29,7 +29,7 @@ from s2ft.evaluate.comparison import Checked, check_scores, score
 from s2ft.evaluate.questions import digest
 from s2ft.evaluate.tasks import TASKS
 from s2ft.lab.registry import TellShare
-from s2ft.lab.study.contenders import TUNING_SEED, Contender, fit_examples, old_skills, scores_on, tests_of
+from s2ft.lab.study.contenders import TUNING_SEED, VANILLA, Contender, fit_examples, old_skills, scores_on, tests_of
 from s2ft.lab.study.report import LOSS, StudyReport
 from s2ft.lab.study.runs import Result, Runs
 from s2ft.lab.study.summary import Row
@@ -40,7 +40,7 @@ TRAINED = ("boolq", "obqa", "arc-e", "arc-c")  # tasks whose train.json is read
 ASKED = {"trained tasks": ("boolq", "obqa", "arc-e"), "untrained tasks": ("siqa", "winogrande")}
 LONGEST = 512  # bytes of prompt and answer; longer examples (passages of boolq, half of arc) are left out
 BUDGET = 0.04
-VANILLA, MAJORITY = Contender("vanilla", "vanilla"), "majority answer"
+MAJORITY = "majority answer"
 CONTENDERS = (
     Contender("full", "full"),
     Contender("lora", "lora", BUDGET),

@@ -83,6 +83,9 @@ class Contender:
         return select(model, config, [calibration(tokens, workload.batch_size, tokenizer_of(model))]).config
 
 
+VANILLA = Contender("vanilla", "vanilla")  # the base as it is
+
+
 def fit(
     contender: Contender, task: str, workload: Workload, rate: float, seed: int, avoid: Sequence[str] = ()
 ) -> Tuned:

@@ -17,14 +17,13 @@ from typing import Any
 
 from s2ft.demo.skills import FAR_SKILLS, NEAR_SKILLS, STUDY_SKILLS, Skill
 from s2ft.lab.registry import TellShare
-from s2ft.lab.study.contenders import Contender, old_skills, tests_of, train_and_score, tuned_rate
+from s2ft.lab.study.contenders import VANILLA, Contender, old_skills, tests_of, train_and_score, tuned_rate
 from s2ft.lab.study.report import LOSS, StudyReport
 from s2ft.lab.study.runs import Result, Runs
 from s2ft.lab.study.summary import Row
 from s2ft.lab.study.training import Workload
 
 EQUAL = 0.04  # the budget at which methods are compared
-VANILLA = Contender("vanilla", "vanilla")
 CONTENDERS = (
     Contender("full", "full"),
     Contender("lora", "lora", EQUAL),

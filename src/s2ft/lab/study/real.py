@@ -19,8 +19,9 @@ from pathlib import Path
 from threading import Lock
 
 from s2ft.lab.registry import TellShare
+from s2ft.lab.study.bars import bars_by_part
 from s2ft.lab.study.chains import experiments, identity, named, side_by_side
-from s2ft.lab.study.contenders import TUNING_SEED, Contender
+from s2ft.lab.study.contenders import TUNING_SEED, VANILLA, Contender
 from s2ft.lab.study.material import TESTS, examples_digest, questions_digest
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
 from s2ft.lab.study.runs import Performer, Result, Runs, Settings
@@ -30,7 +31,6 @@ from s2ft.lab.study.training import Workload
 from s2ft.lab.study.tuning import DIVERGED, best_kept, best_of_grid
 
 BUDGET = 0.0109  # as many parameters as LoRA of rank 6 on all linear layers has on SmolLM2
-VANILLA = Contender("vanilla", "vanilla")
 LORA = Contender("lora", "lora", BUDGET)
 S2FT = Contender("s2ft", "s2ft", BUDGET, "weight")
 RANDOM = Contender("s2ft, random", "s2ft", BUDGET)
@@ -141,7 +141,7 @@ def study_real(
             for row in own
         ]
     found = {"learning_rate": study.tuned, "seconds": round(runs.seconds), "environments": runs.environments}
-    return StudyReport({**asdict(settings), **found}, rows, ("part", "method"))
+    return StudyReport({**asdict(settings), **found}, rows, ("part", "method"), picture=bars_by_part)
 
 
 @dataclass
