@@ -1,4 +1,4 @@
-"""`s2ft study`: the paper's claims, tested on the embedded model. A command for each row of `STUDIES`.
+"""`s2ft study`: the paper's claims, tested on the embedded model and on a real one. A command for each row of `STUDIES`.
 
 Runs are kept, so that an interrupted study goes on.
 """
@@ -19,7 +19,7 @@ from s2ft.common.files import replaced_file, sole_writer, write_json
 from s2ft.common.outputs import check_place, check_writable
 from s2ft.lab.registry import STUDIES, Entry
 
-app = typer.Typer(help="Test the paper's claims on the embedded model, with several seeds.", no_args_is_help=True)
+app = typer.Typer(help="Test the paper's claims on the embedded model, and on one that can read, with several seeds.", no_args_is_help=True)
 
 
 def _add(name: str, entry: Entry) -> None:
