@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from peft import get_peft_model
@@ -100,11 +101,26 @@ def test_what_is_finished_is_kept_and_the_page_has_all(s2ft, trained, base, data
     rank = equal_rank(empty_model(base), round(0.06 * empty_model(base).num_parameters()))
     assert json.loads((out / "lora" / "run.json").read_text())["options"]["lora_rank"] == rank
     assert len(trained) == 3
-    assert s2ft(*words)[0] == 0
+    code, _, errors = s2ft(*words)
+    assert code == 0, errors
     assert len(trained) == 3  # nothing was trained again
     code, _, errors = s2ft(*words, "--epochs", "7")
     assert code == 2
     assert re.search(r"--epochs=7\.0, but \S+ was trained with --epochs=3\.0; name another output", errors)
+    free = [word for word in words if word not in ("--learning-rate", "0.01")]
+    code, _, errors = s2ft(*free)
+    assert code == 2, "the rate that was given then is left open now"
+    assert re.search(r"--learning-rate='auto', but \S+ was trained with --learning-rate=0\.01; name another", errors)
+    shorter = [word for word in words if word not in ("--holdout", SHORT[SHORT.index("--holdout") + 1])]
+    code, _, errors = s2ft(*shorter)
+    assert code == 2
+    assert re.search(r"--holdout=None, but \S+ was trained with --holdout=", errors)
+    kept = Path(data).read_text()
+    Path(data).write_text(json.dumps([{"prompt": "7+8=", "completion": "15"}, *json.loads(kept)]))
+    code, _, errors = s2ft(*words)
+    Path(data).write_text(kept)
+    assert code == 2
+    assert re.search(r"--data=.* has changed since \S+ was trained; name another output", errors), errors
     code, _, errors = s2ft(*words, "--samples", "2")
     assert code == 2
     assert re.search(r"--samples=2, but \S+ was asked with --samples=0; name another output", errors), errors

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shlex
 import shutil
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from s2ft.finetune import galore
 from s2ft.finetune.lisa import Lisa, draw, find_blocks
 from s2ft.finetune.lora import equal_rank, lora_config, lora_targets
 from s2ft.finetune.methods import METHODS
-from s2ft.finetune.options import TrainOptions, parse_options, read_config, to_yaml
+from s2ft.finetune.options import TrainOptions, parse_options, read_config, to_yaml, unasked
 from s2ft.finetune.resume import Paused, check_whole
 from tiny_runs import interrupt_at, skip_without, train, weights
 
@@ -123,6 +124,11 @@ def test_the_folder_says_how_it_was_made_and_how_it_is_used(trained, method):
     assert "import s2ft" not in readme
     assert f"{count:,} of the model's {section['model_parameters']:,}" in readme
     assert parse_options(read_config(str(result.output / "run.yaml"))).method == method
+    words = shlex.split(result.card["command"])
+    assert words[:2] == ["s2ft", "train"]
+    assert not {f"--{name.replace('_', '-')}" for name in unasked(parse_options({**PATHS, "method": method}))} & {
+        *words
+    }
 
 
 @pytest.mark.parametrize("method", ["lora"])  # the others, with held-out examples: test_holdout.py

@@ -1,5 +1,6 @@
 """Objectives beside supervised fine-tuning: what TRL's trainers compute with slices, in both layouts, and what runs leave."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -18,6 +19,7 @@ from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import parse_options, read_config
 from s2ft.finetune.prepare import prepare
 from s2ft.finetune.recipe import settle_batch
+from s2ft.finetune.resume import Note
 from s2ft.finetune.reward_functions import load_reward
 from s2ft.layer.linear import sliced_layers
 from s2ft.runtime.models import load_scorer
@@ -73,7 +75,8 @@ def run(base, files, tmp_path):
         }
         settings |= {"model": base, "output": str(tmp_path / output), "objective": objective}
         settings |= grpo(tmp_path) if objective == "grpo" and "reward_function" not in options else {}
-        return train(parse_options({**settings, **options}))
+        given = {name: value for name, value in {**settings, **options}.items() if value is not None}
+        return train(parse_options(given))
 
     return call
 
@@ -91,6 +94,22 @@ def test_a_run_lowers_the_loss_and_says_what_it_was(objective, run):
         assert result.card["objective"][name] is not None
     assert read_config(str(result.output / "run.yaml"))["objective"] == objective
     assert OBJECTIVES[objective].title in (result.output / "README.md").read_text()
+
+
+def test_a_reward_function_that_is_edited_while_the_run_goes_on_is_not_resumed(run, tmp_path, monkeypatch):
+    write = Note.write
+
+    def edited(note: Note, checkpoint: Path, seconds: float) -> None:
+        with (tmp_path / "rewards.py").open("a") as file:
+            file.write("# edited")
+        write(note, checkpoint, seconds)
+
+    monkeypatch.setattr(Note, "write", edited)
+    interrupt_at(monkeypatch, 1)
+    rewards = grpo(tmp_path)
+    assert run("grpo", limit=4, max_steps=2, **rewards).interrupted
+    with pytest.raises(S2FTError, match=r"reward_function=.* has changed since .*checkpoint-1 was made"):
+        run("grpo", limit=4, max_steps=2, resume=True, **rewards)
 
 
 def test_an_edited_reward_function_is_not_resumed(run, tmp_path, monkeypatch):
@@ -251,6 +270,40 @@ def test_the_head_of_a_reward_model_is_trained_and_comes_back(layout_name, run, 
     readme = (result.output / "README.md").read_text()
     assert "AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)" in readme
     assert "pipeline_tag: text-classification" in readme
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "full"},
+        {"method": "paca", "paca_rank": 2},
+        {"method": "peft:lora", "peft_config": {"r": 2}},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_other_methods_make_reward_models_too(options, run, base):
+    result = run("reward", max_steps=2, ratios=None, layout=None, **options)
+    source = str(result.output) if options["method"] == "full" else base
+    loaded = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
+    if options["method"] != "full":
+        loaded = PeftModel.from_pretrained(loaded, result.output)
+        assert not any("score" in name for name in getattr(loaded.peft_config["default"], "slices", None) or ())
+    loaded.get_submodule("base_model.model" if source == base else "").config.pad_token_id = 0
+    ids = torch.randint(3, 250, (3, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, result.model.eval()(ids).logits)
+
+
+def test_the_divergence_of_kto_is_measured_on_answers_to_other_prompts(base, files, tmp_path):
+    """A pair becomes two rows side by side; the answer of one tells nothing about the divergence on the other's prompt."""
+    for kind, size in itertools.product(("pair", "judged"), (2, 3, 4)):
+        options = {"model": base, "data": files[kind], "output": str(tmp_path / "out"), "objective": "kto"}
+        setup = prepare(
+            parse_options({**options, "ratios": 0.25, "batch_size": size, "max_steps": 1, "learning_rate": 1})
+        )
+        rows = setup.trainer.train_dataset
+        own = {(tuple(row["prompt_ids"]), tuple(row["completion_ids"])) for row in rows}
+        assert not any((tuple(row["prompt_ids"]), tuple(row["KL_completion_ids"])) in own for row in rows)
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from s2ft import S2FTConfig, S2FTError
 from s2ft.demo import base_path
 from s2ft.demo.skills import STUDY_SKILLS
 from s2ft.finetune.methods import METHODS
+from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
 from s2ft.finetune.recipe import mean_channels, settle_batch, settle_rate, too_short
 from s2ft.finetune.resume import Paused
@@ -103,6 +105,17 @@ def test_the_papers_rates_are_one_word_away_and_a_given_rate_stays(method):
     expected["paca"] = 2e-4  # as for S²FT
     assert paper.learning_rate == expected[method] == METHODS[method].learning_rate
     assert settle_rate(options(method=method, learning_rate=3), 200, None).options.learning_rate == 3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_run_at_the_rules_rate_is_called_too_short(objective):
+    more = {"reward_function": "r.py:f"} if objective == "grpo" else {}
+    given = TrainOptions(model="m", data=["d"], output="o", objective=objective, **more)
+    settled = settle_rate(settle_batch(given, 2_000).options, 2_000, 39).options
+    assert too_short(settled, 100, 39) is None
+    low = settled.model_copy(update={"learning_rate": settled.learning_rate / 30})
+    advised = float(re.search(r"the rule's is (\S+)$", too_short(low, 100, 39))[1])
+    assert advised == pytest.approx(settled.learning_rate, rel=2), "not twenty times as high"
 
 
 @pytest.mark.parametrize(

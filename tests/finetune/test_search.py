@@ -1,5 +1,6 @@
 """`learning_rate=auto`: which rate it takes, that it leaves nothing behind, and what it costs at most."""
 
+import json
 import logging
 import math
 import re
@@ -136,6 +137,29 @@ def test_each_try_begins_where_the_others_began(run, monkeypatch, name, short):
     with pytest.raises(AttributeError):  # no losses: the run ends here
         run(name)
     assert len(losses) == 3
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora", "lora_rank": 4, "objective": "reward"},
+        {"method": "peft:lora", "peft_config": {"r": 4, "bias": "all", "modules_to_save": ["norm"]}},
+    ],
+    ids=["a head", "biases and a module"],
+)
+def test_a_try_leaves_nothing_in_what_an_adapter_trains_of_the_model_itself(
+    base, tmp_path, monkeypatch, options, short
+):
+    pairs = [{"prompt": f"{n}+1=", "chosen": f"{n + 1}", "rejected": f"{n + 2}"} for n in range(40)]
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    (tmp_path / "data.json").write_text(json.dumps(pairs if "objective" in options else answers))
+    losses = []
+    monkeypatch.setattr(module_under_test, "climb", lambda loss_at, start: losses.extend(map(loss_at, [0.1] * 3)))
+    settings = {"model": base, "data": str(tmp_path / "data.json"), "output": str(tmp_path / "out")}
+    settings |= {"learning_rate": "auto", "max_steps": 10, "batch_size": 4, "precision": "fp32"}
+    with pytest.raises(AttributeError):  # no losses: the run ends here
+        train(parse_options({**settings, **options}))
     assert losses[0] == losses[1] == losses[2]
 
 

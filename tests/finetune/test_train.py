@@ -1,6 +1,7 @@
 """`train`: what a run changes, leaves behind, survives, and refuses."""
 
 import errno
+import json
 import re
 import shutil
 import struct
@@ -24,7 +25,7 @@ from s2ft.data.examples import load_examples
 from s2ft.finetune.arguments import trainer_config
 from s2ft.finetune.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.finetune.recipe import settle_batch
-from s2ft.finetune.resume import Paused
+from s2ft.finetune.resume import Note, Paused
 from s2ft.finetune.trainer import Trainer
 from s2ft.runtime.precision import choose_precision
 from tiny_runs import interrupt_at, train
@@ -111,6 +112,35 @@ def test_a_resumed_run_ends_in_the_same_weights(run, tmp_path, monkeypatch, opti
     assert same(deltas(resumed.output), deltas(whole.output))
     assert resumed.card["loss_curve"] == whole.card["loss_curve"]
     assert resumed.card["training"]["resumed_from"] == "checkpoint-3"
+    assert resumed.card["training"]["tokens"] == whole.card["training"]["tokens"], "of both parts"
+
+
+def test_the_card_of_a_resumed_run_has_the_time_of_both_parts_and_the_reasons_of_the_first(run, monkeypatch):
+    interrupt_at(monkeypatch, 2)
+    paused = run(learning_rate=None, batch_size=None)
+    monkeypatch.undo()
+    note = paused.output / "checkpoint-2" / "run.json"
+    told = json.loads(note.read_text())
+    assert 0 < told["seconds"] < 60
+    note.write_text(json.dumps({**told, "seconds": told["seconds"] + 1000}))
+    training = run(learning_rate=None, batch_size=None, resume=True).card["training"]
+    assert 1000 < training["seconds"] < 1100
+    for name in ("learning_rate_reason", "batch"):
+        assert training[name] == paused.card["training"][name] != "as asked"
+
+
+def test_a_resumed_run_saves_and_logs_as_often_as_it_is_told_now(run, monkeypatch):
+    interrupt_at(monkeypatch, 1)
+    run(save_every=50, log_every=50)
+    monkeypatch.undo()
+    saved = []
+    write = Note.write
+    monkeypatch.setattr(
+        Note, "write", lambda note, path, seconds: (saved.append(path.name), write(note, path, seconds))
+    )
+    resumed = run(save_every=2, log_every=1, resume=True)
+    assert saved == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert [step for step, _ in resumed.card["loss_curve"]] == [*range(1, 9)]
 
 
 def test_a_resumed_run_must_be_the_same_run(run, data, tmp_path, monkeypatch):
@@ -378,6 +408,19 @@ def test_an_output_folder_in_use_is_left_alone(run, tmp_path):
     with pytest.raises(S2FTError, match="exists and is not empty"):
         run()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_run_leaves_that_ended_before_its_first_checkpoint_does_not_stop_the_next(run, tmp_path):
+    left = [tmp_path / "out" / "answers" / "base" / "gsm8k.jsonl", tmp_path / "out" / "runs" / "events.out.tfevents.1"]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert run(max_steps=1).card["status"] == "finished"
+    own = tmp_path / "own" / "answers" / "mine.txt"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    with pytest.raises(S2FTError, match=r"output=\S+ exists and is not empty"):
+        run("own", max_steps=1)
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(run, tmp_path):

@@ -68,6 +68,13 @@ def test_it_trains_and_the_adapter_names_the_file(stored, data: str, tmp_path: P
     assert result.model.peft_config["default"].base_model_name_or_path == str(file)
 
 
+def test_every_weight_of_it_trains_and_is_saved(stored, data: str, tmp_path: Path) -> None:
+    for name in (stored[0], stored[0].parent):
+        output = tmp_path / name.name
+        train(TrainOptions(model=str(name), data=[data], output=str(output), method="full", max_steps=1))
+        assert load_model(str(output), torch.float32).config.hidden_size == 192
+
+
 def broken(folder: Path, file: Path, kind: str) -> Path:
     """The file, damaged so."""
     content, target = file.read_bytes(), folder / f"{kind}.gguf"

@@ -19,7 +19,9 @@ from s2ft.common.files import replaced_file, sole_writer, write_json
 from s2ft.common.outputs import check_place, check_writable
 from s2ft.lab.registry import STUDIES, Entry
 
-app = typer.Typer(help="Test the paper's claims on the embedded model, and on one that can read, with several seeds.", no_args_is_help=True)
+app = typer.Typer(
+    help="Test the paper's claims on the embedded model and a real one, with several seeds.", no_args_is_help=True
+)
 
 
 def _add(name: str, entry: Entry) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -82,16 +83,17 @@ class Checkpoints(TrainerCallback):
     """Finishes each checkpoint that the trainer writes and removes older ones.
 
     Args:
-        note: Adds files of ours to a checkpoint.
+        note: Adds files of ours to a checkpoint, so many seconds after the training began or went on.
     """
 
-    def __init__(self, note: Callable[[Path], None]) -> None:
-        self.note = note
+    def __init__(self, note: Callable[[Path, float], None]) -> None:
+        self.note, self._began = note, time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Looks for the best checkpoint in the output folder, which may have moved since that was written."""
+        self._began = time.perf_counter()
         best = best_checkpoint(Path(args.output_dir), state)
         state.best_model_checkpoint = None if best is None else str(best)
 
@@ -102,7 +104,7 @@ class Checkpoints(TrainerCallback):
             output = Path(args.output_dir)
             checkpoint = output / f"checkpoint-{state.global_step}"
             (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing of ours reads
-            self.note(checkpoint)
+            self.note(checkpoint, time.perf_counter() - self._began)
             flush(checkpoint)  # the contents reach the disk before the mark goes
             (checkpoint / _MARK).unlink()
             flush_names(checkpoint)

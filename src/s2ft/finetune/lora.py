@@ -9,6 +9,7 @@ import re
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -105,6 +106,12 @@ def equal_rank(model: nn.Module, parameters: int, dora: bool = False, targets: s
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """PEFT's "all-linear": every linear layer but the head, by its path."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = _head(model) if isinstance(model, PreTrainedModel) else None
     paths = [path for path, module in model.named_modules() if linear_layer(module) is module and module is not head]
     return {path: model.get_submodule(path) for path in paths}
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    """The output layer, of a classifier by the names that PEFT looks for."""
+    named = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
+    return model.get_output_embeddings() or next((module for module in named if module is not None), None)

@@ -238,9 +238,10 @@ class Paca(Method):
 
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
         """A config of S²FT that names the columns."""
+        from s2ft.finetune.objectives import OBJECTIVES
         from s2ft.finetune.paca import paca_config
 
-        return paca_config(model, options.paca_rank, options.seed or 0)
+        return paca_config(model, options.paca_rank, options.seed or 0, OBJECTIVES[options.objective].task_type)
 
     def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
         """The nearest number of columns."""

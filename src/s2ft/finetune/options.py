@@ -247,8 +247,13 @@ def read_config(path: str) -> dict[str, Any]:
 
 def to_yaml(options: TrainOptions) -> str:
     """The options as a file that `--config` reads; those that were left open (None) are left out."""
-    left_out = {"resume", *foreign_options(options.method), *foreign_to_objective(options.objective)}
+    left_out = {"resume", *unasked(options)}
     return yaml.safe_dump(options.model_dump(exclude_none=True, exclude=left_out), sort_keys=False, allow_unicode=True)
+
+
+def unasked(options: TrainOptions) -> set[str]:
+    """The options that its method or objective does not take, and refuses where they are given."""
+    return foreign_options(options.method) | foreign_to_objective(options.objective)
 
 
 def _problems(error: ValidationError, method: Any) -> list[str]:

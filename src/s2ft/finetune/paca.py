@@ -17,14 +17,14 @@ from s2ft.format.terms import OWN
 from s2ft.layer.linears import features
 
 
-def paca_config(model: nn.Module, rank: int, seed: int) -> S2FTConfig:
+def paca_config(model: nn.Module, rank: int, seed: int, task_type: str = "CAUSAL_LM") -> S2FTConfig:
     """A config that names the columns; a layer with fewer than `rank` is trained whole."""
     drawn, slices = np.random.default_rng(seed), {}
     for path, layer in linears(model).items():
         width = features(layer)[0]
         columns = drawn.choice(width, size=min(rank, width), replace=False)
         slices[path] = str(Slice("in", np.sort(columns)))
-    return S2FTConfig(slices=slices, target_modules=set(slices), strategy=OWN, task_type="CAUSAL_LM")
+    return S2FTConfig(slices=slices, target_modules=set(slices), strategy=OWN, task_type=task_type)
 
 
 def equal_columns(model: nn.Module, parameters: int) -> int:

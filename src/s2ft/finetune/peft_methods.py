@@ -106,8 +106,8 @@ class PeftMethod(Method):
         """The key that says how much is trained; None where the method leaves no choice."""
         return next((key for key in SIZES if key in self.keys), None)
 
-    def config(self, keys: Mapping[str, Any] | None) -> PeftConfig:
-        """PEFT's config.
+    def config(self, keys: Mapping[str, Any] | None, task_type: str = "CAUSAL_LM") -> PeftConfig:
+        """PEFT's config, for its `task_type`.
 
         Raises:
             S2FTError: for keys that it does not have, or values that it refuses.
@@ -118,7 +118,7 @@ class PeftMethod(Method):
             raise S2FTError(
                 f"peft_config={_listed(keys)}: {self.name} has no {', '.join(unknown)}; it has {', '.join(self.keys)}"
             )
-        given = {"task_type": "CAUSAL_LM", **keys}
+        given = {"task_type": task_type, **keys}
         if "target_modules" in self.keys and self.name not in OWN_TARGETS:
             given.setdefault("target_modules", "all-linear")
         try:
@@ -135,7 +135,9 @@ class PeftMethod(Method):
 
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
         """The config with the keys that were given."""
-        return self.config(options.peft_config)
+        from s2ft.finetune.objectives import OBJECTIVES
+
+        return self.config(options.peft_config, OBJECTIVES[options.objective].task_type)
 
     def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
         """The size key with which the number of parameters is nearest, beside the keys that are given."""

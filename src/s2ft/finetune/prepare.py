@@ -47,8 +47,8 @@ from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
-from s2ft.finetune.resume import Paused, check_output, note_run
-from s2ft.finetune.reward_functions import load_reward
+from s2ft.finetune.resume import Note, Paused, check_output
+from s2ft.finetune.reward_functions import load_reward, rewards_digest
 from s2ft.finetune.search import plan_tries, search
 from s2ft.finetune.trackers import NONE
 from s2ft.finetune.trainer import Flow, RunTrainer
@@ -108,6 +108,7 @@ class Setup:
     search: Card | None  # how short runs found the learning rate, where they did
     trial: Trial | None  # of one batch; None where that would not tell what the run takes
     questions: Checked | None  # for the run card
+    seconds: float = 0.0  # of training before the run went on
 
 
 def prepare(options: TrainOptions) -> Setup:
@@ -117,7 +118,8 @@ def prepare(options: TrainOptions) -> Setup:
         S2FTError: for anything wrong with data, model or checkpoint.
     """
     method, objective, paused = find_method(options.method), OBJECTIVES[options.objective], check_output(options)
-    examples = _examples(options)
+    rewards = rewards_digest(options.reward_function)  # now: the file may be edited while the run goes on
+    examples = read_examples(options)
     digest = data_digest(examples)
     if paused is not None:
         paused.check_same_run(options, digest)
@@ -153,6 +155,8 @@ def prepare(options: TrainOptions) -> Setup:
     )
     if paused is None:
         log.info("learning rate: %g, %s", options.learning_rate, reasons["learning_rate"])
+    else:
+        reasons |= paused.reasons  # by now these are options like any given
 
     flow = Flow(options.save_every, saves_end=questions is not None or options.samples > 0)
     callbacks = [flow, *method.callbacks(options, model)]
@@ -161,14 +165,13 @@ def prepare(options: TrainOptions) -> Setup:
     chosen = _settle_layout(options, paused, trainer, sliced=isinstance(config, S2FTConfig))
     options = options.model_copy(update={"layout": chosen.layout})  # whoever runs them again takes the same
     reasons |= {"layout": chosen.reason} if isinstance(config, S2FTConfig) else {}
-    trainer.add_callback(
-        Checkpoints(partial(note_run, options=options, digest=digest, prompts=data.format, search=found))
-    )
+    before = 0.0 if paused is None else paused.seconds
+    trainer.add_callback(Checkpoints(Note(options, digest, data.format, reasons, rewards, found, before).write))
     checkpoint = None if paused is None else paused.checkpoint
-    return Setup(options, checkpoint, data, config, reasons, trainer, flow, found, chosen.trial, questions)
+    return Setup(options, checkpoint, data, config, reasons, trainer, flow, found, chosen.trial, questions, before)
 
 
-def _examples(options: TrainOptions) -> Dataset:
+def read_examples(options: TrainOptions) -> Dataset:
     """The examples, where they are to be weighed with their sources; says what was taken for what."""
     loaded = load(options.data, options.limit, OBJECTIVES[options.objective].read(), options.map)
     for reading in loaded.readings:

@@ -139,7 +139,7 @@ def too_short(options: TrainOptions, steps: int, channels: float | None) -> str 
     assert isinstance(options.learning_rate, float)
     few = steps < (FEW_STEPS if channels is None else FEWEST_STEPS)
     if channels is not None and _is_adam(options):
-        few |= options.learning_rate * math.sqrt(channels * steps) < LEAST_MOVE
+        few |= options.learning_rate * math.sqrt(channels * steps) < LEAST_MOVE * OBJECTIVES[options.objective].rate
     if not few:
         return None
     run = f"{steps} {'step' if steps == 1 else 'steps'} at a rate of {options.learning_rate:g}"
@@ -160,5 +160,5 @@ def _higher(options: TrainOptions, steps: int, channels: float | None) -> str:
     assert isinstance(options.learning_rate, float)
     rule = 0.0
     if channels is not None and _is_adam(options):
-        rule = rate_of(channels, steps, examples_a_step(options))
+        rule = OBJECTIVES[options.objective].rate * rate_of(channels, steps, examples_a_step(options))
     return "a higher learning_rate" + (f": the rule's is {rule:g}" if rule > options.learning_rate else "")

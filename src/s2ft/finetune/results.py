@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,18 @@ from s2ft.adapters.inspection import draw
 from s2ft.common.files import replaced_file, staged
 from s2ft.data.template import turn_end
 from s2ft.finetune.card import Card, final_mean, write_card
-from s2ft.finetune.checkpoints import step_of
 from s2ft.finetune.estimate import Estimate
 from s2ft.finetune.methods import find_method
 from s2ft.finetune.model_card import model_card
 from s2ft.finetune.objectives import OBJECTIVES
-from s2ft.finetune.options import TrainOptions, to_yaml
+from s2ft.finetune.options import TrainOptions, to_yaml, unasked
 from s2ft.finetune.prepare import Setup
 from s2ft.finetune.values import repeats
 from s2ft.finetune.weights import layer_changes
 from s2ft.format.config import S2FTConfig
 from s2ft.report.run import run_page
 from s2ft.runtime.environment import environment, peak_memory
+from s2ft.runtime.gguf import reading
 from s2ft.runtime.processes import engine, process_count
 from s2ft.selection.coverage import parameter_counts
 
@@ -68,7 +69,8 @@ def save_result(
     end = None if end == tokenizer.eos_token_id else end
     if method.leaves_model:
         model.to(_stored_dtype(options.model))
-        _name_end(model, end)
+        if end is not None:
+            _name_end(model, end)
     with staged(output) as aside:
         model.save_pretrained(str(aside), state_dict=state)
         if method.leaves_model:
@@ -97,11 +99,11 @@ def write_run(output: Path, card: Card) -> None:
     write_card(output, card)
 
 
-def _name_end(model: PreTrainedModel, end: int | None) -> None:
+def _name_end(model: PreTrainedModel, end: int) -> None:
     """Adds the token that ends an answer to the generation config."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
-    if end is not None and end not in named:
+    if end not in named:
         model.generation_config.eos_token_id = [end, *(token for token in named if token is not None)]
 
 
@@ -124,8 +126,9 @@ def whole_command(options: TrainOptions) -> str:
 def command_words(options: TrainOptions) -> list[str]:
     """The words of that command line."""
     words = ["s2ft", "train"]
-    fields = TrainOptions.model_fields
-    for name in sorted(fields, key=lambda name: not fields[name].is_required()):
+    fields, left_out = TrainOptions.model_fields, unasked(options)
+    names = [name for name in fields if name not in left_out]
+    for name in sorted(names, key=lambda name: not fields[name].is_required()):
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
         if value is not None and value != fields[name].default:
             words += _typed(flag, value, repeated=repeats(fields[name]))
@@ -148,7 +151,8 @@ def _typed(flag: str, value: Any, repeated: bool) -> list[str]:
 
 
 def _stored_dtype(base: str) -> torch.dtype:
-    dtype = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
+    source, more = reading(base)
+    dtype = getattr(AutoConfig.from_pretrained(source, trust_remote_code=False, **more), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -183,7 +187,7 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
             "model_parameters": total,
             "share": trainable / total,
         },
-        "training": _training(setup, steps, foreseen, metrics["train_runtime"]),
+        "training": _training(setup, steps, foreseen, setup.seconds + metrics["train_runtime"]),
         **({} if setup.search is None else {"learning_rate_search": setup.search}),
         "loss_curve": _points(state.log_history, "loss"),
         "rate_curve": _points(state.log_history, "learning_rate"),
@@ -204,8 +208,7 @@ def _objective(setup: Setup) -> Card:
 
 def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: float) -> Card:
     options, state, reasons = setup.options, setup.trainer.state, setup.reasons
-    started = 0 if setup.checkpoint is None else step_of(setup.checkpoint)
-    tokens = max((entry.get("num_tokens", 0) for entry in state.log_history if entry["step"] > started), default=0)
+    tokens = _total([entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry])
     training = {
         "method": options.method,
         "learning_rate": options.learning_rate,
@@ -220,7 +223,7 @@ def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: floa
         "planned_steps": steps,
         "resumed_from": None if setup.checkpoint is None else setup.checkpoint.name,
         "seconds": round(seconds, 3),
-        "tokens": int(tokens),
+        "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "final_loss": final_mean(_points(state.log_history, "loss")),
     }
@@ -228,6 +231,16 @@ def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: floa
         best = {"best_step": state.best_global_step, "best_loss": state.best_metric}
         training |= {"held_out": len(setup.data.held_out), **best}
     return training | peak_memory() | ({} if foreseen is None else foreseen.card)
+
+
+def _total(counts: Sequence[float]) -> int:
+    """What was counted, where the count begins anew each time that a run goes on.
+
+    Example:
+        >>> _total([10, 20, 30, 10, 20])
+        50
+    """
+    return int(sum(count for count, following in pairwise([*counts, 0]) if following < count))
 
 
 def _points(history: Sequence[dict[str, float]], name: str) -> list[tuple[int, float]]:  # (step, value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,12 @@ class Paused:
     engine: str
     search: dict[str, Any] | None = None  # how its learning rate was found, where short runs did
     rewards: str | None = None  # digest of the files with its reward functions, where it has some
+    reasons: Mapping[str, str] = field(default_factory=dict)  # for what it settled
+    seconds: float = 0.0  # that it had trained for
 
     @classmethod
     def read(cls, checkpoint: Path) -> Paused:
-        """Reads what `note_run` wrote.
+        """Reads what `Note` wrote.
 
         Raises:
             S2FTError: if it is not there, or of another form.
@@ -77,7 +79,16 @@ class Paused:
         search = note.get("learning_rate_search")
         search = search if isinstance(search, dict) else None
         by = str(note.get("engine", DDP if processes > 1 else ALONE))
-        return cls(checkpoint, settled_options(options), data["digest"], processes, by, search, note.get("rewards"))
+        reasons, seconds = note.get("reasons"), note.get("seconds")  # which older notes lack
+        more = (
+            {name: str(reasons[name]) for name in ("batch", "learning_rate") if name in reasons}
+            if isinstance(reasons, dict)
+            else {},
+            float(seconds) if isinstance(seconds, int | float) else 0.0,
+        )
+        return cls(
+            checkpoint, settled_options(options), data["digest"], processes, by, search, note.get("rewards"), *more
+        )
 
     @property
     def method(self) -> str:
@@ -127,22 +138,45 @@ def check_output(options: TrainOptions) -> Paused | None:
     output = Path(options.output)
     if options.resume:
         return _newest(output, options)
-    if output.is_dir() and any(not is_unfinished(path) for path in entries(output)):
+    if output.is_dir() and not all(is_unfinished(path) or _is_left_over(path) for path in entries(output)):
         hint = "; add --resume to go on from its newest checkpoint" if whole_checkpoints(output) else ""
         raise S2FTError(f"output={options.output!r} exists and is not empty; name another folder{hint}")
     return None
 
 
-def note_run(
-    checkpoint: Path, options: TrainOptions, digest: str, prompts: str, search: Mapping[str, Any] | None = None
-) -> None:
-    """Writes down which run a checkpoint is of; `prompts` is the format of its prompts."""
-    data = {"digest": digest, "format": prompts}
-    note = {"options": options.model_dump(mode="json"), "data": data, "processes": process_count()}
-    note |= {"engine": engine()}
-    note |= {} if search is None else {"learning_rate_search": search}
-    note |= {} if (rewards := rewards_digest(options.reward_function)) is None else {"rewards": rewards}
-    (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _is_left_over(path: Path) -> bool:
+    """Whether a run that ended before its first checkpoint left it: its base's answers, or a tracker's curves."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if path.name == "answers":
+        return all(file.parent.name == "base" and file.suffix == ".jsonl" for file in files)
+    return path.name == "runs" and all(file.name.startswith("events.out.tfevents") for file in files)
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is written down in each checkpoint of a run, so that it is known whose it is."""
+
+    options: TrainOptions
+    digest: str  # of the data
+    prompts: str  # their format
+    reasons: Mapping[str, str]  # for what was settled
+    rewards: str | None  # digest of the reward functions' files, when they were loaded
+    search: Mapping[str, Any] | None = None  # how short runs found the learning rate
+    seconds: float = 0.0  # of training before the run went on
+
+    def write(self, checkpoint: Path, seconds: float) -> None:
+        """Writes it, `seconds` after the training began or went on."""
+        note = {
+            "options": self.options.model_dump(mode="json"),
+            "data": {"digest": self.digest, "format": self.prompts},
+            "processes": process_count(),
+            "engine": engine(),
+            "reasons": dict(self.reasons),
+            "seconds": round(self.seconds + seconds, 3),
+            **({} if self.search is None else {"learning_rate_search": self.search}),
+            **({} if self.rewards is None else {"rewards": self.rewards}),
+        }
+        (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def settled_options(noted: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.finetune.arguments import warmup_steps
@@ -163,9 +166,17 @@ def climb(loss_at: Callable[[float], float], start: float) -> dict[float, float]
 def _try(trainer: RunTrainer, layout: str) -> float:
     """The held-out loss after a short run; infinite if it is no number. The adapter is taken off again."""
     trainer.remove_callback(LiveView)
+    before = {name: parameter.detach().clone() for name, parameter in _trained(trainer.model)}
     with brief_layout(trainer.model, layout):
         trainer.train()
         loss = as_leader(trainer.evaluate()["eval_loss"])
+    with torch.no_grad():  # what the adapter trains of the model itself, a head or biases, stays there
+        for name, parameter in _trained(trainer.model):
+            parameter.copy_(before[name])
     trainer.model.unload()
     trainer.accelerator.free_memory()
     return loss if math.isfinite(loss) else math.inf
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

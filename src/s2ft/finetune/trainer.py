@@ -233,6 +233,12 @@ class Flow(TrainerCallback):
     def __init__(self, save_every: int | None = None, saves_end: bool = False) -> None:
         self.interrupted, self.save_every, self.saves_end = False, save_every, saves_end
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs and saves as often as is asked for now; a checkpoint brings the intervals of the run before."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:

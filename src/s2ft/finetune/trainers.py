@@ -5,8 +5,7 @@ Data comes tokenised (`data/preference_tokens.py`) by the rule of supervised fin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -38,7 +37,7 @@ class Dpo(RunTrainer, DPOTrainer):
 
 
 class Kto(RunTrainer, KTOTrainer):
-    """KTO; the divergence from the base is estimated on prompts with the answers of other prompts of their batch."""
+    """KTO; the divergence from the base is estimated on prompts with the answers to other prompts."""
 
     config_class = KTOConfig
 
@@ -53,10 +52,9 @@ class Kto(RunTrainer, KTOTrainer):
         return [len(prompt) + len(answer) for prompt, answer in _columns(dataset, "prompt_ids", "completion_ids")]
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, *_: Any) -> Dataset:
-        answers, size = dataset["completion_ids"][:], args.per_device_train_batch_size
-        batches = (answers[start : start + size] for start in range(0, len(answers), size))
-        others = list(chain.from_iterable([batch[-1:] + batch[:-1] for batch in batches]))
-        return Dataset.from_dict({**dataset.to_dict(), "KL_completion_ids": others})
+        answers = dataset["completion_ids"][:]
+        others = other_prompts(dataset["prompt_ids"][:], args.per_device_train_batch_size)
+        return Dataset.from_dict({**dataset.to_dict(), "KL_completion_ids": [answers[other] for other in others]})
 
 
 class Reward(RunTrainer, RewardTrainer):
@@ -108,6 +106,23 @@ def _draw_by_epoch(loader: DataLoader[Any], seed: int) -> None:
     batches: Any = loader.batch_sampler
     sampler = batches.sampler if hasattr(batches, "sampler") else batches.batch_sampler.sampler
     sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)
+
+
+def other_prompts(prompts: Sequence[Any], size: int) -> list[int]:
+    """To each row the one before it in its batch of `size`, as in TRL; where that has the same prompt, the nearest before that.
+
+    Example:
+        >>> other_prompts(["a", "b", "c", "d"], size=2), other_prompts(["a", "a", "b", "b"], size=2)
+        ([1, 0, 3, 2], [3, 3, 1, 1])
+    """
+    count = len(prompts)
+    others = []
+    for row in range(count):
+        start = row - row % size
+        before = row - 1 if row > start else min(start + size, count) - 1
+        nearest = (other % count for other in (before, *range(row - 1, row - count, -1)))
+        others.append(next((other for other in nearest if prompts[other] != prompts[row]), before))
+    return others
 
 
 def beta(options: TrainOptions) -> dict[str, float]:
