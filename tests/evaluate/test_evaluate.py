@@ -105,7 +105,7 @@ def test_answers_are_read_counted_and_kept(base, data, tmp_path, monkeypatch) ->
     assert lines[3] == {**lines[3], "output": None, "error": "lost"}
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "chat_template.jinja", "tokenizer.model", "merges.txt"])
+@pytest.mark.parametrize("name", ["model.gguf", "chat_template.jinja", "tokenizer.model", "merges.txt", "config.json", "vocab.json"])
 def test_another_file_is_another_model(name, tmp_path) -> None:
     (tmp_path / name).write_text("1")
     before = fingerprint(str(tmp_path), "config.json")
@@ -113,6 +113,21 @@ def test_another_file_is_another_model(name, tmp_path) -> None:
     assert fingerprint(str(tmp_path), "config.json") == before
     (tmp_path / name).write_text("2")
     assert fingerprint(str(tmp_path), "config.json") != before
+
+
+def test_who_saved_a_model_and_what_lies_beside_it_is_no_other_model(tmp_path) -> None:
+    for name in ("config.json", "adapter_config.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("1")
+        found = set()
+        for version in ("5.17", "5.23"):
+            (folder / name).write_text(json.dumps({"transformers_version": version, "peft_version": version, "r": 8}))
+            found.add(fingerprint(str(folder), name))
+            (folder / "scores.json").write_text("[]")
+        assert len(found) == 1
+        (folder / name).write_text(json.dumps({"transformers_version": "5.23", "r": 9}))
+        assert fingerprint(str(folder), name) not in found
 
 
 def test_an_interrupted_run_goes_on_to_the_same_table(base, data, tmp_path, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from s2ft.data.tokens import IGNORED
 from s2ft.demo.skills import belongs
 from s2ft.evaluate.tasks import DECODING, Decoding
 from s2ft.finetune.train import train
-from s2ft.lab.study import experiment, real
+from s2ft.lab.study import experiment, material, real
 from s2ft.lab.study.bars import draw as draw_picture
 from s2ft.lab.study.chains import VERSION, side_by_side
 from s2ft.lab.study.commonsense import ASKED, TRAINED
@@ -28,7 +28,15 @@ from s2ft.lab.study.contenders import TUNING_SEED, Contender
 from s2ft.lab.study.curves import RULE
 from s2ft.lab.study.defaults import VARIANTS, DefaultsSettings, study_defaults
 from s2ft.lab.study.experiment import Experiments
-from s2ft.lab.study.material import TESTS, draw, examples_digest, load_task, questions_digest
+from s2ft.lab.study.material import (
+    TESTS,
+    draw,
+    examples_digest,
+    knowledge_digest,
+    load_task,
+    questions_digest,
+    unseen_questions,
+)
 from s2ft.lab.study.real import RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
 from s2ft.lab.study.runs import FILE, Runs
@@ -45,6 +53,7 @@ SETTINGS = RealSettings(
     seeds=1,
     contenders={
         "arithmetic": (Contender("full", "full"), S2FT),
+        "writing": (S2FT,),
         "commonsense": (S2FT,),
         "selection": (Contender("W−", "s2ft", 0.05, "weight", "smallest"),),
         "fusion": (S2FT,),
@@ -87,13 +96,21 @@ def test_every_part_has_its_rows(model, data, tmp_path):
     fused = ("s2ft, same channels", "s2ft, disjoint channels")
     assert found == {
         *(("arithmetic", name) for name in ("vanilla", "full", "s2ft")),
+        *(("writing", name) for name in ("vanilla", "s2ft")),
         *(("commonsense", name) for name in ("vanilla", "s2ft")),
         ("selection", "W−"),
         *(("fusion", name) for name in fused),
     }
-    tasks = {row["task"] for row in report.rows if (row["part"], row["method"]) == ("arithmetic", "s2ft")}
-    chosen = {f"{task}, by likelihood" for task in (*TESTS["commonsense"], "average")}
-    assert tasks == {*TESTS["arithmetic"], "average", HELD_OUT, LOSS, PERPLEXITY, *chosen}
+    tasks = {
+        part: {row["task"] for row in report.rows if (row["part"], row["method"]) == (part, "s2ft")}
+        for part in ("arithmetic", "writing", "commonsense")
+    }
+    known = {f"{task}, by likelihood" for task in (*TESTS["commonsense"], "average")} | {PERPLEXITY}
+    assert tasks["arithmetic"] == {HELD_OUT, LOSS, *known}
+    assert tasks["writing"] == {HELD_OUT, LOSS, *TESTS["arithmetic"], "average"}
+    assert tasks["commonsense"] == {HELD_OUT, LOSS, *TESTS["commonsense"], "average", *known}
+    losses = {(row["part"], row["score"]) for row in report.rows if (row["method"], row["task"]) == ("s2ft", HELD_OUT)}
+    assert len({score for part, score in losses if part in ("arithmetic", "writing")}) == 1, "the same training"
     assert {row["task"] for row in report.rows if row["part"] == "fusion"} == {
         f"{suite}, {fusion}" for suite in TESTS for fusion in ("alone", "sum", "mean")
     }
@@ -107,7 +124,7 @@ def test_a_part_of_the_real_study_is_chosen_by_name(model, data, tmp_path):
     assert RealSettings().restricted("fusion, arithmetic").parts == ("arithmetic", "fusion")
     assert RealSettings().restricted(None) == RealSettings()
     with pytest.raises(
-        S2FTError, match=r"only: 'Arithmetic': must be among arithmetic, commonsense, selection, fusion, kept"
+        S2FTError, match=r"only: 'Arithmetic': must be among arithmetic, writing, commonsense, selection, fusion, kept"
     ):
         RealSettings().restricted("arithmetic,Arithmetic")
     report = study_real(tmp_path / "runs", SETTINGS, model=model, data=data, only="selection")
@@ -254,12 +271,69 @@ def test_runs_on_other_data_are_other_runs(model, data, tmp_path):
 
     first = kept()
     assert kept() == first
-    for file, more in (("ft-training_set/math_data.json", 2 * first), ("dataset/boolq/test.json", 3 * first)):
+    for file, more in (("ft-training_set/math_data.json", 2 * first), ("dataset/boolq/test.json", 2 * first)):
         path = Path(data, file)
         path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
         examples_digest.cache_clear()
-        questions_digest.cache_clear()
-        assert kept() == more
+        assert kept() == more, "a run that asks no question does not depend on them"
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("ft-training_set/math_data.json", ["test", "known", "written", "all"]),
+        ("dataset/gsm8k/test.json", ["written", "all"]),
+        ("dataset/boolq/test.json", ["known", "all"]),
+        (None, ["known", "all"]),
+    ],
+)
+def test_what_a_run_reads_is_part_of_its_identity(file, changed, data, monkeypatch):
+    def digests() -> dict[str, str]:
+        for cached in (examples_digest, unseen_questions, questions_digest, knowledge_digest):
+            cached.cache_clear()
+        study = real._Study(None, None, SETTINGS, data)
+        return {name: study._digests("arithmetic", name) for name in experiment.MEASURED}
+
+    before = digests()
+    if file is None:  # Python's documentation differs between its versions
+        monkeypatch.setattr(material, "documentation", lambda: "other text")
+    else:
+        path = Path(data, file)
+        path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    after = digests()
+    assert {name for name in before if before[name] != after[name]} - {"validation"} == {*changed}
+
+
+def test_no_question_is_asked_that_a_training_could_have_read(model, data, monkeypatch):
+    """LLM-Adapters' worked problems are four fifths of its tests."""
+    path = Path(data, "dataset/gsm8k/test.json")
+    questions = json.loads(path.read_text())
+    problems = json.loads(Path(data, "ft-training_set/math_data.json").read_text())
+    spaced = {**questions[0], "instruction": f"  {problems[3]['instruction']} \n"}
+    path.write_text(json.dumps([spaced, *questions]))
+    unseen_questions.cache_clear()
+    found = {task.name: questions for task, questions in unseen_questions("arithmetic", data).questions}["gsm8k"]
+    assert [one.id for one in found] == [str(number + 1) for number in range(len(questions))]
+    asked = []
+    monkeypatch.setattr(experiment, "QUESTIONS", {"arithmetic": 2})
+    scored = experiment.score
+
+    def seen(model, tokenizer, checked, *more, **options):
+        asked.extend(one.id for task, some in checked.questions if task.name == "gsm8k" for one in some)
+        return scored(model, tokenizer, checked, *more, **options)
+
+    monkeypatch.setattr(experiment, "score", seen)
+    run = {"contender": asdict(real.VANILLA), "task": "arithmetic", "recipe": asdict(WORKLOAD), "seed": 0, "rate": 0.0}
+    assert set(Experiments(model, data)({**run, "measured": "written"})["written"]) == {*TESTS["arithmetic"], "average"}
+    assert asked == ["1", "2"]
+
+
+def test_a_report_of_nothing_is_not_written(model, data, tmp_path):
+    words = ["study", "real", "--model", model, "--data", data, "--runs", str(tmp_path / "runs"), "--only", "kept"]
+    found = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "r.json"), "--png", str(tmp_path / "r.png")])
+    assert isinstance(found.exception, S2FTError)
+    assert "holds no run of this model and data to report" in str(found.exception)
+    assert not list(tmp_path.glob("r.*"))
 
 
 def test_a_study_of_another_version_is_not_mixed_in(model, data, tmp_path, monkeypatch):

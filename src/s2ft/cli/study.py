@@ -15,6 +15,7 @@ import typer
 from s2ft.cli.importing import importing
 from s2ft.cli.options import entry_options, parameter, with_options
 from s2ft.cli.tables import show
+from s2ft.common.errors import S2FTError
 from s2ft.common.files import replaced_file, sole_writer, write_json
 from s2ft.common.outputs import check_place, check_writable
 from s2ft.lab.registry import STUDIES, Entry
@@ -41,6 +42,8 @@ def _study(name: str, seeds: int, runs: Path | None, json_file: Path | None, png
     from s2ft.lab.study.bars import draw
 
     report = _run(name, folder, seeds, options)
+    if not report.rows:
+        raise S2FTError(f"runs={str(folder)!r} holds no run of this model and data to report, so nothing is written")
     show(report.table())
     if json_file is not None:
         write_json(json_file, report.as_dict(), indent=1, ensure_ascii=False)

@@ -6,9 +6,10 @@ One base is loaded, and lent to one adapter after the other; each leaves it as i
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_model, load_tokenizer
 
 RUN_FILE = "run.json"
-# Weights, settings, chat template, vocabularies; the run card (run.json) is left out: it holds dates
-_DIGESTED = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+_DIGESTED = (  # weights, settings, chat template, vocabularies; nothing that may be put beside them, such as a run card
+    *("*.safetensors", "*.gguf", "*.index.json", "*config.json", "chat_template.json", "*.jinja", "*.model", "*.spm"),
+    *("tokenizer*.json", "*tokens*.json", "vocab*.json", "vocab*.txt", "merges.txt"),
+)
+_MADE_BY = ("transformers_version", "peft_version")  # in a config; the same model saved by another version is the same
 
 
 def trained_on(name: str) -> str | None:
@@ -61,10 +65,18 @@ def fingerprint(name: str, file: str) -> str:
     if not folder.is_dir():
         return f"{name}@{_commit(name, file)}"
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _DIGESTED and path.name != RUN_FILE):
-        with path.open("rb") as content:
-            digest.update(f"{path.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    for path in sorted(path for path in folder.iterdir() if any(map(path.match, _DIGESTED))):
+        digest.update(f"{path.name} {_content_digest(path)}\n".encode())
     return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def _content_digest(path: Path) -> str:
+    if path.match("*config.json"):
+        with suppress(S2FTError):
+            settings = {name: value for name, value in read_json(path).items() if name not in _MADE_BY}
+            return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _commit(name: str, file: str) -> str:

@@ -5,7 +5,7 @@
 
 For every contender, case and seed: each rate of one grid, and the rate of the rule. Variants of S²FT (other projections,
 budgets, allocations, warm-ups) take two rates and the rule's on one case. All but the budgets train about as many parameters
-(LoRA 10% more, to be on the safe side), in as many steps.
+(LoRA on SmolLM2 36% more), in as many steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One run on a real model: a contender trained on a task, and what is measured of it. Settings in, result out.
 
-    {"contender", "task", "rate", "seed", "recipe", "measured"}      a training; measured: "validation" or "test", the
-                                                                     loss of held-out examples, or "all"
+    {"contender", "task", "rate", "seed", "recipe", "measured"}      a training, and what of `MEASURED` is asked of it
     {"fusion", "disjoint", "rates", "seed", "recipe"}                two trainings, and their adapters fused
     {"options", "task", "examples", "seed"}                          `s2ft train` itself, with these options; measured: "test"
 
@@ -31,7 +30,7 @@ import torch
 from s2ft.common.errors import S2FTError
 from s2ft.demo.real import documentation
 from s2ft.demo.skills import Split
-from s2ft.evaluate.comparison import check_scores, score
+from s2ft.evaluate.comparison import Checked, score
 from s2ft.evaluate.likelihood import accuracy, load_choices, perplexity
 from s2ft.evaluate.tasks import TASKS
 from s2ft.finetune.options import parse_options
@@ -40,7 +39,7 @@ from s2ft.finetune.trainer import DivergedError
 from s2ft.format.config import S2FTConfig
 from s2ft.lab.study.contenders import Contender
 from s2ft.lab.study.fusion import FUSIONS, fuse_adapters
-from s2ft.lab.study.material import TESTS, Example, draw, load_task
+from s2ft.lab.study.material import TESTS, Example, draw, load_task, unseen_questions
 from s2ft.lab.study.runs import Result, Settings
 from s2ft.lab.study.training import Tuned, Workload, fine_tune, response_loss, tokenizer_of, tokens_of
 from s2ft.lab.study.tuning import DIVERGED
@@ -54,6 +53,13 @@ QUESTIONS = {  # of each task, answered in writing: the 95% interval of the aver
 }
 FUSED_QUESTIONS = 30  # the same for fused adapters
 CHOICES = 130  # of each commonsense task, chosen by likelihood
+MEASURED = {  # besides the loss of held-out examples
+    "validation": (),
+    "test": (),
+    "known": ("known",),  # what the model knows and how it reads, apart from what it was trained on
+    "written": ("written",),  # tests of the task, answered in writing
+    "all": ("known", "written"),
+}
 BATCH = {"cpu": 32, "cuda": 128}  # prompts at once
 
 
@@ -111,8 +117,10 @@ class Experiments:
         if task == "style":  # too few to be divided
             held_out = [*held_out, *draw(self._examples(task), "validation", MOST_HELD_OUT[task], seed=0)]
         found: Result = {"held_out": self._loss(model, held_out)}
-        if measured == "all":
-            found |= {"written": self._written(model, task, QUESTIONS[task]), **self._kept(model)}
+        if "written" in MEASURED[measured]:
+            found["written"] = self._written(model, task, QUESTIONS[task])
+        if "known" in MEASURED[measured]:
+            found |= self._known(model)
         return found
 
     def _loss(self, model: Any, examples: list[Example]) -> float:
@@ -125,7 +133,8 @@ class Experiments:
         Raises:
             S2FTError: if an answer could not be produced: a study has no use for parts of a test.
         """
-        checked = check_scores(TESTS[suite], str(self._data), limit)
+        unseen = unseen_questions(suite, str(self._data)).questions
+        checked = Checked([(task, questions[:limit]) for task, questions in unseen])
         with TemporaryDirectory() as folder:
             rows = score(model, self._tokenizer, checked, Path(folder), BATCH[self._device], beams=1)
         if failed := {name: row["errors"] for name, row in rows.items() if row["errors"]}:
@@ -133,7 +142,7 @@ class Experiments:
         found = {name: float(row["accuracy"]) for name, row in rows.items() if name in TESTS[suite]}
         return {**found, "average": fmean(found.values())}
 
-    def _kept(self, model: Any) -> Result:
+    def _known(self, model: Any) -> Result:
         """What the model knows and how it reads, apart from what it was trained on."""
         chosen = {
             task: accuracy(

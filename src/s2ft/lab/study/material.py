@@ -5,13 +5,15 @@
     style         the lighthouse's log (`demo/lighthouse.py`), as chat
 
 Every example is on one side by a hash of its prompt: `fit` is trained on, rates are tuned on `validation`, and the reported
-loss is that of `test`.
+loss is that of `test`. Of the tests, only questions are asked that are no example of either suite: four fifths of the
+arithmetic ones are worked problems as well.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -21,9 +23,12 @@ from s2ft.common.errors import S2FTError, raise_together
 from s2ft.data.examples import data_digest, load_examples
 from s2ft.data.folder import find_file, places
 from s2ft.demo.lighthouse import conversations
+from s2ft.demo.real import documentation
 from s2ft.demo.skills import Split, belongs
-from s2ft.evaluate.comparison import check_scores
-from s2ft.evaluate.questions import digest
+from s2ft.evaluate.comparison import Checked, check_scores
+from s2ft.evaluate.likelihood import load_choices
+from s2ft.evaluate.questions import digest, prompt_text
+from s2ft.evaluate.tasks import TASKS as QUESTIONS
 from s2ft.lab.study.commonsense import ASKED, LONGEST, TRAINED, example_length, training_file
 
 Example = dict[str, Any]  # prompt and completion: text, or messages
@@ -56,17 +61,42 @@ def examples_digest(task: str, data: str | None) -> str:
 
 
 @cache
-def questions_digest(data: str) -> str:
-    """Of all questions that a real model is asked, whole files of them."""
-    tasks = [task for tasks in TESTS.values() for task in tasks]
-    asked = [question for _, questions in check_scores(tasks, data).questions for question in questions]
-    return digest([(question.prompt, question.gold) for question in asked])
+def unseen_questions(suite: str, data: str) -> Checked:
+    """The tests of a suite, without the questions that some training could have read.
+
+    Raises:
+        S2FTError: if a file is missing or malformed.
+    """
+    seen = {_words(_prompt(example)) for task in TESTS for example in load_task(task, data)}
+    found = check_scores(TESTS[suite], data).questions
+    return Checked(
+        [(task, [one for one in questions if _words(prompt_text(one.prompt)) not in seen]) for task, questions in found]
+    )
+
+
+@cache
+def questions_digest(suite: str, data: str) -> str:
+    """Of all questions of a suite that a real model may be asked in writing."""
+    asked = [one for _, questions in unseen_questions(suite, data).questions for one in questions]
+    return digest([(one.prompt, one.gold) for one in asked])
+
+
+@cache
+def knowledge_digest(data: str) -> str:
+    """Of what tells what a model knows besides: questions whose answers are chosen by likelihood, and plain text."""
+    choices = [(task, load_choices(QUESTIONS[task], data)) for task in TESTS["commonsense"]]
+    return digest([[(task, [asdict(one) for one in found]) for task, found in choices], documentation()])
 
 
 def draw(examples: list[Example], split: Split, count: int, seed: int) -> list[Example]:
     """So many examples of one side, or all that there are; another seed draws others."""
     side = [example for example in examples if belongs(_prompt(example), split)]
     return random.Random(f"{split}/{seed}").sample(side, min(count, len(side)))
+
+
+def _words(prompt: str) -> str:
+    """What makes two prompts the same, however they are spaced."""
+    return " ".join(prompt.lower().split())
 
 
 def _prompt(example: Example) -> str:

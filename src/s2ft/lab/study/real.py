@@ -1,7 +1,8 @@
 """The paper's claims on a real model: what is learned, carried over, and forgotten; the choice of channels; fusion.
 
-    arithmetic     worked problems; then six tests, answered in writing; commonsense by likelihood; perplexity of plain text
-    commonsense    four tasks; then three of these and two others, answered in writing
+    arithmetic     worked problems: loss of held-out ones; commonsense by likelihood; perplexity of plain text
+    writing        the same, at the same rates: six tests, answered in writing
+    commonsense    four tasks; then three of these and two others, answered in writing; and all that arithmetic measures
     selection      the paper's strategies, each largest and smallest, on arithmetic: loss of held-out examples; random channels
                    and the largest weights are there already
     fusion         an adapter of each suite, on the same or on disjoint channels, beside LoRA's exact sum
@@ -22,7 +23,8 @@ from s2ft.lab.registry import TellShare
 from s2ft.lab.study.bars import bars_by_part
 from s2ft.lab.study.chains import experiments, identity, named, side_by_side
 from s2ft.lab.study.contenders import TUNING_SEED, VANILLA, Contender
-from s2ft.lab.study.material import TESTS, examples_digest, questions_digest
+from s2ft.lab.study.experiment import MEASURED
+from s2ft.lab.study.material import TESTS, examples_digest, knowledge_digest, questions_digest
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY, StudyReport
 from s2ft.lab.study.runs import Performer, Result, Runs, Settings
 from s2ft.lab.study.selection import PAPERS, contender
@@ -30,7 +32,7 @@ from s2ft.lab.study.summary import Row
 from s2ft.lab.study.training import Workload
 from s2ft.lab.study.tuning import DIVERGED, best_kept, best_of_grid
 
-BUDGET = 0.0109  # as many parameters as LoRA of rank 6 on all linear layers has on SmolLM2
+BUDGET = 0.0109  # LoRA of rank 5 on all linear layers, the nearest, has 4% more on SmolLM2
 LORA = Contender("lora", "lora", BUDGET)
 S2FT = Contender("s2ft", "s2ft", BUDGET, "weight")
 RANDOM = Contender("s2ft, random", "s2ft", BUDGET)
@@ -54,7 +56,12 @@ RATES: dict[str, tuple[float, ...]] = {  # of each method, tried first: the bett
 }
 WORKLOAD = Workload(steps=40, batch_size=4, train_examples=160, test_examples=0)  # seeds before size
 KEPT = "kept"
-PARTS = ("arithmetic", "commonsense", "selection", "fusion")
+PARTS = ("arithmetic", "writing", "commonsense", "selection", "fusion")
+TASK = {"arithmetic": "arithmetic", "writing": "arithmetic", "commonsense": "commonsense", "selection": "arithmetic"}
+MEASURES = {"arithmetic": "known", "writing": "written", "commonsense": "all", "selection": "test"}
+UNTUNED = ("writing", "fusion")  # parts that take the rates of others
+
+_WITH_BASE = ("arithmetic", "writing", "commonsense")  # parts that measure the untouched model, too
 
 Chain = Callable[[], list[Row]]
 
@@ -68,6 +75,7 @@ class RealSettings:
     contenders: Mapping[str, tuple[Contender, ...]] = field(
         default_factory=lambda: {
             "arithmetic": ARITHMETIC,
+            "writing": ARITHMETIC,
             "commonsense": COMMONSENSE,
             "selection": SELECTION,
             "fusion": (LORA, S2FT),
@@ -80,10 +88,13 @@ class RealSettings:
     @property
     def runs(self) -> int:
         """The number of runs, if no grid of learning rates has to grow."""
-        tuned = [who for part in self.parts if part != "fusion" for who in self.contenders[part]]
+        tuned = [who for part in self.parts if part not in UNTUNED for who in self.contenders[part]]
+        trained = [who for part in self.parts if part != "fusion" for who in self.contenders[part]]
         fused = [variant for who in self.contenders["fusion"] if "fusion" in self.parts for variant in variants(who)]
-        vanilla = [part for part in self.parts if part in TESTS]
-        return sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(tuned) + len(fused)) + len(vanilla)
+        vanilla = [part for part in self.parts if part in _WITH_BASE]
+        return (
+            sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(trained) + len(fused)) + len(vanilla)
+        )
 
     def restricted(self, only: str | None) -> RealSettings:
         """To the parts named, with commas between them; "kept" takes the runs that are in the folder, and runs nothing.
@@ -128,12 +139,7 @@ def study_real(
     settings = (settings or RealSettings()).restricted(only)
     runs = Runs(folder, settings.runs, tell, identity(model))
     with experiments(model, data, workers) as performer:
-        study = _Study(
-            runs,
-            performer,
-            settings,
-            {task: f"{examples_digest(task, data)}/{questions_digest(data)}" for task in TESTS},
-        )
+        study = _Study(runs, performer, settings, data)
         rows = [
             row
             for part in settings.parts  # whole parts are there early, and fusions find the others' rates
@@ -151,28 +157,29 @@ class _Study:
     runs: Runs
     performer: Performer
     settings: RealSettings
-    data: dict[str, str]  # digests of what a task trains on and of all questions
+    data: str  # LLM-Adapters' folder
     tuned: dict[str, dict[str, float | None]] = field(default_factory=dict)  # part → contender → rate
     locks: dict[tuple[str, str], Lock] = field(default_factory=dict)
 
     def chains(self, part: str) -> Iterator[Chain]:
         """What can run side by side: a chain for each contender of a part."""
-        if part in TESTS:
+        if part in _WITH_BASE:
             yield partial(self._vanilla, part)
         own = {"selection": self._strategy, "fusion": self._fused}
         run = own.get(part) or partial(self._scored, part)
         yield from (partial(run, who) for who in self.settings.contenders[part])
 
     def _vanilla(self, part: str) -> list[Row]:
-        asked = {**self._asked(VANILLA, part, "all"), "rate": 0.0}
+        asked = {**self._asked(VANILLA, part, MEASURES[part]), "rate": 0.0}
         return [
             row for seed, result in self._results(asked, seeds=1) for row in _rows(part, VANILLA.name, seed, result)
         ]
 
     def _scored(self, part: str, who: Contender) -> list[Row]:
         """Tunes the rate, then trains with every seed."""
-        rate = self._rate(part, who)
-        asked = {**self._asked(who, part, "all" if part in TESTS or who in STRATEGY else "test"), "rate": rate}
+        rate = self._rate("arithmetic" if part == "writing" else part, who)
+        measured = MEASURES["arithmetic" if who in STRATEGY and part == "selection" else part]
+        asked = {**self._asked(who, part, measured), "rate": rate}
         found = self._results(asked, self.settings.seeds) if rate is not None else []
         return [row for seed, result in found for row in _rows(part, who.name, seed, result)]
 
@@ -185,7 +192,8 @@ class _Study:
         rates = {suite: self._rate(suite, who) for suite in TESTS}
         rows: list[Row] = []
         for variant, disjoint in variants(who).items():
-            asked = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": self.data}
+            digests = {suite: self._digests(suite, "written") for suite in TESTS}
+            asked = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": digests}
             asked["recipe"] = asdict(self.settings.workload)
             for seed, result in self._results(asked, self.settings.seeds):
                 rows += [
@@ -217,14 +225,18 @@ class _Study:
         return best_of_grid(self.runs, rates, asked, self.performer, _low_loss)
 
     def _asked(self, who: Contender, part: str, measured: str) -> Settings:
-        task = "arithmetic" if part == "selection" else part
         return {
             "contender": asdict(who),
-            "task": task,
-            "data": self.data[task],
+            "task": TASK[part],
+            "data": self._digests(TASK[part], measured),
             "recipe": asdict(self.settings.workload),
             "measured": measured,
         }
+
+    def _digests(self, task: str, measured: str) -> str:
+        """Of what such a run reads: the examples, and what is asked besides."""
+        asked: dict[str, Callable[[str], str]] = {"known": knowledge_digest, "written": partial(questions_digest, task)}
+        return "/".join([examples_digest(task, self.data), *(asked[name](self.data) for name in MEASURED[measured])])
 
 
 def _low_loss(result: Result) -> float:
