@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -366,6 +367,16 @@ def test_the_report_against_plain_numbers(tmp_path: Path) -> None:
     draw(fusion.overlaps, tmp_path / "o.png")
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     assert s2ft.fuse(folders, [0.0, 1.0, 1.0]).overlaps[0].interference_on_first is None
+
+
+def test_layers_that_lie_directly_in_the_block_have_one_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    modules = [f"model.decoder.layers.{n}.{name}" for n in range(3) for name in ("fc1", "self_attn.out_proj")]
+    slices, deltas = dict.fromkeys(modules, "in 1,4-5"), {module: torch.randn(7, 3) for module in modules}
+    draw(s2ft.fuse([write(tmp_path / name, slices, deltas) for name in "ab"]).overlaps, tmp_path / "o.png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    assert sorted(labels) == ["fc1", "self_attn.out_proj"]
 
 
 def test_three_adapters_are_reported_pair_by_pair(base: nn.Module, pair: list[Path], tmp_path: Path) -> None:

@@ -63,3 +63,8 @@ def test_stacks_have_panels_of_their_own() -> None:
         "dec.block.*.ff.wo": 5,
         "lm_head": 1,
     }
+
+
+def test_layers_that_lie_directly_in_the_block_have_one_panel() -> None:
+    made = adapter([f"model.decoder.layers.{n}.{name}" for n in range(3) for name in ("fc1", "self_attn.out_proj")])
+    assert {title: len(values) for title, values in rows(picture(made)).items()} == {"fc1": 3, "self_attn.out_proj": 3}

@@ -74,6 +74,12 @@ def test_fused_adapters_are_checked_part_by_part_and_merged(tmp_path: Path) -> N
 def test_shards_tokenizer_and_templates_come_along(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", torch.bfloat16, max_shard_size="8KB")
     byte_tokenizer(CHAT_TEMPLATE).save_pretrained(base)
+    for name in (
+        "source.spm",
+        "prophetnet.tokenizer",
+        "bpe.codes",
+    ):  # as tokenizers of Marian, ProphetNet and PhoBERT have
+        (base / name).write_bytes(b"a vocabulary")
     (base / "README.md").write_text("the base's own card")
     (base / "pytorch_model.bin").write_bytes(b"a pickle")
     (base / "pytorch_model.bin.index.json").write_text("{}")

@@ -45,6 +45,14 @@ def test_all_that_tokens_depend_on_is_in_the_key():
     assert keys[0] == cache_key(Dataset.from_list(ROWS), byte_tokenizer(), max_length=32, sources=None)
 
 
+def test_tokens_that_were_kept_under_other_names_are_not_taken(monkeypatch):
+    encode(Dataset.from_list(ROWS), byte_tokenizer(), 32)
+    renamed = {tokens.FATE: "another", **{name: name for name in tokens._COLUMNS if name != tokens.FATE}}
+    monkeypatch.setattr(tokens, "_COLUMNS", {renamed[name]: kind for name, kind in tokens._COLUMNS.items()})
+    monkeypatch.setattr(tokens, "FATE", "another")
+    assert set(encode(Dataset.from_list(ROWS), byte_tokenizer(), 32).column_names) == set(renamed.values())
+
+
 def test_the_source_of_an_example_is_kept_with_its_tokens():
     weighed = [Dataset.from_list(ROWS).add_column(SOURCE, [number] * 6) for number in (0, 1)]
     assert [set(encode(one, byte_tokenizer(), 32)[SOURCE]) for one in weighed] == [{0}, {1}]

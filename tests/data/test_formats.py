@@ -103,6 +103,12 @@ class TestFiles:
         for source in sources:
             assert load_examples(source).to_list() == expected, source
 
+    @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+    @pytest.mark.parametrize("data", [b"text\none, two; three\n", b"text\tx, y, z\none, two; three\t\n"])
+    def test_cells_of_a_tsv_are_parted_by_tabs_alone(self, tmp_path, name, data):
+        source = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+        assert load_examples(source)["completion"] == ["one, two; three"]
+
     def test_a_folder_joins_files_of_all_kinds(self, tmp_path):
         write(tmp_path / "a.csv", table(RECORDS, ","))
         write(tmp_path / "b.jsonl.gz", gzip.compress(jsonl(RECORDS[1]).encode()))
@@ -182,6 +188,15 @@ class TestFiles:
             (("openai/gsm8k", None), {"split": "test", "streaming": False}),
         ]
 
+    def test_a_slice_on_the_hub_is_not_streamed(self, monkeypatch):
+        def load_dataset(*_, split, streaming):
+            if streaming and "[" in split:
+                raise ValueError(f"Bad split: {split}. Available splits: ['train']")  # as `datasets` says
+            return Dataset.from_list([{"text": "a"}] * 3)
+
+        monkeypatch.setattr(records, "load_dataset", load_dataset)
+        assert len(load_examples("org/set::train[:10%]", limit=2)) == 2
+
     def test_a_stream_that_breaks_off_is_an_error(self, monkeypatch):
         def rows():
             yield {"text": "a"}
@@ -202,6 +217,13 @@ class TestLayouts:
     def test_questions_and_answers_are_asked_in_alpacas_words(self, tmp_path):
         (example,) = self.one(tmp_path, {"question": "2+3?", "answer": "5", "id": 1})
         assert example == {"prompt": alpaca_prompt("2+3?"), "completion": "5"}
+
+    def test_a_text_beside_a_prompt_does_not_take_its_place(self, tmp_path):
+        record = {"prompt": "2+3?", "text": "a book"}
+        (asked,) = self.one(tmp_path, record, kind=KINDS["prompt"])
+        assert asked["prompt"] == "2+3?"
+        with pytest.raises(S2FTError, match="found prompt, text"):
+            self.one(tmp_path, record)
 
     @pytest.mark.parametrize("messages", [TALK, MEANT, json.dumps(TALK)])
     def test_sharegpt_is_chat_in_other_words(self, tmp_path, messages):

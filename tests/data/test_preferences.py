@@ -10,9 +10,10 @@ from trl import DPOTrainer
 from trl.data_utils import extract_prompt
 
 from s2ft import S2FTError
-from s2ft.data.examples import data_digest, load_examples
+from s2ft.data.examples import data_digest, load, load_examples
 from s2ft.data.preference_tokens import tokenize_judged, tokenize_pairs, tokenize_prompts, tokenize_whole_pairs
 from s2ft.data.preferences import KINDS
+from s2ft.data.tokens import SOURCE, weigh
 from tiny_base import CHAT_TEMPLATE, byte_tokenizer
 
 USER, GOOD, BAD = (
@@ -146,6 +147,22 @@ def test_judged_answers_and_prompts_keep_what_stands_beside_them(tmp_path: Path)
     mixed = [{"prompt": "ab", "answer": 3}, {"prompt": "ab", "answer": "x"}]
     with pytest.raises(S2FTError, match="the fields beside the prompts do not make columns"):
         tokenize_prompts(load_examples(written(tmp_path, *mixed), kind=KINDS["prompt"]), byte_tokenizer(), 8)
+
+
+def test_a_field_that_some_prompts_lack_is_none_there(tmp_path: Path) -> None:
+    asked = [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": 3}, {"prompt": "c", "hint": "x"}]
+    prompts = tokenize_prompts(load_examples(written(tmp_path, *asked), kind=KINDS["prompt"]), byte_tokenizer(), 8)
+    given = [(None, None), (3, None), (None, "x")]
+    assert [(row["answer"], row["hint"]) for row in prompts.dataset] == given
+
+
+def test_fields_of_prompts_keep_their_names_and_values(tmp_path: Path) -> None:
+    """Also those that a column of ours might have, with weights and without."""
+    asked = {"prompt": "a", "source": "a book", "fate": "sealed", "parted": "yes", "problems": ["x"], "labels": [1]}
+    loaded = load([written(tmp_path, asked)], kind=KINDS["prompt"])
+    assert list(tokenize_prompts(loaded.examples, byte_tokenizer(), 8).dataset) == [asked]
+    numbered = loaded.examples.add_column(SOURCE, loaded.sources)
+    assert list(weigh(tokenize_prompts(numbered, byte_tokenizer(), 8), [2], seed=0).dataset) == [asked, asked]
 
 
 def test_a_pair_without_its_objective_is_told_of_it(tmp_path):

@@ -314,6 +314,19 @@ def test_a_base_without_weights_is_enough_for_a_lora(tmp_path: Path) -> None:
         s2ft.export(adapter, "patch", tmp_path / "c.safetensors", base=str(tmp_path / "sizes"))
 
 
+def test_an_index_without_its_shards_is_enough_for_a_lora(tmp_path: Path) -> None:
+    """What comes of a large model on the Hub: its JSON files."""
+    base = save_base(tmp_path / "base", "qwen2", max_shard_size="8KB")
+    adapter = save_adapter(tmp_path / "adapter", base, SIDES["both"])
+    (tmp_path / "sizes").mkdir()
+    for file in base.glob("*.json"):
+        shutil.copy(file, tmp_path / "sizes")
+    assert (tmp_path / "sizes" / "model.safetensors.index.json").is_file()
+    s2ft.export(adapter, "lora", tmp_path / "a")
+    s2ft.export(adapter, "lora", tmp_path / "b", base=str(tmp_path / "sizes"))
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("to", "output", "message"),
     [

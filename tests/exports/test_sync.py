@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 import s2ft
 from exported import save_adapter, save_base
+from mixtures import mixture
 from s2ft import S2FTError
 from s2ft.adapters.merge import merge
 from s2ft.exports.sync_callback import SliceSync
@@ -99,6 +100,18 @@ def test_what_cannot_be_sent_is_refused_before(tmp_path: Path) -> None:
         s2ft.sync(engine, adapter, base=str(other))
     with pytest.raises(S2FTError, match="nowhere"):
         s2ft.sync(engine, tmp_path / "nowhere")
+    assert engine.calls == []
+
+
+def test_slices_of_stacked_experts_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    mixture("mixtral", torch.float32).save_pretrained(base)
+    experts = {"target_parameters": ["mlp.experts.down_proj"], "strategy": "random"}
+    adapter, engine = save_adapter(tmp_path / "a", base, 0.3, **experts), FakeEngine(base)
+    with pytest.raises(
+        S2FTError, match=r"layers\.0\.mlp\.experts\.down_proj is a slice of stacked experts.*s2ft merge"
+    ):
+        s2ft.sync(engine, adapter)
     assert engine.calls == []
 
 
@@ -191,20 +204,59 @@ def test_a_trainer_without_vllm_in_this_process_is_refused() -> None:
         SliceSync.of(object())
 
 
+class Generation:
+    """TRL's, with a vLLM in this process."""
+
+    llm = object()
+    sync_weights = None
+    enable_sleep_mode = False
+
+
+class Trainer:
+    """TRL's, as far as `SliceSync.of` looks at it."""
+
+    accelerator = type("Accelerator", (), {"unwrap_model": staticmethod(lambda model: model)})
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.vllm_generation = model, Generation()
+
+
+def test_a_vllm_that_sleeps_is_refused() -> None:
+    """Its weights are gone then, and only TRL's own `sync_weights` wakes it and sends them all."""
+    trainer = Trainer(None)
+    trainer.vllm_generation.enable_sleep_mode = True
+    with pytest.raises(S2FTError, match=r"vllm_enable_sleep_mode=True: .* leave it False"):
+        SliceSync.of(trainer)
+    assert trainer.vllm_generation.sync_weights is None
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [({"modules_to_save": ["lm_head"]}, "lm_head"), ({"trainable_token_indices": [3]}, "embed_tokens")],
+)
+def test_what_is_trained_beside_slices_is_refused(tmp_path: Path, more: dict[str, Any], name: str) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), s2ft.S2FTConfig(ratios=RATIOS, **more))
+    engine = FakeEngine(base)
+    with pytest.raises(S2FTError, match=f"{name} is trained beside the slices"):
+        SliceSync(engine).push(model)
+    assert engine.calls == []
+
+
+def test_slices_of_a_packed_base_are_refused(tmp_path: Path) -> None:
+    """As bitsandbytes packs: a plain tensor, of two dimensions and of other sizes."""
+    base = save_base(tmp_path / "base", "llama")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), s2ft.S2FTConfig(ratios=RATIOS))
+    down = model.base_model.model.model.layers[0].mlp.down_proj.get_base_layer()
+    down.weight = torch.nn.Parameter(torch.zeros(down.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(S2FTError, match=r"the weight of \S+layers\.0\.mlp\.down_proj is quantised .* cannot be sent"):
+        SliceSync(FakeEngine(base)).push(model)
+
+
 def test_of_takes_the_place_of_the_trainers_own_way(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), s2ft.S2FTConfig(ratios=RATIOS))
-
-    class Generation:
-        llm = object()
-        sync_weights = None
-
-    class Trainer:
-        vllm_generation = Generation()
-        accelerator = type("Accelerator", (), {"unwrap_model": staticmethod(lambda model: model)})
-
-    trainer: Any = Trainer()
-    trainer.model = model
+    trainer = Trainer(model)
     callback, engine = SliceSync.of(trainer), FakeEngine(base)
     callback._engine = engine
     callback.on_step_end(None, TrainerState(is_world_process_zero=True), TrainerControl(), model=model)

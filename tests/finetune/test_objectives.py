@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ],
     }
     records["judged"] = [{"prompt": one, "completion": f"{n * 7}", "label": n % 2 == 0} for n, one in enumerate(asked)]
-    records["prompt"] = [{"prompt": one} for one in asked]
+    records["prompt"] = [{"prompt": one, "labels": [n]} for n, one in enumerate(asked)]  # a field like any other
     records["wrong"] = [{"question": one} for one in asked]
     for record in records["pair"]:
         record["chosen"] += " yes"

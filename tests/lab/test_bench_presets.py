@@ -130,6 +130,18 @@ def test_auto_is_what_the_device_multiplies_and_is_said(monkeypatch, caplog, mul
     assert ("this CPU does not multiply bf16, so each step takes much longer than in fp32" in caplog.text) != multiplies
 
 
+@pytest.mark.parametrize(
+    ("preset", "given", "taken"), [("moe", "auto", "fp32"), ("moe", "bf16", "bf16"), ("cpu", "auto", "auto")]
+)
+def test_a_presets_dtype_is_taken_unless_another_is_asked_for(monkeypatch, preset, given, taken):
+    asked = []
+    settle = training.settle_dtype
+    monkeypatch.setattr(training, "settle_dtype", lambda *args: (asked.append(args[0]), settle(*args))[1])
+    tiny = replace(PRESETS[preset], models={"tiny": TINY_MIXTURE if preset == "moe" else TINY}, cells=[OTHER])
+    bench_training(tiny, dtype=given, methods="floor")
+    assert asked == [taken]
+
+
 def test_in_fp32_all_is_fp32_and_there_is_no_autocast(monkeypatch):
     seen = set()
     step = Contestant.step

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from s2ft import S2FTError
@@ -28,6 +29,38 @@ def test_a_study_takes_its_options_and_counts_its_runs(name: str) -> None:
     assert arguments == ["folder", "settings", "tell", *STUDIES[name].options]
     settings = getattr(module, f"{name.capitalize()}Settings")
     assert settings(seeds=2).runs > settings(seeds=1).runs
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [*(("bench", name) for name in BENCHMARKS), *(("study", name) for name in STUDIES)]
+)
+def test_the_example_in_the_help_is_accepted(command: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = (BENCHMARKS if command == "bench" else STUDIES)[name]
+    _, _, example = entry.described(command, name).rpartition("Example: s2ft ")
+    parser = get_command(app)
+    for word in (command, name):
+        parser = parser.commands[word]
+    options = parser.make_context(name, example.split()[2:]).params
+    work = _FIRST_WORK.get(name) if command == "bench" else None
+    if work is None:
+        return
+    monkeypatch.setattr(f"s2ft.lab.bench.{name}.{work}", _begun)
+    with pytest.raises(_BegunError):
+        getattr(import_module(f"s2ft.lab.bench.{name}"), f"bench_{name}")(
+            **{key: options[key] for key in entry.options}
+        )
+
+
+class _BegunError(Exception):
+    """The work of a benchmark would begin here."""
+
+
+def _begun(*_: object) -> None:
+    raise _BegunError
+
+
+_FIRST_WORK = {"training": "frozen_base", "families": "_Kept"}
+"""Benchmarks that refuse options which do not go together → what they call first once all is accepted."""
 
 
 @pytest.mark.parametrize(

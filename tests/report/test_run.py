@@ -72,6 +72,12 @@ def test_what_each_layer_weighs_is_its_delta_against_the_weight(finished, base) 
         assert str(row["layer"]) in module
 
 
+def test_layers_that_lie_directly_in_a_block_have_one_line(finished, page) -> None:
+    """As OPT's fc1: model.decoder.layers.3.fc1."""
+    layers = [{**row, "module": f"layers.{row['layer']}.{row['module'][-9:]}"} for row in finished.card["layers"]]
+    assert run_page({**finished.card, "layers": layers}, finished.output).count("<polyline") == page.count("<polyline")
+
+
 OTHERS = {
     "lora": lambda: LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj"], init_lora_weights=False),
     "dora": lambda: LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False, use_dora=True),

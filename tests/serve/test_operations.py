@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import socket
 import threading
@@ -149,30 +150,42 @@ class TestLimits:
             wait_for(lambda: found.under_way == 0)
 
 
+def send(client: socket.socket, asked: dict[str, Any]) -> None:
+    """A request, without waiting for what comes back."""
+    body = json.dumps(asked).encode()
+    client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+    client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
 class TestClientsThatLeave:
     def test_their_answers_are_given_up(self, endless: Live) -> None:
         for stream in (False, True):
-            body = json.dumps({**LONG, "stream": stream}).encode()
             with socket.create_connection(("127.0.0.1", endless.port)) as client:
-                client.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                )
-                client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                send(client, {**LONG, "stream": stream})
                 wait_for(lambda: endless.under_way == 1)
             wait_for(lambda: endless.under_way == 0)
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_who_leaves_before_the_first_token_waits_no_more(
+        self, endless: Live, stream: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scheduler = endless.service._scheduler
+        monkeypatch.setattr(scheduler, "_has_room", lambda *_: False)
+        with socket.create_connection(("127.0.0.1", endless.port)) as client:
+            send(client, {**LONG, "stream": stream})
+            wait_for(lambda: len(scheduler._waiting) == 1)
+        wait_for(lambda: not scheduler._waiting)
+
     def test_who_does_not_read_is_cut_off(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(limits, "GRACE", 0.1)
-        with live(root, endless=True, timeout=1.0, rows=64) as found:
-            body = json.dumps({**LONG, "stream": True, "n": 64, "logprobs": 5}).encode()
-            with socket.create_connection(("127.0.0.1", found.port)) as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                )
-                client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-                wait_for(lambda: found.under_way > 0)
-                wait_for(lambda: found.under_way == 0 and not found.server.server_state.tasks)
+        with (
+            live(root, endless=True, timeout=1.0, rows=64) as found,
+            socket.create_connection(("127.0.0.1", found.port)) as client,
+        ):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            send(client, {**LONG, "stream": True, "n": 64, "logprobs": 5})
+            wait_for(lambda: found.under_way > 0)
+            wait_for(lambda: found.under_way == 0 and not found.server.server_state.tasks)
 
 
 class TestAdapters:
@@ -219,6 +232,20 @@ class TestAdapters:
             assert found.ask("POST", "/v1/completions", {**ASKED, "model": "new"})[0] == 404
             for name in ("..", "..%2F..%2Fetc", ".hidden", "base", "%00"):
                 assert found.ask("PUT", f"/v1/adapters/{name}")[0] == 404
+
+    def test_one_that_is_taken_away_during_a_request_is_unknown(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with live(root, allow_loading=True) as found:
+            read = found.service._token_ids
+
+            def read_meanwhile(asked: Any) -> list[list[int]]:
+                assert found.ask("DELETE", "/v1/adapters/user0")[0] == 200
+                return read(asked)
+
+            monkeypatch.setattr(found.service, "_token_ids", read_meanwhile)
+            status, body, _ = found.ask("POST", "/v1/completions", {**ASKED, "model": "user0"})
+        assert (status, body["error"]["code"]) == (404, "model_not_found")
 
     def test_many_fusions_leave_no_more_than_a_few_files(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("s2ft.serve.adapters.FUSIONS", 2)
@@ -296,6 +323,19 @@ def test_metrics_count_requests_tokens_and_adapters(root: Path) -> None:
             "s2ft_waiting 0.0",
         ):
             assert line in text
+
+
+def test_tokens_of_an_answer_that_is_cut_short_count(root: Path) -> None:
+    with live(root, endless=True) as found:
+        with found.client() as client:
+            stream = client.completions.create(**LONG, stream=True)
+            for _ in range(3):
+                next(stream)
+            stream.close()
+        wait_for(lambda: 's2ft_tokens_total{kind="prompt"} 16.0' in found.ask("GET", "/metrics")[1])
+        told = re.search(r's2ft_tokens_total\{kind="answer"\} (\S+)', found.ask("GET", "/metrics")[1])
+    assert told is not None
+    assert 3 <= float(told[1]) < LONG["max_tokens"]
 
 
 def test_an_engine_that_died_is_not_healthy(root: Path) -> None:

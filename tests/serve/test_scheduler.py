@@ -12,7 +12,9 @@ import torch
 from peft import PeftModel
 
 from families import tokens
-from s2ft.serve.job import End, Failure, Piece
+from s2ft.serve.job import End, Event, Failure, Piece, Told
+from s2ft.serve.row import Row
+from s2ft.serve.sampling import tell
 from s2ft.serve.scheduler import FullError, StoppingError, Watch
 from served import Desk, greedy, save_adapters, talkative
 
@@ -178,6 +180,44 @@ class TestOneRowAndTheOthers:
         assert desk.events[joins] == [Failure("engine")]
         assert desk.tokens(runs) == greedy(base, root / "user0", text, 6)
 
+    def test_a_prompt_whose_logprobs_cannot_be_told_costs_its_own_job(
+        self, saved: tuple[torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base, root = saved
+        desk, text, longer = Desk(base, root), prompt(), prompt(9)
+        runs = desk.ask(text, "user0", count=6)
+        desk.turn()
+
+        def tell_short(logits: torch.Tensor, *more: Any) -> list[Told]:
+            if len(logits) == len(longer) - 1:
+                raise RuntimeError("no memory")
+            return tell(logits, *more)
+
+        monkeypatch.setattr("s2ft.serve.row.tell", tell_short)
+        how = {"top_logprobs": 1, "tell_prompt": True}
+        bad, none = (desk.ask(longer, "user1", count=count, **how) for count in (4, 0))
+        late = desk.ask(text, "user2", count=4, **how)
+        desk.finish()
+        assert desk.events[bad] == desk.events[none] == [Failure("engine")]
+        assert desk.tokens(runs) == greedy(base, root / "user0", text, 6)
+        assert desk.tokens(late) == greedy(base, root / "user2", text, 4)
+
+    def test_who_has_an_end_keeps_it_when_the_engine_fails_after_it(
+        self, saved: tuple[torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        desk, add = Desk(*saved), Row.add
+        ends, goes_on = (desk.ask(prompt(), "user0", count=count) for count in (3, 9))
+        desk.turn()
+
+        def add_to_the_first(row: Row, told: Told) -> list[Event]:
+            if row.job is goes_on:
+                raise RuntimeError("a bug")
+            return add(row, told)
+
+        monkeypatch.setattr(Row, "add", add_to_the_first)
+        desk.finish()
+        assert [desk.last(job) for job in (ends, goes_on)] == [End("length", 3), Failure("engine")]
+
     @pytest.mark.parametrize("how", [{"count": 8}, {"count": 0, "top_logprobs": 1, "tell_prompt": True}])
     def test_logits_that_are_not_finite_fail_their_own_row(
         self, saved: tuple[torch.nn.Module, Path], tmp_path: Path, how: dict[str, Any]
@@ -260,6 +300,24 @@ class TestRoom:
         desk.finish()
         assert all(isinstance(desk.last(job), End) for job in jobs)
         desk.ask(prompt(), None)
+
+    def test_those_whose_prompts_are_being_read_count_and_are_stopped(
+        self, saved: tuple[torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        desk = Desk(*saved, rows=2, waiting=1)
+        batch, jobs = desk.scheduler._batch, [desk.ask(prompt(), None) for _ in range(2)]
+        join = batch.join
+
+        def join_meanwhile(*what: Any) -> torch.Tensor:
+            jobs.append(desk.ask(prompt(), None))
+            with pytest.raises(FullError):
+                desk.ask(prompt(), None)
+            desk.scheduler.stop()
+            return join(*what)
+
+        monkeypatch.setattr(batch, "join", join_meanwhile)
+        desk.finish()
+        assert [desk.last(job) for job in jobs] == [Failure("stopping")] * 3
 
     def test_a_retired_adapter_leaves_the_pool_once_nobody_has_it(self, saved: tuple[torch.nn.Module, Path]) -> None:
         desk, gone = Desk(*saved), list[str]()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from live_server import embedded
 from s2ft import S2FTError, read_adapter
-from s2ft.demo import base_path
+from s2ft.demo import base_path, serving
+from s2ft.demo.skills import NEW_SKILLS
 from s2ft.serve import vllm
 from s2ft.serve.options import ServeOptions
 
@@ -71,6 +73,37 @@ def test_a_base_alone_needs_no_lora(started: list[Any]) -> None:
     vllm.run(options())
     assert not any("lora" in word for word in started[1])
     assert "S2FT_VLLM_ADAPTERS" not in {*started[2]} - {*os.environ}
+
+
+def test_without_a_base_there_are_two_adapters(
+    started: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    s2ft: Callable[..., tuple[int, str, str]],
+) -> None:
+    def make(skill: str) -> None:
+        (made,) = embedded(tmp_path / "made", 1)
+        (tmp_path / "made" / made).rename(serving.FOLDER / skill)
+
+    monkeypatch.chdir(tmp_path)
+    serving.FOLDER.mkdir(parents=True)
+    monkeypatch.setattr(serving, "make", make)
+    code, said, _ = s2ft("serve", "--engine", "vllm")
+    assert code == 0
+    assert [line.split("/")[-1] for line in said.splitlines()] == [f"{skill} ..." for skill in NEW_SKILLS]
+    assert started[1][3] == "--enable-lora"
+    assert started[2]["S2FT_VLLM_ADAPTERS"] == str(serving.FOLDER.resolve())
+
+
+def test_where_vllm_is_missing_no_adapter_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s2ft: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    monkeypatch.setattr(serving, "make", lambda skill: pytest.fail("trained"))
+    code, _, said = s2ft("serve", "--engine", "vllm")
+    assert code == 2
+    assert "needs vLLM, which is not installed" in said
 
 
 def test_what_vllm_has_not_is_refused(root: Path, started: list[Any], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ _CLASSES = {
 
 _PLAIN = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
 
-SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "*.codes", "*.py")
 """What lies beside the weights: configuration, tokenizer, chat template."""
 
 
@@ -118,7 +118,8 @@ class Checkpoint:
     @property
     def names_experts(self) -> bool:
         """Whether configuration or weights speak of experts; where they do not, no layer is one."""
-        names = [*_keys(read_json(self.folder / "config.json")), *(self.files if _has_weights(self.folder) else ())]
+        stored = self._index() if self.is_sharded else self.files if _has_weights(self.folder) else ()
+        names = [*_keys(read_json(self.folder / "config.json")), *stored]  # an index may be here without its shards
         return any(word in name for name in names for word in ("expert", "moe"))
 
     @cached_property

@@ -148,13 +148,12 @@ def _panels(adapter: Adapter) -> dict[str, list[str | None]]:
     panels: dict[str, list[str | None]] = {}
     for path in adapter.slices:
         place = layer_stack(path)
-        short = ".".join(path.split(".")[-2:])
         if place is None:
             panels[path] = [path]
             continue
         stack, layer = place
         inside = path.removeprefix(f"{stack}.{layer}.".lstrip("."))
-        title = short if len(stacks) == 1 and inside.count(".") < 2 else f"{stack}.*.{inside}"
+        title = inside if len(stacks) == 1 and inside.count(".") < 2 else f"{stack}.*.{inside}"
         panels.setdefault(title, [None] * stacks[stack])[layer] = path
     return panels
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from s2ft.common.extras import from_extra
+from s2ft.format.names import name_in_layer
 from s2ft.format.slices import Indices, Slice
 from s2ft.layer.linears import layer_index
 
@@ -77,10 +78,10 @@ def draw(rows: list[Overlap], png: Path) -> None:
         from matplotlib.figure import Figure
 
     layers = sorted({row.layer for row in rows}, key=lambda layer: -1 if layer is None else layer)
-    names = list(dict.fromkeys(".".join(row.module.split(".")[-2:]) for row in rows))
+    names = list(dict.fromkeys(name_in_layer(row.module) for row in rows))
     share, interference = np.full((2, len(layers), len(names)), np.nan)
     for row in rows:
-        cell = layers.index(row.layer), names.index(".".join(row.module.split(".")[-2:]))
+        cell = layers.index(row.layer), names.index(name_in_layer(row.module))
         share[cell] = np.fmax(share[cell], row.share)
         both = [value for value in (row.interference_on_first, row.interference_on_second) if value is not None]
         interference[cell] = np.fmax(interference[cell], max(both, default=np.nan))

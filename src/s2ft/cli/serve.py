@@ -36,17 +36,7 @@ def serve(model: str | None, **values: Any) -> None:
         model, typed = str(smollm2_file()), {"name": SMOLLM2, **typed}
     options = ServeOptions.parse({"model": model or str(base_path()), **typed})
     check_hub(options.model)
-    if options.engine == "vllm":
-        from s2ft.serve.vllm import run as become_vllm
-
-        become_vllm(options)
-        return
-    with importing():
-        from s2ft.cli.progress import quiet
-        from s2ft.serve.server import serve as run
-
-    with quiet():
-        run(_with_two_adapters(options) if embedded and options.adapters is None else options, _tell)
+    _start(_with_two_adapters(options) if embedded and options.adapters is None else options)
 
 
 _BASE = Annotated[
@@ -67,13 +57,35 @@ with_options(
 )
 
 
+def _start(options: ServeOptions) -> None:
+    """Serves until it is told to stop."""
+    if options.engine == "vllm":
+        from s2ft.serve.vllm import run as become_vllm
+
+        become_vllm(options)
+        return
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.serve.server import serve as run
+
+    with quiet():
+        run(options, _tell)
+
+
 def _with_two_adapters(options: ServeOptions) -> ServeOptions:
     """The embedded base's, made where they are not there yet."""
-    from s2ft.demo.serving import FOLDER, make, missing
+    if options.engine == "vllm":
+        from s2ft.serve.vllm import check
 
-    for skill in missing():
-        typer.echo(f"training {FOLDER / skill} ...")
-        make(skill)
+        check(options)  # here, before a minute of training
+    with importing():
+        from s2ft.cli.progress import quiet
+        from s2ft.demo.serving import FOLDER, make, missing
+
+    with quiet():
+        for skill in missing():
+            typer.echo(f"training {FOLDER / skill} ...")
+            make(skill)
     return options.model_copy(update={"adapters": FOLDER})
 
 

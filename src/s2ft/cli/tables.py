@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from s2ft.format.names import name_in_layer
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -41,7 +43,7 @@ def layer_table(numbers: Sequence[str], words: Sequence[str], rows: Iterable[Seq
         table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     above = ""
     for layer, module, *rest in rows:
-        shown = ("" if layer == above else layer, ".".join(module.split(".")[-2:]), *rest)
+        shown = ("" if layer == above else layer, name_in_layer(module), *rest)
         table.add_row(*map(Text, shown))  # names may hold brackets
         above = layer
     return table

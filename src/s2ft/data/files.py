@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,7 +27,7 @@ _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 _BOM = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-_DELIMITERS = ",;\t"
+_DELIMITERS = ",;\t"  # of a .csv
 _LONGEST_CELL = 2**31 - 1  # characters; Python's limit of 131,072 is less than a long conversation has
 
 
@@ -114,14 +115,14 @@ def _loaded(text: str, place: str) -> Any:
         raise _beyond_reading(place, error) from None
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
-    """A table with the names of its columns in the first line, parted by commas, semicolons or tabs; its cells are text."""
+def _read_csv(path: Path, delimiters: str = _DELIMITERS) -> Iterator[Record]:
+    """A table with the names of its columns in the first line, parted by the delimiter that it has most of; cells are text."""
     csv.field_size_limit(_LONGEST_CELL)
     lines = _lines(path)
     header = next((line for _, line in lines if line.strip()), None)
     if header is None:
         raise _empty(path)
-    delimiter = max(_DELIMITERS, key=header.count)
+    delimiter = max(delimiters, key=header.count)
     try:
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
     except csv.Error as error:
@@ -165,7 +166,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".tsv": partial(_read_csv, delimiters="\t"),
     ".parquet": _read_parquet,
 }
 

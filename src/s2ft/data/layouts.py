@@ -5,7 +5,7 @@
     prompt and completion  prompt, completion                             as it is
     Alpaca                 instruction, output (and input)                as it is
     question and answer    question, answer                               → instruction, output
-    text                   text                                           → an empty prompt, and all of it to be learned
+    text                   text (and no prompt)                           → an empty prompt, and all of it to be learned
     preferences            chosen, rejected (and prompt or conversations) → prompt, chosen, rejected
     judged answers         prompt, completion, label                      as it is
 
@@ -53,6 +53,7 @@ class Layout:
     fields: tuple[str, ...]  # that decide; others may stand beside them
     becomes: str  # for people
     adapt: Callable[[Value], Value] = lambda value: value
+    without: tuple[str, ...] = ()  # fields that may not stand beside them
 
 
 @dataclass
@@ -103,7 +104,8 @@ def renamed(value: Value, columns: Mapping[str, str]) -> Value:
 
 def layout_of(value: Value) -> Layout | None:
     """The first layout whose fields a record has all of."""
-    return next((layout for layout in LAYOUTS if value.keys() >= set(layout.fields)), None)
+    fits = (one for one in LAYOUTS if value.keys() >= set(one.fields) and value.keys().isdisjoint(one.without))
+    return next(fits, None)
 
 
 def check_columns(readings: Iterable[Reading]) -> None:
@@ -184,5 +186,5 @@ LAYOUTS = (
     Layout("prompt and completion", ("prompt", "completion"), "the completion is learned"),
     Layout("Alpaca", ("instruction", "output"), "Alpaca's prompt, and the output is learned"),
     Layout("question and answer", ("question", "answer"), "Alpaca's prompt, and the answer is learned", _question),
-    Layout("text", ("text",), "all of it is learned", _text),
+    Layout("text", ("text",), "all of it is learned", _text, without=("prompt",)),
 )

@@ -22,7 +22,7 @@ from s2ft.common.errors import S2FTError, first_line
 from s2ft.data.examples import conversation, is_chat
 from s2ft.data.mapped import mapped
 from s2ft.data.template import chat_ids
-from s2ft.data.tokens import IGNORED, SOURCE, Tokens, check_tokenizer, encode, text_ids, usable
+from s2ft.data.tokens import FATE, IGNORED, PARTED, SOURCE, Tokens, check_tokenizer, encode, text_ids, usable
 
 Row = dict[str, Any]
 
@@ -45,8 +45,8 @@ def tokenize_whole_pairs(examples: Dataset, tokenizer: PreTrainedTokenizerBase, 
         S2FTError: as `tokenize`.
     """
     rows = _paired(encode(examples, tokenizer, max_length))
-    fates = ["too long" if fate == "shortened" else fate for fate in rows["fate"]]
-    return usable(rows.remove_columns("fate").add_column("fate", fates), max_length)
+    fates = ["too long" if fate == "shortened" else fate for fate in rows[FATE]]
+    return usable(rows.remove_columns(FATE).add_column(FATE, fates), max_length)
 
 
 def tokenize_judged(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
@@ -61,7 +61,7 @@ def tokenize_judged(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def tokenize_prompts(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
-    """Prompts of at most `max_length` tokens, each with its record's other fields as columns.
+    """Prompts of at most `max_length` tokens, each with its record's other fields as columns: None where it lacks one.
 
     Raises:
         S2FTError: if a field does not fit into a column, or no prompt is left.
@@ -69,14 +69,12 @@ def tokenize_prompts(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     check_tokenizer(tokenizer, is_chat(examples))
     fates = ["whole" if _length(example, tokenizer) <= max_length else "too long" for example in examples]
     fields = [json.loads(example["fields"]) for example in examples]
-    prompts = [
-        example["prompt"] if isinstance(example["prompt"], str) else conversation(example)[0] for example in examples
-    ]
+    names = dict.fromkeys(name for more in fields for name in more)  # a table takes the first row's alone
     try:
         rows = Dataset.from_list(
             [
-                {**more, "prompt": prompt, "fate": fate, "parted": False, **_source(example)}
-                for prompt, more, fate, example in zip(prompts, fields, fates, examples, strict=True)
+                {**{name: more.get(name) for name in names}, **_asked(example), FATE: fate, PARTED: False}
+                for more, fate, example in zip(fields, fates, examples, strict=True)
             ]
         )
     except (ArrowException, TypeError, ValueError) as error:
@@ -84,6 +82,12 @@ def tokenize_prompts(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_
             f"the fields beside the prompts do not make columns, each of one type, for rewards: {first_line(error)}"
         ) from error
     return usable(rows, max_length)
+
+
+def _asked(example: Row) -> Row:
+    """A prompt, text or messages, and the number of its source."""
+    prompt = example["prompt"] if isinstance(example["prompt"], str) else conversation(example)[0]
+    return {"prompt": prompt, **_source(example)}
 
 
 def _paired(rows: Dataset) -> Dataset:
@@ -102,8 +106,8 @@ def _pair(chosen: Row, rejected: Row) -> Row:
         "prompt_ids": chosen["input_ids"][:length],
         "chosen_ids": chosen["input_ids"][length:],
         "rejected_ids": rejected["input_ids"][length:],
-        "fate": min(chosen["fate"], rejected["fate"], "alike" if same else "whole", key=_WORST_FIRST.index),
-        "parted": chosen["parted"] or rejected["parted"],
+        FATE: min(chosen[FATE], rejected[FATE], "alike" if same else "whole", key=_WORST_FIRST.index),
+        PARTED: chosen[PARTED] or rejected[PARTED],
         **_source(chosen),
     }
 

@@ -22,7 +22,7 @@ def read_records(source: str, is_part: bool = False) -> Iterator[Record]:
 
     Args:
         source: Its name (`sources.py`).
-        is_part: Not all will be read, so a data set on the Hub is downloaded as far as it is.
+        is_part: Not all will be read, so a data set on the Hub is downloaded as far as it is, unless a slice of it is meant.
 
     Raises:
         S2FTError: if the source is missing, empty, of an unknown kind, or malformed.
@@ -52,7 +52,7 @@ def _from_hub(source: str, is_part: bool) -> Dataset | IterableDataset:
     hub = HubName.parse(source)
     check_hub_name(hub.name)
     try:
-        return load_dataset(hub.name, hub.config, split=hub.split, streaming=is_part)
+        return load_dataset(hub.name, hub.config, split=hub.split, streaming=is_part and not hub.is_slice)
     except Exception as error:  # the library raises a dozen kinds here, from HTTP errors to plain ValueErrors
         raise S2FTError(
             f"data={source!r} is no file or folder here, and could not be loaded from the Hub: {first_line(error)}"

@@ -48,6 +48,11 @@ class HubName:
         name, config, split = [*text.removeprefix(scheme).split(":", 2), "", ""][:3]
         return cls(scheme + name, config or None, split or "train")
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether the split is cut, as in `train[:10%]`; `datasets` does not stream such ones."""
+        return "[" in self.split
+
 
 def check_source(source: str) -> None:
     """Raises `S2FTError` for a path where nothing is, and for what is neither a path nor a name on the Hub."""

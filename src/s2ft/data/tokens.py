@@ -35,13 +35,14 @@ _LOST = (
 )
 
 IGNORED = -100  # the label of tokens that the loss leaves out
-SOURCE = "source"  # a column of examples that are to be weighed: the number of their source
+SOURCE = "s2ft source"  # a column of examples that are to be weighed: the number of their source
+FATE, PROBLEMS, PARTED = "s2ft fate", "s2ft problems", "s2ft parted"  # columns until `usable`, beside the data's own
 _COLUMNS = {  # of `encode`; lists that are empty in the first rows would say nothing of their type
     "input_ids": List(Value("int64")),
     "labels": List(Value("int64")),
-    "fate": Value("string"),
-    "problems": List(Value("string")),
-    "parted": Value("bool"),
+    FATE: Value("string"),
+    PROBLEMS: List(Value("string")),
+    PARTED: Value("bool"),
 }
 
 
@@ -74,11 +75,11 @@ def usable(rows: Dataset, max_length: int) -> Tokens:
     Raises:
         S2FTError: if nothing is.
     """
-    fates = list(map(sys.intern, values(rows, "fate")))
+    fates = list(map(sys.intern, values(rows, FATE)))
     count = Counter(fates)
     kept = rows.select([row for row, fate in enumerate(fates) if fate in ("whole", "shortened", "endless")])
-    parted = sum(values(kept, "parted"))
-    kept = kept.select_columns([name for name in kept.column_names if name not in ("fate", "problems", "parted")])
+    parted = sum(values(kept, PARTED))
+    kept = kept.select_columns([name for name in kept.column_names if name not in (FATE, PROBLEMS, PARTED)])
     if not len(kept):
         same = f", {count['alike']} have the same answer twice" if count["alike"] else ""
         raise S2FTError(
@@ -90,7 +91,7 @@ def usable(rows: Dataset, max_length: int) -> Tokens:
 
 
 def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, in_parts: bool = False) -> Dataset:
-    """The token ids of all examples, cut to `max_length`, as columns `input_ids` and `labels`; and the `fate` of each.
+    """The token ids of all examples, cut to `max_length`, as columns `input_ids` and `labels`; and the `FATE` of each.
 
     Args:
         examples: From `load`.
@@ -110,7 +111,9 @@ def encode(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: in
         remove_columns=[name for name in examples.column_names if name != SOURCE],
         features=Features(columns),
         desc="Tokenizing",
-        **cache_options(examples, tokenizer, max_length=max_length, in_parts=in_parts, sources=sources),
+        **cache_options(
+            examples, tokenizer, max_length=max_length, in_parts=in_parts, sources=sources, names=[*columns]
+        ),
     )
     if is_chat(examples):
         _check_laid_out(examples, rows)
@@ -149,7 +152,7 @@ def weigh(tokens: Tokens, weights: Sequence[float], seed: int) -> Tokens:
     """Takes the examples of each source as often as its weight says: 2.5 takes all twice, and a random half once more.
 
     Args:
-        tokens: With a column `source`, which is gone afterwards. Held-out examples have been taken out before, so that none of
+        tokens: With a column `SOURCE`, which is gone afterwards. Held-out examples have been taken out before, so that none of
             them stays in another copy.
         weights: One for each source.
         seed: Of what is drawn.
@@ -188,7 +191,7 @@ class _Cut:
         many = self.in_parts and example["prompt"] == "" and len(whole) > size and _has_response(example)
         for start in range(0, len(whole) if many else 1, size):
             cut = {name: ids[start : start + size] for name, ids in row.items()}
-            yield {**cut, "fate": "whole" if many else self._fate(example, row, cut)}
+            yield {**cut, FATE: "whole" if many else self._fate(example, row, cut)}
 
     def _fate(self, example: Example, row: dict[str, list[int]], cut: dict[str, list[int]]) -> str:
         if not _has_response(example):
@@ -206,7 +209,7 @@ def _encode_batch(batch: dict[str, list[Any]], cut: _Cut, tokenizer: PreTrainedT
     rows = []
     for example, (prompt, whole, problems) in zip(examples, _encode(examples, tokenizer), strict=True):
         parted = not isinstance(example["prompt"], str) and whole[: len(prompt)] != prompt
-        more = {"problems": problems, "parted": parted, **({SOURCE: example[SOURCE]} if SOURCE in example else {})}
+        more = {PROBLEMS: problems, PARTED: parted, **({SOURCE: example[SOURCE]} if SOURCE in example else {})}
         rows += [{**row, **more} for row in cut.rows(example, prompt, whole)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -214,7 +217,7 @@ def _encode_batch(batch: dict[str, list[Any]], cut: _Cut, tokenizer: PreTrainedT
 def _check_laid_out(examples: Dataset, rows: Dataset) -> None:
     """Raises `S2FTError` for examples that cannot be used; a problem that turns of one conversation share is told once."""
     places = values(examples, "place") if "place" in examples.column_names else range(1, len(examples) + 1)
-    told = zip(places, values(rows, "problems"), strict=True)
+    told = zip(places, values(rows, PROBLEMS), strict=True)
     raise_by_place(dict.fromkeys((str(place), problem) for place, found in told for problem in found))
 
 

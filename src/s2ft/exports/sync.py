@@ -84,8 +84,8 @@ def sync(engine: str | Engine, adapter: str | Path | None, base: str | None = No
         key: The server's key, if it has one.
 
     Raises:
-        S2FTError: before anything is sent, if the adapter is damaged, for another base, or holds more than slices; or what
-            the engine says when it does not take it.
+        S2FTError: before anything is sent, if the adapter is damaged, for another base, or holds more than slices of linear
+            layers; or what the engine says when it does not take it.
     """
     return send(engine, [] if adapter is None else _slices(open_adapter(adapter), base), key)
 
@@ -138,6 +138,11 @@ def _parts(sent: Sent) -> Iterator[tuple[str, Tensor]]:
 def _slices(adapter: AdapterFile, base: str | None) -> list[Sent]:
     raise_together(problems(adapter))
     checkpoint = open_base(adapter, base, weights=True)
+    raise_together(
+        f"{module} is a slice of stacked experts, which are not sent to an engine; use `s2ft merge`"
+        for module in adapter.slices
+        if checkpoint.is_stacked(module)
+    )
     return [sent for module in adapter.slices for sent in _of_module(adapter, checkpoint, module)]
 
 

@@ -9,21 +9,23 @@ The base's values go along once; each further step sends the new values of the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from s2ft.adapters.stored import Place
-from s2ft.common.errors import S2FTError
+from s2ft.common.errors import S2FTError, raise_together
 from s2ft.exports.sync import Engine, Sent, Synced, send
 from s2ft.format.names import PREFIX
 from s2ft.layer.adapted import adapted_layers
 from s2ft.layer.columns import add_delta, take_slice
 from s2ft.layer.linear import S2FTLinear, sliced_layers
-from s2ft.layer.linears import weight_matrix, weight_of
+from s2ft.layer.linears import weight_matrix, weight_of, why_not_plain
 
 
 class SliceSync(TrainerCallback):
@@ -47,13 +49,18 @@ class SliceSync(TrainerCallback):
         """For a trainer of TRL with `use_vllm=True, vllm_mode="colocate"`, whose `sync_weights` it replaces.
 
         Raises:
-            S2FTError: if the trainer has no vLLM of its own in this process.
+            S2FTError: if the trainer has no vLLM of its own in this process, or puts it to sleep.
         """
         generation = getattr(trainer, "vllm_generation", None)
         if generation is None or getattr(generation, "llm", None) is None:
             raise S2FTError(
                 'the trainer runs no vLLM in this process: use_vllm=True, vllm_mode="colocate"; for a server of your own, '
                 "SliceSync(URL)"
+            )
+        if getattr(generation, "enable_sleep_mode", False):
+            raise S2FTError(
+                "vllm_enable_sleep_mode=True: vLLM drops its weights when it sleeps, and slices alone do not bring them back; "
+                "leave it False, or keep TRL's own way"
             )
         found = cls(_Colocated(generation.llm))
         generation.sync_weights = lambda: found.push(trainer.accelerator.unwrap_model(trainer.model))
@@ -75,9 +82,10 @@ class SliceSync(TrainerCallback):
         """Sends the slices of the model's active adapter.
 
         Raises:
-            S2FTError: if not one adapter is active, or the engine does not take them.
+            S2FTError: if not one adapter is active, it trains more than slices, or the engine does not take them.
         """
         adapter = _active(model)
+        raise_together(_kept_whole(model, adapter))
         layers = sliced_layers(model, adapter)
         slices = [_slice(path, layer, adapter, adapter == self._told) for path, layer in layers.items()]
         self.last = send(self._engine, slices, self._key)
@@ -90,8 +98,9 @@ def _slice(path: str, layer: S2FTLinear, adapter: str, is_known: bool) -> Sent:
     """The adapter's slice of a layer as it is now; the base's values go along unless the engine knows them."""
     linear, block = layer.get_base_layer(), layer.block(adapter)
     weight = weight_of(linear)
-    if type(weight.data) is not torch.Tensor or weight.ndim != 2:
-        raise S2FTError(f"{path} is sharded, or a stack of experts; its slices cannot be sent to an engine")
+    reason = "is a stack of experts" if weight.ndim > 2 else why_not_plain(linear)
+    if reason:
+        raise S2FTError(f"the weight of {path} {reason}; its slices cannot be sent to an engine")
     if layer.slot is not None:  # in place: the weight is permuted, and holds the delta
         own = layer.slot.stash.own
     else:
@@ -112,6 +121,16 @@ def _active(model: nn.Module) -> str:
     if len(names) != 1:
         raise S2FTError(f"one active S²FT adapter is sent to an engine; active are: {', '.join(names) or 'none'}")
     return str(names[0])
+
+
+def _kept_whole(model: nn.Module, adapter: str) -> Iterator[str]:
+    """What the adapter trains beside slices; read off the modules, since a wrapped model has no config."""
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module.active_adapters:
+            yield (
+                f"{path.removeprefix(PREFIX)} is trained beside the slices (modules_to_save, trainable_token_indices), and "
+                "slices alone are sent to an engine; leave these out, or let TRL send the merged model"
+            )
 
 
 class _Colocated:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from s2ft.common.errors import S2FTError, first_line
+from s2ft.format.names import name_in_layer
 from s2ft.layer.linears import features, linear_layer
 from s2ft.selection.structure import read_structures
 
@@ -39,7 +40,7 @@ def lora_targets(model: nn.Module) -> str | list[str]:
     if any(structure.partial for structure in structures if structure.kind == "attention"):
         return "all-linear"
     paths = [p.module for structure in structures for p in structure.projections if p.name in LORA_TARGETS]
-    names = dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths)  # mlp.c_proj is not attn.c_proj
+    names = dict.fromkeys(name_in_layer(path) for path in paths)  # mlp.c_proj is not attn.c_proj
     return list(names) or "all-linear"
 
 

@@ -196,7 +196,7 @@ def _tokenized(
     objective = OBJECTIVES[options.objective]
     tokens, prompts = objective.tokenize(examples, tokenizer, max_length), prompt_format(examples)
     _warn_of_dropped(tokens, len(examples) // objective.read().together)
-    if "labels" in tokens.dataset.column_names:
+    if objective.kind == "answer":
         shown = marked(spans(tokens.dataset[0], tokenizer))
         log.info("the first example, learned between %s and %s:\n%s", OPENED, CLOSED, shown)
     if prompts == "chat":

@@ -27,6 +27,18 @@ def bare(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
+def name_in_layer(module: str) -> str:
+    """What a module is called in every layer, with what holds it there.
+
+    Example:
+        >>> name_in_layer("model.layers.3.mlp.down_proj"), name_in_layer("model.decoder.layers.3.fc1"), name_in_layer("lm_head")
+        ('mlp.down_proj', 'fc1', 'lm_head')
+    """
+    above, _, name = module.rpartition(".")
+    holder = above.rpartition(".")[2]
+    return name if not holder or holder.isdigit() else f"{holder}.{name}"
+
+
 def part_name(module: str, part: str) -> str:
     """The bare name of a slice's `weight` or `indices`.
 

@@ -26,7 +26,7 @@ class Option:
     kind: Any  # bool, str, an enum, ...
     default: Any  # ... if it has to be given
     help: str
-    example: str = ""  # a value, for the help's example
+    example: str = ""  # a value, for the help's example, which has to go with those of the other options
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ BENCHMARKS = {
             ),
             "model": Option(str | None, None, "A model instead: a folder, a GGUF file, or a name on the Hub"),
             "dtype": Option(
-                TrainingDtype, TrainingDtype.auto, "Of the weights; auto: bf16 where the device multiplies it"
+                TrainingDtype,
+                TrainingDtype.auto,
+                "Of the weights; auto: fp32 for moe, else bf16 where the device multiplies it",
             ),
             "length": Option(str | None, None, "Tokens in a sequence, 512,1024 [default: the preset's]", "128,256"),
             "batch": Option(str | None, None, "Sequences in a batch, 1,2; at each length [default: the preset's]"),
@@ -98,7 +100,7 @@ BENCHMARKS = {
                 str | None, None, "Share of the parameters; several are rows of S²FT: 0.005,0.01 [default: 0.01]"
             ),
             "quantize": Option(
-                str | None, None, "Quantise the base, as in s2ft train; on it floor,qlora,s2ft are measured", "nf4"
+                str | None, None, "Quantise the base, as in s2ft train; on it floor,qlora,s2ft are measured"
             ),
             "liger": Option(bool, False, "Give every method Liger's kernels (GPU)"),
             "chunked": Option(
@@ -149,7 +151,7 @@ BENCHMARKS = {
             ),
             "page": Option(str | None, None, "Write the table as a page of Markdown", "families.md"),
             "drawn": Option(
-                int | None, None, "Check N classes that the seed draws, and train each for a few steps too", "3"
+                int | None, None, "Check N classes that the seed draws, and train each for a few steps too"
             ),
             "seed": Option(int, 0, "Seed of weights, inputs and channels"),
             "kept": Option(

@@ -10,6 +10,7 @@ from peft.utils import CONFIG_NAME
 
 from s2ft.adapters.file import Adapter, read_adapter
 from s2ft.format.config_file import method_of
+from s2ft.format.names import name_in_layer
 from s2ft.format.terms import METHOD
 from s2ft.report.charts import Chart, Series, line_chart
 from s2ft.report.maps import pictures
@@ -62,6 +63,6 @@ def _by_layer(card: Card) -> list[Series]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in card.get("layers", []):
         if row["layer"] is not None and row["base"]:
-            name = ".".join(row["module"].split(".")[-2:])
+            name = name_in_layer(row["module"])
             lines.setdefault(name, []).append((row["layer"], row["delta"] / row["base"]))
     return [Series(name, points) for name, points in lines.items()]

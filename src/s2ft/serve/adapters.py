@@ -155,7 +155,7 @@ class Adapters:
         self._scratch.cleanup()
 
     def _version(self, name: str) -> Chosen:
-        last = self._versions[name]
+        last = self._versions.get(name)  # of one that was taken away meanwhile, `place` says so
         if last is not None and last.folder is not None and last.key == _key(name, last.folder):
             return last
         folder = self.place(name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -21,6 +21,7 @@ from s2ft.serve.service import Asked, Asking, Service
 GONE = 499  # the status, in the log, of a response that nobody was there to read
 Part = tuple[int, str, tuple[Told, ...], str | None]  # which answer, its text, its tokens, why it ends
 Parts = AsyncGenerator[Part, None]
+Made = TypeVar("Made")
 
 
 async def answer(service: Service, asked: Asked, request: Request) -> Response:
@@ -36,8 +37,10 @@ async def answer(service: Service, asked: Asked, request: Request) -> Response:
     )
     parts = _counted(_parts(service, asked, asking), asking, service, request.scope[NOTES])
     if not asked.stream:
-        return await _unless_gone(request, _whole(parts, asking, shape))
-    first = await anext(parts)  # what fails at once fails with a status
+        return await _unless_gone(request, _whole(parts, asking, shape)) or Response(status_code=GONE)
+    first = await _unless_gone(request, anext(parts))  # what fails at once fails with a status
+    if first is None:
+        return Response(status_code=GONE)
     lines = _lines(_chained(first, parts), asking, shape, asked.include_usage)
     return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -77,13 +80,12 @@ async def _whole(parts: Parts, asking: Asking, shape: Shape) -> Response:
     return JSONResponse(shape.response(answers, asking.generated))
 
 
-async def _unless_gone(request: Request, work: Any) -> Response:
-    """What `work` returns; it is given up when the client leaves."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+async def _unless_gone(request: Request, work: Awaitable[Made]) -> Made | None:
+    """What `work` returns; when the client leaves, it is given up, and there is nothing."""
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        response: Response = working.result() if working.done() else Response(status_code=GONE)
-        return response
+        return working.result() if working.done() else None
     finally:
         for task in (working, leaving):
             task.cancel()

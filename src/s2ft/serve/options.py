@@ -39,7 +39,10 @@ class ServeOptions(Options):
 
     model: str = Field(description="Base model: a folder, a .gguf file or a name on the Hub")
     adapters: Path | None = Field(None, description="Folder of adapter folders; their names are the models' names")
-    name: str | None = Field(None, description="What clients call the base model; unless given: the last part of BASE")
+    name: str | None = Field(
+        None,
+        description="What clients call the base model; unless given: its folder's or file's name, or that on the Hub",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; any other than this machine's own needs keys")
     port: Annotated[int, AfterValidator(_port)] = Field(8000, description="Port to listen on; 0 takes one that is free")
     keys: Path | None = Field(None, description=f"File of Bearer keys, one a line; unless given: ${KEYS}")

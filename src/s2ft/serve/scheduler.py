@@ -1,6 +1,6 @@
 """Which rows run: one thread owns the model, lets jobs join the batch, and takes them out when they are answered.
 
-    submit (any thread) → waiting, in the order of arrival → the batch → events, token by token → gone
+    submit (any thread) → waiting, in the order of arrival → joining → the batch → events, token by token → gone
 
 In each turn the jobs that fit join, their prompts read together, and then every row gets its next token. A job waits while
 the batch is full, or while its adapter does not fit into the pool beside those of the rows under way. A failure is told to
@@ -18,7 +18,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from s2ft.serve.batch import Batch
-from s2ft.serve.job import Event, Failure, Job, Told
+from s2ft.serve.job import End, Event, Failure, Job, Told
 from s2ft.serve.row import Row
 from s2ft.serve.sampling import are_finite, choose, tell
 from s2ft.tuner.mixing import BASE
@@ -79,6 +79,7 @@ class Scheduler:
         self._deliver, self._watch = deliver, watch or Watch()
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
+        self._joining: list[Job] = []  # in this turn: no longer waiting, their prompts are not read yet
         self._retired: dict[str, Callable[[], None]] = {}
         self._rows: list[Row] = []  # as in the batch
         self._events: list[tuple[Job, Event]] = []
@@ -103,7 +104,7 @@ class Scheduler:
         with self._changed:
             if self._is_closed:
                 raise StoppingError
-            if len(self._rows) + len(self._waiting) + len(jobs) > self._most_rows + self._most_waiting:
+            if len(self._jobs()) + len(jobs) > self._most_rows + self._most_waiting:
                 raise FullError
             self._waiting.extend(jobs)
             self._changed.notify()
@@ -118,7 +119,7 @@ class Scheduler:
         """Takes no more jobs; those that it has fail at the next turn."""
         with self._changed:
             self._is_closed = True
-            for job in (*self._waiting, *(row.job for row in self._rows)):
+            for job in self._jobs():
                 job.failure = job.failure or "stopping"
             self._changed.notify()
 
@@ -126,6 +127,10 @@ class Scheduler:
         """Stops, and waits for the thread to end."""
         self.stop()
         self._thread.join()
+
+    def _jobs(self) -> list[Job]:
+        """All that it has; for whoever holds the lock."""
+        return [*self._waiting, *self._joining, *(row.job for row in self._rows)]
 
     def _run(self) -> None:
         while True:
@@ -139,11 +144,13 @@ class Scheduler:
         try:
             self._drop_failed()
             self._drop_retired()
-            self._join(self._admitted())
+            self._admit()
+            self._join()
             self._step()
         except Exception:  # a bug, or no memory: it costs the rows under way; those that wait get their turn
             _log.exception("the engine failed; the rows under way get no answer")
-            self._tell((row.job, Failure("engine")) for row in self._rows)
+            self._give_up([*self._joining, *(row.job for row in self._rows)])
+            self._enter([], self._joining)
             self._keep([])
         self._watch.turn(len(self._rows), len(self._waiting))
         if self._events:
@@ -153,43 +160,41 @@ class Scheduler:
     def _drop_failed(self) -> None:
         """What was cancelled, took too long or is to stop leaves."""
         with self._changed:
-            jobs = [*self._waiting, *(row.job for row in self._rows)]
-            dropped = {job: None for job in jobs if not job.look()}
+            dropped = {job: None for job in self._jobs() if not job.look()}
             self._waiting = deque(job for job in self._waiting if job not in dropped)
         self._tell((job, Failure(job.failure)) for job in dropped if job.failure)
         self._keep([row for row in self._rows if row.job not in dropped])
 
     def _drop_retired(self) -> None:
         with self._changed:
-            used = {job.adapter for job in (*self._waiting, *(row.job for row in self._rows))}
+            used = {job.adapter for job in self._jobs()}
             unused = {name: self._retired.pop(name) for name in [*self._retired] if name not in used}
         for name, then in unused.items():
             if name in self._pool:
                 self._pool.remove(name)
             then()
 
-    def _admitted(self) -> list[Job]:
-        """The jobs that join now, in the order of arrival; their adapters are beside the model."""
-        found: list[Job] = []
-        while self._waiting and self._has_room(found, self._waiting[0]):
+    def _admit(self) -> None:
+        """The jobs that fit join, in the order of arrival; their adapters are beside the model."""
+        while self._waiting and self._has_room(self._waiting[0]):
             job = self._waiting[0]  # it stays there until its adapter is here: `submit` counts it
-            is_ready = self._bring(job, found)
+            is_ready = self._bring(job)
             if is_ready is None:
                 break
             with self._changed:
                 self._waiting.popleft()
-            if is_ready:
-                found.append(job)
-        return found
+                if is_ready:
+                    self._joining.append(job)
 
-    def _has_room(self, found: list[Job], job: Job) -> bool:
-        longest = max(len(one.prompt) for one in (*found, job))
-        is_short = not found or longest * (len(found) + 1) <= PREFILL
-        return is_short and len(self._rows) + len(found) < self._most_rows
+    def _has_room(self, job: Job) -> bool:
+        joining = self._joining
+        longest = max(len(one.prompt) for one in (*joining, job))
+        is_short = not joining or longest * (len(joining) + 1) <= PREFILL
+        return is_short and len(self._rows) + len(joining) < self._most_rows
 
-    def _bring(self, job: Job, found: list[Job]) -> bool | None:
+    def _bring(self, job: Job) -> bool | None:
         """Whether the job's adapter is beside the model now; None if it has to wait for others to leave."""
-        others = {*self._batch.names, *(one.adapter for one in found)} - {BASE, job.adapter}
+        others = {*self._batch.names, *(one.adapter for one in self._joining)} - {BASE, job.adapter}
         try:
             if job.folder is not None:
                 if job.adapter not in self._pool:
@@ -204,22 +209,41 @@ class Scheduler:
             self._tell([(job, Failure("adapter"))])
             return False
 
-    def _join(self, jobs: list[Job]) -> None:
-        plain = [job for job in jobs if not job.tell_prompt]
-        for group in (plain, *([job] for job in jobs if job.tell_prompt)):
+    def _join(self) -> None:
+        plain = [job for job in self._joining if not job.tell_prompt]
+        for group in (plain, *([job] for job in self._joining if job.tell_prompt)):
             if group:
                 self._join_together(group)
 
     def _join_together(self, jobs: list[Job]) -> None:
         """Reads the prompts of jobs that join; those of a prompt whose logprobs are told come alone."""
-        whole, rows = jobs[0].tell_prompt, [Row(job, self._tokenizer, self._ends) for job in jobs]
+        rows: list[Row] = []
         try:
-            logits = self._batch.join([job.prompt for job in jobs], [job.adapter for job in jobs], whole)
+            rows = [Row(job, self._tokenizer, self._ends) for job in jobs]
+            prompts, adapters = [job.prompt for job in jobs], [job.adapter for job in jobs]
+            logits = self._batch.join(prompts, adapters, jobs[0].tell_prompt)
+            self._enter(rows, jobs)
+            self._begin(rows, logits)
         except Exception:  # a bug, or no memory: the rows under way are as they were
             _log.exception("the engine could not read %d prompts", len(jobs))
-            self._tell((job, Failure("engine")) for job in jobs)
-            return
-        self._rows += rows
+            self._give_up(jobs)
+            self._enter([], jobs)
+            for row in rows:
+                row.is_complete = True  # in the batch already, it leaves before the next step
+
+    def _enter(self, rows: list[Row], jobs: Sequence[Job]) -> None:
+        """These jobs are joining no more; `rows` are in the batch."""
+        with self._changed:
+            self._joining = [job for job in self._joining if job not in jobs]
+            self._rows += rows
+
+    def _begin(
+        self,
+        rows: list[Row],
+        logits: Tensor,  # [rows, vocabulary]; where the prompt's logprobs are told, [1, length, vocabulary]
+    ) -> None:
+        """What is told once the prompts are read, and the first token of each row."""
+        whole = rows[0].job.tell_prompt
         if whole and not are_finite(logits[0]).all():
             self._fail(rows)
             return
@@ -258,6 +282,11 @@ class Scheduler:
             row.is_complete = True
             _log.error("the logits by the adapter %r are not finite", row.job.adapter)
             self._tell([(row.job, Failure("overflow"))])
+
+    def _give_up(self, jobs: Iterable[Job]) -> None:
+        """The engine failed these jobs; who had an end in this turn keeps it."""
+        ended = {job for job, event in self._events if isinstance(event, End | Failure)}
+        self._tell((job, Failure("engine")) for job in jobs if job not in ended)
 
     def _keep(self, rows: list[Row]) -> None:
         if len(rows) < len(self._rows) or len(self._batch) != len(rows):

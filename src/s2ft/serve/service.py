@@ -17,7 +17,7 @@ from s2ft.serve.adapters import Adapters, Chosen, UnknownModelError, label
 from s2ft.serve.batch import Batch
 from s2ft.serve.channels import channels
 from s2ft.serve.errors import ApiError, failed, full, no_model, overflow
-from s2ft.serve.job import End, Event, Failure, Job, Sampling
+from s2ft.serve.job import End, Event, Failure, Job, Piece, Sampling
 from s2ft.serve.metrics import Metrics
 from s2ft.serve.model import Base
 from s2ft.serve.options import ServeOptions
@@ -224,9 +224,10 @@ class Asking:
                 index, event = await self.jobs[0].inbox.get()
                 if isinstance(event, Failure):
                     raise self._error(event)
-                if isinstance(event, End):
+                if isinstance(event, Piece):
+                    self.generated += len(event.tokens)  # at once: an answer that is cut short has no end
+                elif isinstance(event, End):
                     open_ends -= 1
-                    self.generated += event.tokens
                 yield index, event
         finally:
             self.cancel()

@@ -29,12 +29,17 @@ def run(options: ServeOptions) -> None:
     """Becomes vLLM's server; does not return.
 
     Raises:
-        S2FTError: if vLLM is not installed, or cannot serve what is asked for.
+        S2FTError: as `check`, and with every adapter that vLLM cannot serve.
     """
+    check(options)
+    os.execve(sys.executable, command(options), {**os.environ, **environment(options)})
+
+
+def check(options: ServeOptions) -> None:
+    """Raises `S2FTError` if vLLM is not installed, or does not take the options."""
     if find_spec("vllm") is None:
         raise S2FTError("engine='vllm' needs vLLM, which is not installed: pip install vllm; or take engine='s2ft'")
     raise_together(_option_problems(options))
-    os.execve(sys.executable, command(options), {**os.environ, **environment(options)})
 
 
 def command(options: ServeOptions) -> list[str]:

@@ -39,7 +39,7 @@ from s2ft.lab.bench.contestants import (
 from s2ft.lab.bench.presets import PRESETS, Cell, Preset, adjusted, check, quantised, usual_preset
 from s2ft.lab.bench.report import Report
 from s2ft.lab.bench.training_plot import draw_training as draw_training
-from s2ft.lab.registry import TellShare
+from s2ft.lab.registry import TellShare, TrainingDtype
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.memory import own_tensors, peak_of, saved_bytes
 from s2ft.runtime.timing import milliseconds, no_spread, spread
@@ -95,7 +95,7 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
     Args:
         preset: None: `cpu`, or for a model of your own the GPU where there is one.
         model: A folder, a GGUF file or a name on the Hub, instead of the preset's models.
-        dtype: Of the weights: `bf16`, `fp32`, or `auto`, which is bf16 where the device multiplies it.
+        dtype: Of the weights: `bf16`, `fp32`, or `auto`: the preset's if it has one, else bf16 where the device multiplies it.
         length: Tokens in a sequence; several with commas, "512,1024".
         batch: Sequences in a batch, likewise; every length is measured at every batch.
         methods: Names with commas, out of those of `contestants`; None: all, and variants.
@@ -112,8 +112,8 @@ def bench_training(  # noqa: PLR0913 - one for each option of the command
             loaded.
     """
     preset = usual_preset(model) if preset is None else PRESETS[preset] if isinstance(preset, str) else preset
-    preset = replace(adjusted(preset, model, length, batch, methods, budget), dtype=str(dtype))
-    preset = quantised(preset, quantize)
+    preset = quantised(adjusted(preset, model, length, batch, methods, budget), quantize)
+    preset = preset if dtype == TrainingDtype.auto else replace(preset, dtype=str(dtype))
     if contestants is None:
         contestants = ON_EXPERTS if preset.experts else CONTESTANTS if quantize is None else ON_QUANTISED
     check(preset, liger, contestants)
