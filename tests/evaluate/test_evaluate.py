@@ -105,7 +105,9 @@ def test_answers_are_read_counted_and_kept(base, data, tmp_path, monkeypatch) ->
     assert lines[3] == {**lines[3], "output": None, "error": "lost"}
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "chat_template.jinja", "tokenizer.model", "merges.txt", "config.json", "vocab.json"])
+@pytest.mark.parametrize(
+    "name", ["model.gguf", "chat_template.jinja", "tokenizer.model", "merges.txt", "config.json", "vocab.json"]
+)
 def test_another_file_is_another_model(name, tmp_path) -> None:
     (tmp_path / name).write_text("1")
     before = fingerprint(str(tmp_path), "config.json")

@@ -86,6 +86,16 @@ def test_a_run_says_it_and_the_card_has_it_beside_the_truth(run, caplog, name):
     assert memory.endswith(" are free")
 
 
+def test_a_run_is_estimated_by_what_it_will_do(run, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "s2ft.finetune.train.estimate", lambda *args: told.append((*map(len, args[2:3]), *args[3:])) or estimate(*args)
+    )
+    run("one", batch_size=2, gradient_accumulation=1)
+    run("two", batch_size=4, gradient_accumulation=3, max_steps=2)
+    assert told == [(40, 2, 1, 4), (40, 4, 3, 2)], "examples, batch size, batches a step, steps"
+
+
 @pytest.mark.parametrize("name", ["galore", "lisa"])
 def test_of_methods_whose_steps_differ_from_one_batch_nothing_is_said(run, caplog, name):
     skip_without(name)

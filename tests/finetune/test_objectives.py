@@ -127,6 +127,17 @@ def test_an_edited_reward_function_is_not_resumed(run, tmp_path, monkeypatch):
         run("grpo", limit=4, max_steps=2, resume=True, **rewards)
 
 
+def test_several_reward_functions_are_added_up_and_may_have_nothing_to_say(run, tmp_path):
+    file = tmp_path / "several.py"
+    file.write_text(
+        "def one(prompts, completions, **_):\n    return [1.0 for _ in completions]\n"
+        "def some(prompts, completions, **_):\n    return [None if n % 2 else 2.0 for n in range(len(completions))]\n"
+    )
+    options = {"generations": 4, "completion_length": 2, "beta": 0.1, "limit": 4, "max_steps": 1}
+    result = run("grpo", reward_function=[f"{file}:one", f"{file}:some"], **options)
+    assert result.card["objective"]["reward"] == pytest.approx(2), "1 and 3 in turns"
+
+
 SLOW = {"kto", "orpo", "reward"}
 
 
@@ -402,6 +413,7 @@ def test_a_reward_function_that_is_not_there_is_named_before_anything_runs(text,
         ("return ['a', 'b', 'c']", "f' returned .'a', 'b', 'c'.; it must return 3 numbers"),
         ("return 1 / 0", "f' raised ZeroDivisionError: division by zero"),
         ("return [len(text) for text in completions]", None),
+        ("return [0, None, 2]", None),
     ],
 )
 def test_what_a_reward_function_returns_is_checked(body, message, tmp_path):
@@ -412,7 +424,7 @@ def test_what_a_reward_function_returns_is_checked(body, message, tmp_path):
         {"prompts": ["p"] * 3, "completions": ["", "a", "bb"], "answer": [1, 2, 3]},
     )
     if message is None:
-        assert function(**asked) == [0, 1, 2]
+        assert function(**asked) == [0, None if "None" in body else 1, 2]
         assert function.__name__ == "f"
     else:
         with pytest.raises(S2FTError, match=message):

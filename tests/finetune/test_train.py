@@ -7,6 +7,7 @@ import shutil
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from adapter_files import PREFIX, WEIGHTS, flip, write_tensors
 from families import FAMILIES, build
@@ -26,7 +28,7 @@ from s2ft.finetune.arguments import trainer_config
 from s2ft.finetune.options import TrainOptions, parse_options, read_config, to_yaml
 from s2ft.finetune.recipe import settle_batch
 from s2ft.finetune.resume import Note, Paused
-from s2ft.finetune.trainer import Trainer
+from s2ft.finetune.trainer import Flow, Trainer
 from s2ft.runtime.precision import choose_precision
 from tiny_runs import interrupt_at, train
 
@@ -45,6 +47,18 @@ def run(base, data, tmp_path):
         )
 
     return call
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, told: Any = lambda *_, **__: None) -> list[Any]:
+    """A list that each call of a method adds to."""
+    calls, method = [], getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(told(*args, **kwargs))
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
 
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +121,9 @@ def test_a_resumed_run_ends_in_the_same_weights(run, tmp_path, monkeypatch, opti
     assert [path.name for path in paused.output.glob("checkpoint-*")] == ["checkpoint-3"]
     assert not same(deltas(paused.output), deltas(whole.output))
     monkeypatch.undo()
+    steps = counted(monkeypatch, Flow, "on_step_begin", lambda flow, args, state, *_, **__: state.global_step)
     resumed = run("paused", save_every=50, resume=True, **options)
+    assert steps == [3, 4, 5, 6, 7], "a run that began anew would end in the same weights"
     assert not resumed.interrupted
     assert same(deltas(resumed.output), deltas(whole.output))
     assert resumed.card["loss_curve"] == whole.card["loss_curve"]
@@ -328,8 +344,11 @@ def test_bf16_alone_trains_bf16_deltas_in_steps_that_bf16_would_lose(run):
     assert result.card["loss_curve"][-1][1] < result.card["loss_curve"][0][1]
 
 
-def test_gradient_checkpointing_gives_the_same_weights(run):
-    plain, checkpointed = run("plain", max_steps=2), run("less", max_steps=2, gradient_checkpointing=True)
+def test_gradient_checkpointing_gives_the_same_weights(run, monkeypatch):
+    passes = counted(monkeypatch, LlamaAttention, "forward")
+    plain, count = run("plain", max_steps=2), len(passes)
+    checkpointed = run("less", max_steps=2, gradient_checkpointing=True)
+    assert len(passes) - count > count, "backward computes blocks anew"
     for name, delta in deltas(plain.output).items():
         torch.testing.assert_close(deltas(checkpointed.output)[name], delta, rtol=1e-4, atol=1e-6)
 
@@ -553,6 +572,17 @@ def test_a_bad_yaml_file_is_said_with_its_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(S2FTError, match=message):
         read_config(str(path))
+
+
+def test_options_reach_the_trainer():
+    odd = {"weight_decay": 0.25, "clip": 0.75, "schedule": "cosine", "optim": "adamw_torch_fused", "train_seed": 7}
+    options = parse_options(
+        {"model": "m", "data": "d", "output": "o", **odd, "gradient_checkpointing": True, "epochs": 2.5}
+    )
+    found = trainer_config(settle_batch(options, 200).options, max_length=8)
+    assert (found.adam_beta1, found.adam_beta2) == (0.9, 0.95)
+    assert (found.weight_decay, found.max_grad_norm, found.lr_scheduler_type, found.optim) == tuple(odd.values())[:4]
+    assert (found.seed, found.gradient_checkpointing, found.num_train_epochs) == (7, True, 2.5)
 
 
 def test_precision_gives_its_reason():

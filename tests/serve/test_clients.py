@@ -15,6 +15,7 @@ from s2ft import fuse
 from s2ft.demo import base_path
 from s2ft.runtime.models import load_model, load_tokenizer
 from s2ft.serve import scheduler
+from s2ft.serve.requests import ChatRequest, CompletionRequest
 from served import greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +96,14 @@ def test_a_fusion_has_the_very_bytes_of_s2ft_fuse(server: Live, root: Path, tmp_
         assert (made / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
 
 
+def test_what_is_not_asked_for_is_openais_default() -> None:
+    completion = CompletionRequest.model_validate({"model": "m", "prompt": "p"})
+    chat = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "p"}]})
+    assert (completion.limit, chat.limit) == (16, None), "a chat has all the room there is"
+    for request in (completion, chat):
+        assert (request.temperature, request.top_p, request.n, request.stream) == (1, 1, 1, False)
+
+
 async def _all_at_once(server: Live, asked: list[tuple[str, str]]) -> list[str]:
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         calls = (
@@ -106,8 +115,16 @@ async def _all_at_once(server: Live, asked: list[tuple[str, str]]) -> list[str]:
 
 def test_requests_at_once_get_what_each_would_get_alone(server: Live, alone: dict[tuple[str, str], str]) -> None:
     asked = [(model, prompt) for model, prompt in alone if model != "part"] * 2
+    before = _rows(server)
     assert asyncio.run(_all_at_once(server, asked)) == [alone[one] for one in asked]
-    assert "s2ft_batch_rows" in server.ask("GET", "/metrics")[1]
+    rows, steps = (after - earlier for after, earlier in zip(_rows(server), before, strict=True))
+    assert rows > 1.5 * steps, "requests share a batch"
+
+
+def _rows(server: Live) -> tuple[float, float]:
+    """Of all steps so far, the rows in their batches, and their number."""
+    told = dict(line.rsplit(" ", 1) for line in server.ask("GET", "/metrics")[1].splitlines() if line[:1] != "#")
+    return float(told["s2ft_batch_rows_sum"]), float(told["s2ft_batch_rows_count"])
 
 
 class TestStreams:
