@@ -121,6 +121,10 @@ def test_what_is_finished_is_kept_and_the_page_has_all(s2ft, trained, base, data
     Path(data).write_text(kept)
     assert code == 2
     assert re.search(r"--data=.* has changed since \S+ was trained; name another output", errors), errors
+    fewer = [word for at, word in enumerate(words) if "--gradient-accumulation" not in words[at - 1 : at + 1]]
+    code, _, errors = s2ft(*fewer)
+    assert code == 2, "one of the two that make a step"
+    assert re.search(r"--gradient-accumulation=None, but \S+ was trained with --gradient-accumulation=1", errors)
     code, _, errors = s2ft(*words, "--samples", "2")
     assert code == 2
     assert re.search(r"--samples=2, but \S+ was asked with --samples=0; name another output", errors), errors
@@ -196,6 +200,8 @@ def test_a_paused_run_goes_on(base, data, tmp_path, monkeypatch):
         (["a", "b"], "'a' holds no run.json"),
         (["--methods", "lora,lora"], "names lora more than once"),
         (["--methods", "lora,peft:nope"], "none of PEFT's methods"),
+        (["--methods", "lora,dora", "--budget", "1%"], "--budget='1%'"),
+        (["--methods", "lora,dora", "--budget", "5"], r"--budget=5\.0 is outside"),
         (["--methods", "lora", "--lisa-layers", "2"], "lisa-layers='2' is an option of none"),
         (["a", "b", "--html", "x.htm"], "must end in .html"),
     ],

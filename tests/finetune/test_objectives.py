@@ -431,6 +431,23 @@ def test_what_a_reward_function_returns_is_checked(body, message, tmp_path):
             function(**asked)
 
 
+def test_a_field_that_trl_keeps_for_itself_is_refused_where_it_is_wanted(run, files, tmp_path):
+    record = {"prompt": "1+1=", "completion": "2"}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    (tmp_path / "rewards.py").write_text(
+        "def f(prompts, completions, completion, **_):\n    return [0.0] * len(prompts)\n"
+    )
+    given = {"data": str(tmp_path / "data.json"), "reward_function": f"{tmp_path / 'rewards.py'}:f"}
+    with pytest.raises(
+        S2FTError, match="wants the field completion, which TRL keeps for itself; call it otherwise: map="
+    ):
+        run("grpo", **given)
+    (tmp_path / "data.json").write_text(json.dumps([{"prompt": "1+1=", "completions": "2"}]))
+    with pytest.raises(S2FTError, match="the field completions is none that a reward function can get"):
+        run("grpo", **given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_holds_all_answers_to_a_prompt(files, tmp_path):
     given = {
         "model": "m",

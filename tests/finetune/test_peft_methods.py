@@ -15,6 +15,8 @@ from s2ft.finetune.methods import find_method
 from s2ft.finetune.options import parse_options
 from s2ft.finetune.paca import equal_columns, paca_config
 from s2ft.finetune.peft_methods import known_names, nearest_size
+from s2ft.finetune.results import command_words
+from s2ft.finetune.values import config_keys
 from s2ft.runtime.models import empty_model
 from tiny_base import tiny_model
 from tiny_runs import train, weights
@@ -135,6 +137,10 @@ def test_sizes_are_tried_until_none_is_nearer():
         ({"method": "peft:miss", "peft_config": "rank=4"}, "peft_config=rank=4: miss has no rank; it has bias"),
         ({"method": "peft:gralora", "peft_config": "r=5"}, "peft_config=r=5: r should be divisible by gralora_k"),
         ({"method": "peft:miss", "peft_config": "r"}, "peft_config='r': must be key=value"),
+        (
+            {"method": "peft:miss", "peft_config": "{target_modules: '*_proj'}"},
+            r"peft_config: target_modules='\*_proj' is no regular expression: nothing to repeat",
+        ),
         ({"method": "peft:miss", "peft_config": "{r: [}"}, "peft_config='{r: .}': is no YAML"),
         (
             {"method": "peft:miss", "learning_rate": None},
@@ -155,6 +161,17 @@ def test_keys_are_read_as_yaml_reads_them():
     found = parse_options({**PATHS, "method": "peft:miss", "peft_config": text}).peft_config
     assert found == {"r": 4, "bias": "none", "init_weights": False, "target_modules": ["q_proj", "v_proj"]}
     assert parse_options({**PATHS, "method": "peft:miss", "peft_config": "{r: 4, bias: none}"}).peft_config["r"] == 4
+    for one in ("1e-7", "0.0000001", "1E-07"):
+        assert parse_options({**PATHS, "method": "peft:vera", "peft_config": f"d_initial={one}"}).peft_config == {
+            "d_initial": 1e-7
+        }
+
+
+@pytest.mark.parametrize("keys", [{"d_initial": 1e-7}, {"target_modules": ".*[qv]_proj"}, {"r": 8, "bias": "none"}])
+def test_keys_survive_the_command_line(keys):
+    options = parse_options({**PATHS, "method": "peft:vera", "peft_config": {"d_initial": 0.5}})
+    words = command_words(options.model_copy(update={"peft_config": keys}))
+    assert config_keys(words[words.index("--peft-config") + 1]) == keys
 
 
 def test_what_does_not_go_onto_a_model_is_refused_by_name(run, tmp_path):

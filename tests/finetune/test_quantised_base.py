@@ -1,5 +1,6 @@
 """`s2ft train` on quantised bases; runs need bitsandbytes (`make test-quantised`)."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from trl import SFTConfig, SFTTrainer
 
 from quantised import library
 from s2ft import S2FTConfig, S2FTError
 from s2ft.finetune.launch import check_base, check_run
 from s2ft.finetune.options import TrainOptions, parse_options
+from s2ft.finetune.trainer import _keep_fp32
 from s2ft.layer.dequantise import quantised_layers
 from s2ft.layer.linear import S2FTLinear
 from s2ft.runtime.models import load_model, load_tokenizer
+from tiny_base import tiny_model
 from tiny_runs import interrupt_at, train
 
 BASE = "src/s2ft/demo/base"
@@ -76,6 +79,23 @@ def test_a_run_trains_and_its_adapter_fits_the_plain_base(method: str, more: dic
     blocks = [module for module in result.model.modules() if isinstance(module, S2FTLinear)]
     assert all(layer.block("default").weight.dtype == torch.float32 for layer in blocks)  # whatever TRL cast it to
     PeftModel.from_pretrained(load_model(BASE, torch.float32), tmp_path / "out")
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_what_trl_casts_to_bf16_is_trained_in_fp32(autocast: bool) -> None:
+    """Without autocast, a factor of LoRA in fp32 could not be multiplied by a base's bf16."""
+    base = tiny_model().to(torch.bfloat16)
+    for config, kept in (
+        (S2FTConfig(ratios=0.25), torch.float32),
+        (LoraConfig(r=2, target_modules=["q_proj"]), torch.float32 if autocast else torch.bfloat16),
+    ):
+        model = get_peft_model(copy.deepcopy(base), config)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.data = parameter.data.bfloat16()
+        _keep_fp32(model, by_autocast=autocast)
+        assert {parameter.dtype for parameter in trained} == {kept}
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_a_run_that_is_resumed_ends_where_it_would_have_without_the_pause(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def test_it_is_a_schema_of_every_option_with_its_help() -> None:
     assert SCHEMA["additionalProperties"] is False
 
 
+def test_any_method_of_pefts_is_valid() -> None:
+    assert is_valid({"method": "peft:miss"})
+    assert is_valid({"method": "lora"})
+    assert not is_valid({"method": "miss"})
+
+
 @pytest.mark.parametrize("name", TrainOptions.model_fields)
 def test_what_an_option_reads_is_valid(name: str) -> None:
     field = TrainOptions.model_fields[name]

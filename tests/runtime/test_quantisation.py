@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from s2ft.common.errors import S2FTError
 from s2ft.format.terms import QUANTISATIONS as NAMES
 from s2ft.runtime import quantisation
 from s2ft.runtime.models import load_model
-from s2ft.runtime.quantisation import QUANTISATIONS, check_optimizer, check_quantisation
+from s2ft.runtime.quantisation import QUANTISATIONS, check_optimizer, check_quantisation, own_quantisation
 from s2ft.runtime.trainable import check_trainable, gradient_error
 
 BASE = "src/s2ft/demo/base"
@@ -132,3 +133,18 @@ def test_the_embedded_base_is_quantised_while_it_is_loaded(name: str) -> None:
     check_trainable(model)
     assert find_spec(QUANTISATIONS[name].package)
     assert model.is_quantized
+
+
+def test_how_a_model_on_the_hub_is_quantised_is_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / "config.json")
+    )
+    with pytest.raises(
+        S2FTError, match=r"quantize='int8': model='org/quantised' is quantised already \(bitsandbytes\)"
+    ):
+        check_quantisation("int8", "org/quantised")
+    assert asked == [("org/quantised", "config.json")]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: 1 / 0)
+    assert own_quantisation("org/no-connection") is None

@@ -28,6 +28,9 @@ _LIKE_PROMPTS = ("question", "query", "problem", "input", "context", "user")  # 
 _BESIDE = (*OPTIONS, KWARGS, "system")  # goes to the chat template, with each answer
 
 
+_TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
 def pair_problems(value: Any) -> Iterator[str]:
     """Reasons why a record is no pair of answers; none if it is."""
     if not _has(value, _ANSWERS):
@@ -69,6 +72,12 @@ def prompt_problems(value: Any) -> Iterator[str]:
     if not isinstance(value, dict) or not _prompt(value):
         yield f"expected an object with {_PROMPTS}; found {_found(value)}"
         return
+    yield from (
+        f"the field {name} is none that a reward function can get, as TRL hands it something else by that name; call it "
+        "otherwise (map)"
+        for name in _TAKEN
+        if name in value
+    )
     prompt = _prompt(value)
     if isinstance(prompt, str):
         yield from answer_problems({"prompt": prompt, "completion": ""})

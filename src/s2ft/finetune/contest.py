@@ -17,20 +17,20 @@ from typing import Any
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.data.examples import data_digest
-from s2ft.finetune.card import Card, read_card
+from s2ft.finetune.card import read_card
 from s2ft.finetune.checkpoints import whole_checkpoints
 from s2ft.finetune.methods import find_method, foreign_options, method_problem
 from s2ft.finetune.options import TrainOptions, parse_options
 from s2ft.finetune.prepare import read_examples
 from s2ft.finetune.results import command_words
 from s2ft.finetune.resume import ASKING, FINISHED, FREE, SETTLED
+from s2ft.finetune.reward_functions import rewards_digest
 from s2ft.finetune.values import AUTO_RATE
 from s2ft.runtime.models import empty_model
 from s2ft.runtime.processes import process_count
 
 _OPEN = (None, "auto")  # values of options that a run settles
 _LEFT_OPEN = (*SETTLED, "layout")
-_ASKED = "as asked"  # the reason, in a card, for what was given
 _GROWING = ("budget", "peft_config")  # a budget is given, and keys of a config are added to those given
 _ENTRY = "import s2ft_command; s2ft_command.main()"
 
@@ -52,6 +52,8 @@ def plan(methods: Sequence[str], values: Mapping[str, Any]) -> list[TrainOptions
         raise S2FTError(f"methods names {', '.join(twice)} more than once")
     raise_together(f"methods names {name!r}: {problem}" for name in methods if (problem := method_problem(name)))
     first = [parse_options(_of_method(name, values)) for name in methods]
+    if values.get("budget") is not None:
+        parse_options({name: values.get(name) for name in ("model", "data", "output", "budget")})  # is it one?
     if values.get("push_to_hub") is not None:
         raise S2FTError(
             f"push_to_hub={values['push_to_hub']!r}: each run would be uploaded over the one before; upload the one you choose"
@@ -105,13 +107,17 @@ def standing(options: TrainOptions) -> str:
     )
     raise_together(
         f"{name}={now[name]!r}, but {folder} was trained with {name}={before.get(name)!r}; name another output"
-        for name in _given_before(card)
+        for name in card.get("given", [])
         if now[name] in _OPEN
     )
     if card.get("status") != FINISHED:
         return "paused"
     if card["data"]["digest"] != data_digest(read_examples(options)):
         raise S2FTError(f"data={options.data!r} has changed since {folder} was trained; name another output")
+    if card.get("rewards") != rewards_digest(options.reward_function):
+        raise S2FTError(
+            f"reward_function={options.reward_function!r} has changed since {folder} was trained; name another output"
+        )
     if options.evaluate is not None or options.samples:
         raise_together(
             f"{name}={now[name]!r}, but {folder} was asked with {name}={before.get(name)!r}; name another output"
@@ -119,14 +125,6 @@ def standing(options: TrainOptions) -> str:
             if before.get(name) != now[name]
         )
     return FINISHED
-
-
-def _given_before(card: Card) -> list[str]:
-    """What a run was given, of the options that it would have settled."""
-    training = card.get("training", {})
-    rate = ["learning_rate"] if training.get("learning_rate_reason") == _ASKED else []
-    batch = ["batch_size", "gradient_accumulation"] if f"a step, {_ASKED}" in str(training.get("batch")) else []
-    return rate + batch
 
 
 def run(options: TrainOptions) -> int:

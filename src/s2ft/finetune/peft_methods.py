@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from s2ft.common.errors import S2FTError, first_line, gathered
 from s2ft.finetune.method import ADAMW, Method
 from s2ft.finetune.values import config_keys
+from s2ft.format.choice import pattern_problems
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -40,6 +41,7 @@ SIZES = (
 )  # keys; a method's is the first that it has
 LARGEST = 20  # power of two that is tried as a size
 MOST_REFUSED = 4  # sizes in a row, before no larger one is tried
+_PATTERNS = ("target_modules", "exclude_modules")  # keys whose text is a regular expression
 OWN_TARGETS = ("ia3", "ln_tuning", "shadow", "trainable_tokens")  # what they lie on is their idea
 UNFIT = {  # name → why it cannot be trained here
     "adaption_prompt": "PEFT gives its model a forward that TRL's loss does not pass through",
@@ -128,7 +130,9 @@ class PeftMethod(Method):
 
     def problems(self, values: Mapping[str, Any]) -> list[str]:
         """What keys and learning rate are refused for."""
-        found = gathered(lambda: self.config(config_keys(values.get("peft_config"))))
+        keys = config_keys(values.get("peft_config")) or {}
+        patterns = (f"peft_config: {text}" for name in _PATTERNS for text in pattern_problems(name, keys.get(name)))
+        found = [*patterns] or gathered(lambda: self.config(keys))
         if values.get("learning_rate") is None:
             found.append(f"learning_rate is missing: none is known for method={PREFIX}{self.name}; give one, or auto")
         return found

@@ -2,7 +2,7 @@
 
     options ─→ checkpoint? ─→ data ─→ model ─→ batch ─→ adapter ─→ rate ─→ trainer ─→ layout
 
-What was left open is settled on the way, each with its reason (`Setup.reasons`).
+What was left open is settled on the way, each with its reason (`Note.reasons`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions
 from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
-from s2ft.finetune.resume import Note, Paused, check_output
+from s2ft.finetune.resume import Note, Paused, check_output, given
 from s2ft.finetune.reward_functions import load_reward, rewards_digest
 from s2ft.finetune.search import plan_tries, search
 from s2ft.finetune.trackers import NONE
@@ -98,17 +98,19 @@ class Data:
 class Setup:
     """A run that is ready to start."""
 
-    options: TrainOptions  # with nothing left open
+    note: Note  # what the run is
     checkpoint: Path | None
     data: Data
     config: PeftConfig | None  # resolved; None if the model's own weights are trained
-    reasons: dict[str, str]  # for precision, batch, learning_rate and, with S²FT, layout
     trainer: RunTrainer
     flow: Flow
-    search: Card | None  # how short runs found the learning rate, where they did
     trial: Trial | None  # of one batch; None where that would not tell what the run takes
     questions: Checked | None  # for the run card
-    seconds: float = 0.0  # of training before the run went on
+
+    @property
+    def options(self) -> TrainOptions:
+        """With nothing left open."""
+        return self.note.options
 
 
 def prepare(options: TrainOptions) -> Setup:
@@ -121,6 +123,7 @@ def prepare(options: TrainOptions) -> Setup:
     rewards = rewards_digest(options.reward_function)  # now: the file may be edited while the run goes on
     examples = read_examples(options)
     digest = data_digest(examples)
+    asked = given(options) if paused is None else paused.given
     if paused is not None:
         paused.check_same_run(options, digest)
         options = paused.settle(options)
@@ -166,9 +169,10 @@ def prepare(options: TrainOptions) -> Setup:
     options = options.model_copy(update={"layout": chosen.layout})  # whoever runs them again takes the same
     reasons |= {"layout": chosen.reason} if isinstance(config, S2FTConfig) else {}
     before = 0.0 if paused is None else paused.seconds
-    trainer.add_callback(Checkpoints(Note(options, digest, data.format, reasons, rewards, found, before).write))
+    note = Note(options, digest, data.format, reasons, asked, rewards, found, before)
+    trainer.add_callback(Checkpoints(note.write))
     checkpoint = None if paused is None else paused.checkpoint
-    return Setup(options, checkpoint, data, config, reasons, trainer, flow, found, chosen.trial, questions, before)
+    return Setup(note, checkpoint, data, config, trainer, flow, chosen.trial, questions)
 
 
 def read_examples(options: TrainOptions) -> Dataset:

@@ -135,11 +135,14 @@ def command_words(options: TrainOptions) -> list[str]:
     return words
 
 
+_AS_YAML = "--peft-config"  # whose values keep their types
+
+
 def _typed(flag: str, value: Any, repeated: bool) -> list[str]:
     """An option as it is typed."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, dict) and any(isinstance(item, dict | list) for item in value.values()):
+    if (isinstance(value, dict) and any(isinstance(item, dict | list) for item in value.values())) or flag == _AS_YAML:
         return [flag, yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()]
     if isinstance(value, dict):
         return [flag, ",".join(f"{key}={item}" for key, item in value.items())]
@@ -169,6 +172,8 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
     trainable, total = parameters(setup.trainer.model)
     card = {
         "options": options.model_dump(mode="json"),
+        "given": list(setup.note.given),
+        **({} if setup.note.rewards is None else {"rewards": setup.note.rewards}),
         "environment": environment(),
         "data": {
             "digest": setup.data.digest,
@@ -187,8 +192,8 @@ def run_card(setup: Setup, steps: int, foreseen: Estimate | None, metrics: dict[
             "model_parameters": total,
             "share": trainable / total,
         },
-        "training": _training(setup, steps, foreseen, setup.seconds + metrics["train_runtime"]),
-        **({} if setup.search is None else {"learning_rate_search": setup.search}),
+        "training": _training(setup, steps, foreseen, setup.note.seconds + metrics["train_runtime"]),
+        **({} if setup.note.search is None else {"learning_rate_search": setup.note.search}),
         "loss_curve": _points(state.log_history, "loss"),
         "rate_curve": _points(state.log_history, "learning_rate"),
         "layers": layer_changes(setup.trainer.model),
@@ -207,7 +212,7 @@ def _objective(setup: Setup) -> Card:
 
 
 def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: float) -> Card:
-    options, state, reasons = setup.options, setup.trainer.state, setup.reasons
+    options, state, reasons = setup.options, setup.trainer.state, setup.note.reasons
     tokens = _total([entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry])
     training = {
         "method": options.method,

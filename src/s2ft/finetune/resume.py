@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Paused:
     rewards: str | None = None  # digest of the files with its reward functions, where it has some
     reasons: Mapping[str, str] = field(default_factory=dict)  # for what it settled
     seconds: float = 0.0  # that it had trained for
+    given: Sequence[str] = ()  # of `SETTLED`
 
     @classmethod
     def read(cls, checkpoint: Path) -> Paused:
@@ -79,15 +80,15 @@ class Paused:
         search = note.get("learning_rate_search")
         search = search if isinstance(search, dict) else None
         by = str(note.get("engine", DDP if processes > 1 else ALONE))
-        reasons, seconds = note.get("reasons"), note.get("seconds")  # which older notes lack
-        more = (
-            {name: str(reasons[name]) for name in ("batch", "learning_rate") if name in reasons}
-            if isinstance(reasons, dict)
-            else {},
-            float(seconds) if isinstance(seconds, int | float) else 0.0,
-        )
         return cls(
-            checkpoint, settled_options(options), data["digest"], processes, by, search, note.get("rewards"), *more
+            checkpoint,
+            settled_options(options),
+            data["digest"],
+            processes,
+            by,
+            search,
+            note.get("rewards"),
+            **_of_settling(note),
         )
 
     @property
@@ -159,7 +160,8 @@ class Note:
     options: TrainOptions
     digest: str  # of the data
     prompts: str  # their format
-    reasons: Mapping[str, str]  # for what was settled
+    reasons: Mapping[str, str]  # for precision, batch, learning_rate and, with S²FT, layout
+    given: Sequence[str]  # of `SETTLED`, by the user
     rewards: str | None  # digest of the reward functions' files, when they were loaded
     search: Mapping[str, Any] | None = None  # how short runs found the learning rate
     seconds: float = 0.0  # of training before the run went on
@@ -172,11 +174,28 @@ class Note:
             "processes": process_count(),
             "engine": engine(),
             "reasons": dict(self.reasons),
+            "given": list(self.given),
             "seconds": round(self.seconds + seconds, 3),
             **({} if self.search is None else {"learning_rate_search": self.search}),
             **({} if self.rewards is None else {"rewards": self.rewards}),
         }
         (checkpoint / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def given(options: TrainOptions) -> list[str]:
+    """What of `SETTLED` is given, before anything is settled."""
+    return [name for name in SETTLED if getattr(options, name) not in (None, AUTO_RATE)]
+
+
+def _of_settling(note: dict[str, Any]) -> dict[str, Any]:
+    """What a note says of how its run was settled; an older one says nothing."""
+    reasons, seconds, named = (note.get(name) for name in ("reasons", "seconds", "given"))
+    reasons = reasons if isinstance(reasons, dict) else {}
+    return {
+        "reasons": {name: str(reasons[name]) for name in ("batch", "learning_rate") if name in reasons},
+        "seconds": float(seconds) if isinstance(seconds, int | float) else 0.0,
+        "given": [name for name in SETTLED if name in named] if isinstance(named, list) else [],
+    }
 
 
 def settled_options(noted: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -70,7 +71,14 @@ def load_reward(name: str) -> Rewards:
         spec.loader.exec_module(module)
     except Exception as error:  # it is a program: it raises what it likes
         raise S2FTError(f"reward_function={name!r}: {path} cannot be run: {first_line(error)}") from error
-    return _checked(name, getattr(module, function))
+    found = getattr(module, function)
+    asked = inspect.signature(found).parameters.get("completion")
+    if asked is not None and asked.default is asked.empty:
+        raise S2FTError(
+            f"reward_function={name!r} wants the field completion, which TRL keeps for itself; call it otherwise: "
+            "map='answer=completion'"
+        )
+    return _checked(name, found)
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Rewards:

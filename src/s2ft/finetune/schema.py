@@ -8,6 +8,7 @@ from typing import Any
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions
+from s2ft.finetune.peft_methods import PREFIX
 from s2ft.format.terms import ALLOCATIONS, PROJECTIONS, STRATEGIES, SUBSETS
 
 _CHOICES: dict[str, Iterable[str]] = {  # of options whose type is any text, since their names come from tables
@@ -36,6 +37,7 @@ def config_schema() -> dict[str, Any]:
     for name, names in _CHOICES.items():
         _kinds(properties[name])[0]["enum"] = list(names)
     properties["ratios"]["anyOf"] = [*_RATIOS, {"type": "null"}]
+    properties["method"]["anyOf"] = [{"enum": properties["method"].pop("enum")}, {"pattern": f"^{PREFIX}"}]
     for rules in properties.values():
         _also_as_text(rules)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "s2ft train --config"}

@@ -69,7 +69,7 @@ class RunTrainer(transformers.Trainer):
             super().__init__(*args, **kwargs)
         self.pure_bf16 = pure_bf16
         if not pure_bf16:
-            _keep_fp32(self.model)
+            _keep_fp32(self.model, by_autocast=self.args.bf16)
         if pure_bf16:
             self.add_callback(_PureBf16())
 
@@ -200,11 +200,17 @@ def _to_bf16(model: nn.Module) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-def _keep_fp32(model: nn.Module) -> None:
-    """On a base that bitsandbytes quantised, TRL casts all that trains to bf16, where small steps would be lost."""
+def _keep_fp32(model: nn.Module, by_autocast: bool) -> None:
+    """On a base that bitsandbytes quantised, TRL casts all that trains to bf16, where small steps would be lost.
+
+    Args:
+        by_autocast: Every parameter may be fp32; without, only those that bring their input to their own dtype.
+    """
     for module in model.modules():
-        if isinstance(module, S2FTBlock) and module.weight.dtype == torch.bfloat16:
-            module.float()
+        if isinstance(module, S2FTBlock) or by_autocast:
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                    parameter.data = parameter.data.float()
 
 
 class _PureBf16(TrainerCallback):

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 AUTO_RATE = "auto"  # the learning rate that short runs find
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class Options(BaseModel):
@@ -105,9 +106,18 @@ def config_keys(value: Any) -> Any:
             raise ValueError("must be key=value, joined by commas, or a YAML mapping: {r: 8}")
         text = "{" + ", ".join(f"{key.strip()}: {rest}" for key, _, rest in pairs) + "}"
     try:
-        return yaml.safe_load(text)
+        return _numbers_read(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ValueError(f"is no YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _numbers_read(value: Any) -> Any:
+    """With 1e-7 as a number, which PyYAML takes for text unless it has a point."""
+    if isinstance(value, dict):
+        return {key: _numbers_read(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [*map(_numbers_read, value)]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _layers(value: Any) -> Any:

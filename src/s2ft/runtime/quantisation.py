@@ -91,7 +91,7 @@ def check_quantisation(name: str | None, model: str) -> None:
 
     Args:
         name: One of `QUANTISATIONS`; None: the model is taken as it is.
-        model: A folder or a name on the Hub. Of a folder, the configuration is read.
+        model: A folder or a name on the Hub, whose configuration is read.
     """
     own = own_quantisation(model)
     if name is None:
@@ -108,12 +108,23 @@ def check_quantisation(name: str | None, model: str) -> None:
 
 
 def own_quantisation(model: str) -> str | None:
-    """How the model in a folder is quantised, as its config.json says; None where it is not, or the folder is not here."""
+    """How a model is quantised, as its config.json says, here or on the Hub; None where it is not, or nothing is found."""
     try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(_config_file(model).read_text(encoding="utf-8"))
         return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):  # what is wrong with a config is said when it is loaded
         return None
+
+
+def _config_file(model: str) -> Path:
+    if Path(model).exists():
+        return Path(model) / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # no such name, no connection and not in the cache, no access, ...
+        raise FileNotFoundError(model) from error
 
 
 def _problems_of_own(model: str, method: str) -> list[str]:
