@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import s2ft
 from live import layers, logits, same
+from mixtures import mixture
 from on_gpu import DEVICE, IS_CUDA, adapted, base_values, dense, error, random_tokens
+from s2ft import S2FTConfig
 from s2ft.layer import mixed
 from s2ft.layer.pack import MixedBatch
 from s2ft.tuner.pool import AdapterPool
@@ -89,14 +91,14 @@ def test_what_is_saved_on_one_device_is_loaded_on_the_other_bit_for_bit(tmp_path
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions that added mixed rows, in order."""
     calls: list[str] = []
-    way = mixed._way
+    of_pack = mixed._of_pack
 
     def noted(*args: Any) -> Any:
-        add, prepare = way(*args)
-        calls.append(add.__name__)
-        return add, prepare
+        steps = of_pack(*args)
+        calls.extend(add.__name__ for add, _, _ in steps)
+        return steps
 
-    monkeypatch.setattr(mixed, "_way", noted)
+    monkeypatch.setattr(mixed, "_of_pack", noted)
     return calls
 
 
@@ -129,6 +131,7 @@ def test_a_mixed_batch_generates_what_each_adapter_does(kernel_calls: list[str])
     for row, name in enumerate(names):
         alone = dense(model, name).generate(input_ids=ids[row : row + 1].cpu(), **options)
         assert torch.equal(mixed_rows[row].cpu(), alone[0])
+    assert set(kernel_calls) == {"add_by_kernel"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,6 +151,20 @@ def test_a_pool_brings_from_the_host_what_it_held_on_the_device(tmp_path: Path, 
     kept = [one.weight for slices in pool._host.values() for one in slices.values()]
     assert kept
     assert all(weight.device.type == "cpu" and weight.is_pinned() == IS_CUDA for weight in kept)
+
+
+def test_a_pool_brings_slices_of_experts_to_the_device(tmp_path: Path) -> None:
+    base = mixture("mixtral", torch.float32)
+    config = S2FTConfig(ratios=0.4, seed=0, init_weights=False, target_modules=["gate_up_proj", "down_proj"])
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "pooled")
+    model = get_peft_model(base, S2FTConfig(ratios=0.2, target_modules=["down_proj"], seed=1)).to(DEVICE).eval()
+    size = (tmp_path / "pooled" / "adapter_model.safetensors").stat().st_size
+    AdapterPool(model, tmp_path, device_bytes=size, host_bytes=size)
+    ids = random_tokens(2, 6)
+    found = logits(model, ids, adapter_names=["pooled", BASE])
+    model.load_adapter(tmp_path / "pooled", "loaded")
+    assert error(found[:1], logits(model, ids[:1], adapter_names=["loaded"])) < MOST[torch.float32]
+    assert error(found[1:], logits(model, ids[1:], adapter_names=[BASE])) < MOST[torch.float32]
 
 
 @pytest.mark.parametrize("length", [1, 6, 40])

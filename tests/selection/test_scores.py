@@ -1,18 +1,36 @@
 """Scores against plain loops over heads and channels, in float64."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ZambaConfig,
+    ZambaForCausalLM,
+)
 
 from families import FAMILIES, build, tokens
-from s2ft import S2FTConfig, S2FTError, select
+from s2ft import S2FTConfig, S2FTError, select, switch
 from s2ft.layer.linears import linear_layer, weight_matrix
 from s2ft.selection import weight_scores
-from s2ft.selection.scores import score_units
+from s2ft.selection.scores import SCORES, score_units
 from s2ft.selection.structure import find_structures
 from s2ft.selection.units import Projection, Structure
 from s2ft.selection.weight_scores import random_scores
@@ -102,6 +120,23 @@ def test_gradient_is_the_norm_over_batches_and_touches_nothing(family: str) -> N
             expected[s.key] += squares_by_loop(s, gradients)
     for name, squares in expected.items():
         np.testing.assert_allclose(scores[name], np.sqrt(squares), rtol=1e-4)
+
+
+def test_the_gradient_of_a_weight_that_blocks_share_is_that_of_each_of_them() -> None:
+    """Zamba's hybrid blocks are modules of their own with one block's parameters."""
+    config = ZambaConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=4, mamba_dt_rank=4,
+    )  # fmt: skip
+    model = ZambaForCausalLM(config).eval()
+    structures, batch = find_structures(model), {"input_ids": tokens(2, 6)}
+    scores = score_units("gradient", structures, model, [batch])
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    for s in structures:
+        gradients = {p.module: base(model, p.module).weight.grad for p in s.projections}
+        np.testing.assert_allclose(scores[s.key], np.sqrt(squares_by_loop(s, gradients)), rtol=1e-4)
+    first, second = (f"model.layers.{number}.shared_transf.feed_forward:mlp" for number in (1, 3))
+    assert np.array_equal(scores[first], scores[second])
 
 
 def _conv(layer: nn.Module) -> bool:
@@ -227,6 +262,66 @@ def test_padding_does_not_count_where_a_model_flattens_its_tokens() -> None:
         np.testing.assert_allclose(scores, plain[name], rtol=1e-4)
 
 
+SEQ_TO_SEQ = {
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(
+            **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+            vocab_size=61, d_model=24, pad_token_id=1,
+        )
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=61, d_model=24, d_kv=6, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", ["labels", "decoder_attention_mask"])
+@pytest.mark.parametrize("length", [8, 5], ids=["as long as the encoder's", "shorter"])
+@pytest.mark.parametrize("family", SEQ_TO_SEQ)
+def test_an_encoder_and_its_decoder_have_each_their_own_padding(family: str, length: int, told: str) -> None:
+    model = SEQ_TO_SEQ[family]().eval()
+    structures, x, y = find_structures(model), tokens(2, 8), tokens(2, length)
+    kept = torch.arange(length).expand(2, length) < 3
+    batch, alone = {"input_ids": x, "attention_mask": torch.arange(8).expand(2, 8) < 6}, {"input_ids": x[:, :6]}
+    if told == "labels":
+        batch, alone = {**batch, "labels": y.masked_fill(~kept, -100)}, {**alone, "labels": y[:, :3].contiguous()}
+    else:
+        batch |= {"decoder_input_ids": y, "decoder_attention_mask": kept}
+        alone |= {"decoder_input_ids": y[:, :3]}
+    plain = score_units("activation", structures, model, [alone])
+    for name, scores in score_units("activation", structures, model, [batch]).items():
+        np.testing.assert_allclose(scores, plain[name], rtol=1e-4)
+
+
+def test_a_decoder_that_reads_the_encoders_input_has_its_padding() -> None:
+    model = SEQ_TO_SEQ["bart"]().eval()
+    structures, x = find_structures(model), tokens(2, 8)
+    plain = score_units("activation", structures, model, [{"input_ids": x[:, :6]}])
+    padded = {"input_ids": x, "attention_mask": torch.arange(8).expand(2, 8) < 6}
+    for name, scores in score_units("activation", structures, model, [padded]).items():
+        np.testing.assert_allclose(scores, plain[name], rtol=1e-4)
+
+
+def test_the_mask_of_a_text_is_not_that_of_an_image_of_as_many_patches() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlavaConfig(
+        text_config=LlamaConfig(vocab_size=61, **sizes),
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8),  # 5 tokens with that of the class
+        image_token_index=60,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    tower = [s for s in find_structures(model) if "vision" in s.path]
+    text = torch.tensor([[60, 60, 60, 60, 5]])  # a token for each patch
+    batch = {"input_ids": text, "pixel_values": torch.randn(1, 3, 16, 16)}
+    plain = score_units("activation", tower, model, [batch])
+    masked = {**batch, "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}
+    for name, scores in score_units("activation", tower, model, [masked]).items():
+        np.testing.assert_allclose(scores, plain[name], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strategy", ["weight", "activation", "product", "gradient", "lift", "saliency"])
 def test_scoring_leaves_the_weights_alone(strategy: str, dtype: torch.dtype) -> None:
@@ -310,3 +405,61 @@ def test_the_usual_strategy() -> None:
     empty = select(build("llama", torch.float32).to("meta"), S2FTConfig(ratios=0.3)).config
     assert empty.strategy == "random"
     assert empty.seed is not None
+
+
+def scores_chosen_by(model: nn.Module, strategy: str) -> dict[str, Any]:
+    """What `select` ranks by on one batch."""
+    found: dict[str, Any] = {}
+
+    def noted(*args: Any) -> dict[str, Any]:
+        found.update(SCORES[strategy].scorer(*args))
+        return found
+
+    select(model, S2FTConfig(ratios=0.5), [{"input_ids": torch.arange(3, 15).view(2, 6)}], scores=noted)
+    return found
+
+
+STATES: dict[str, Callable[[PeftModel], Any]] = {
+    "active": lambda model: None,
+    "merged": lambda model: model.merge_adapter(),
+    "switched": lambda model: switch(model, "default"),
+    "switched off": lambda model: switch(model, None),
+}
+
+
+def large(model: PeftModel) -> PeftModel:
+    """All that its adapter holds changes what the model computes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) if parameter.requires_grad else parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("strategy", ["activation", "product", "gradient", "saliency"])
+def test_scores_are_those_of_the_base_whatever_an_adapter_does(strategy: str, state: str) -> None:
+    base = build("llama")
+    expected = scores_chosen_by(base, strategy)
+    model = large(get_peft_model(base, S2FTConfig(ratios={"q_proj": 0.5, "up_proj": 0.5, "down_proj": 0.5})))
+    STATES[state](model)
+    trains, x = [p.requires_grad for p in model.parameters()], tokens(2, 5)
+    before = model(x).logits
+    found = scores_chosen_by(model, strategy)
+    for key, scores in expected.items():
+        np.testing.assert_allclose(found[key], scores, rtol=1e-6)
+    assert torch.equal(model(x).logits, before)
+    assert [p.requires_grad for p in model.parameters()] == trains
+
+
+@pytest.mark.parametrize("kept", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": list(range(3, 15))}])
+def test_scores_are_those_of_the_base_beside_what_an_adapter_keeps_whole(kept: dict[str, Any]) -> None:
+    base = build("llama")
+    expected = scores_chosen_by(base, "gradient")
+    model = large(get_peft_model(base, S2FTConfig(ratios=0.5, **kept)))
+    trains, x = [p.requires_grad for p in model.parameters()], tokens(2, 5)
+    before = model(x).logits
+    found = scores_chosen_by(model, "gradient")
+    for key, scores in expected.items():
+        np.testing.assert_allclose(found[key], scores, rtol=1e-6)
+    assert torch.equal(model(x).logits, before)
+    assert [p.requires_grad for p in model.parameters()] == trains

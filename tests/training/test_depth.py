@@ -109,6 +109,27 @@ def test_a_model_that_was_checkpointed_before_is_confined_too() -> None:
     assert passes.backward[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_that_another_adapter_trains_get_their_gradients(way: str) -> None:
+    model, ids = adapted(), tokens(2, 7)
+    model.add_adapter("whole", S2FTConfig(ratios=0.2, init_weights=False, seed=4))
+    model.set_adapter("whole")
+    expected = gradients(model, ids)
+    model.set_adapter("default")
+    alone = gradients(model, ids)
+    WAYS[way](model)
+    passes = Passes(model)
+    for name, wanted in (("default", alone), ("whole", expected), ("default", alone), ("whole", expected)):
+        model.set_adapter(name)
+        ours = gradients(model.train(), ids)
+        assert ours.keys() == wanted.keys()
+        for parameter, gradient in wanted.items():
+            torch.testing.assert_close(ours[parameter], gradient)
+        assert (passes.backward[0] > 0) == (name == "whole")
+        passes.backward[:] = [0, 0, 0]
+
+
 def test_all_blocks_are_checkpointed_where_all_train() -> None:
     model = adapted(layers=None)
     checkpoint(model)

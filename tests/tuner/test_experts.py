@@ -1,14 +1,17 @@
 """An adapter of stacked experts is one like any other: saved, loaded, switched, merged, mixed, fused, refused."""
 
 import copy
+import gc
 import re
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -16,6 +19,8 @@ import s2ft
 from mixtures import CONFIGS, SIZES, mixture, text
 from s2ft import AdapterPool, S2FTConfig, S2FTError
 from s2ft.adapters.inspection import summary
+from s2ft.layer.block import S2FTBlock
+from s2ft.layer.experts import Part
 from s2ft.layer.linear import sliced_layers
 from s2ft.serve.channels import channels
 
@@ -122,6 +127,47 @@ def test_each_row_has_its_own_adapter(family: str, tmp_path: Path) -> None:
     pool.close()
 
 
+def test_a_pools_experts_run_where_the_model_is(base: PreTrainedModel, tmp_path: Path) -> None:
+    """Device meta stands in for a GPU: a pool keeps channels in the host's memory."""
+    adapted(base).save_pretrained(tmp_path / "pooled")
+    tuned = adapted(base, seed=5).to("meta", torch.bfloat16)
+    AdapterPool(tuned, tmp_path, device_bytes=1 << 20, host_bytes=0).bring(["pooled"])
+    module = tuned.get_base_model().model.layers[0].mlp.experts
+    x, there = torch.empty(6, 32, dtype=torch.bfloat16, device="meta"), torch.device("meta")
+    parts = [Part(name, layer.pooled["pooled"]) for name, layer in module.slice_layers.items()]
+    table = module._table(parts, there)
+    assert {tensor.device for tensor in (table.channels, table.rows, *table.places)} == {there}
+    assert {part.matrices(at, x.dtype).device for part, at in zip(parts, table.places, strict=True)} == {there}
+    routed = [torch.zeros(6, 2, dtype=torch.int64, device="meta"), torch.empty(6, 2, device="meta")]
+    with torch.no_grad():
+        assert module._add(x, x, routed, ["pooled"]).shape == x.shape
+
+
+def test_a_parked_adapter_of_experts_runs_where_the_tokens_are(base: PreTrainedModel) -> None:
+    tuned = adapted(base).to("meta", torch.bfloat16)
+    module = tuned.get_base_model().model.layers[0].mlp.experts
+    for layer in module.slice_layers.values():
+        layer.s2ft_block["default"] = S2FTBlock(layer.block("default").trained, 32)  # as `park` leaves it
+    parts = [Part(name, layer.block("default")) for name, layer in module.slice_layers.items()]
+    table = module._table(parts, torch.device("meta"))
+    deltas = module._deltas(parts, table, torch.bfloat16)
+    assert {delta.device.type for delta in deltas} == {"meta"}
+
+
+def test_what_leaves_the_pool_leaves_memory(base: PreTrainedModel, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        adapted(base, seed=seed).save_pretrained(tmp_path / f"user{seed}")
+    tuned, tokens = adapted(base).eval(), text()
+    room = (tmp_path / "user1" / "adapter_model.safetensors").stat().st_size
+    pool = AdapterPool(tuned, tmp_path, device_bytes=room, host_bytes=0)
+    logits(tuned, tokens, adapter_names=["user1", "__base__"])
+    deltas = [weakref.ref(one.weight) for one in pool._device["user1"].values()]
+    logits(tuned, tokens, adapter_names=["user2", "__base__"])
+    gc.collect()
+    assert pool.tier("user1") == "disk"
+    assert not [delta for delta in deltas if delta() is not None]
+
+
 def test_adapters_fuse_in_files_and_live(base: PreTrainedModel, tmp_path: Path) -> None:
     tuned, tokens = adapted(base), text()
     tuned.add_adapter("other", S2FTConfig(ratios=0.4, seed=3, init_weights=False, target_parameters=EXPERTS))
@@ -214,6 +260,45 @@ def test_exports_that_hold_no_experts_are_refused_before_anything_is_written(
                 base=str(tmp_path / "base"),
             )
         assert not list(tmp_path.glob("out*"))
+
+
+def test_slices_of_experts_are_no_lora_and_said_to_be_none(base: PreTrainedModel) -> None:
+    """PEFT would take the stack for one matrix."""
+    tuned = adapted(base, target_parameters=["experts.down_proj"])
+    for name in ("default", "other"):
+        if name == "other":
+            tuned.add_adapter(name, S2FTConfig(ratios=0.2, target_parameters=EXPERTS))
+        with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*ExpertSlice"):
+            convert_to_lora(tuned, rank=8, adapter_name=name)
+    dense = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=0.25, target_modules=["o_proj"]))
+    assert dense.supports_lora_conversion()
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda tuned: tuned.merge_adapter(), lambda tuned: s2ft.switch(tuned, "default")],
+    ids=["merged", "switched"],
+)
+def test_base_weights_are_not_loaded_over_an_adapter_that_stands_in_them(
+    hold: Callable[[PeftModel], None], base: PreTrainedModel
+) -> None:
+    tuned = adapted(base).eval()
+    inside = tuned.get_base_model()
+    state = {name: tensor.clone() for name, tensor in inside.state_dict().items()}
+    hold(tuned)
+    before = {name: tensor.clone() for name, tensor in inside.state_dict().items()}
+    experts = inside.model.layers[0].mlp.experts
+    own = {name: tensor for name, tensor in experts.state_dict().items() if name.startswith("base_layer.")}
+    for module, given in ((tuned.base_model, {f"model.{name}": state[name] for name in state}), (experts, own)):
+        with pytest.raises(S2FTError, match="loading base weights is not possible while"):
+            module.load_state_dict(given, strict=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in inside.state_dict().items())
+    slices = {name: tensor for name, tensor in state.items() if "s2ft_block" in name}
+    inside.load_state_dict(slices, strict=False)
+    tuned.set_adapter("default")
+    tuned.unmerge_adapter()
+    inside.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in inside.state_dict().items())
 
 
 def deltas_like_weights(tuned: PeftModel) -> PeftModel:

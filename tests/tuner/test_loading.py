@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import (
     PeftModel,
     get_peft_model,
@@ -23,7 +25,7 @@ from torch import nn
 from adapter_files import CONFIG, PREFIX, WEIGHTS, edit, flip, write_tensors
 from families import build, tokens
 from live import state, unchanged
-from s2ft import AdapterPool, S2FTConfig, S2FTError, fuse, merge, read_adapter
+from s2ft import AdapterPool, S2FTConfig, S2FTError, any_base, fuse, in_place, merge, read_adapter, switch
 from s2ft.format.checksum import checksums
 from s2ft.format.slices import Slice
 from s2ft.format.validation import header_problems
@@ -326,3 +328,83 @@ def test_values_that_the_base_cannot_add_up_are_warned_of(base: nn.Module, tmp_p
     pool = AdapterPool(model, {"large": folder}, device_bytes=2**20, host_bytes=0)
     with pytest.warns(UserWarning, match=r"up to 3e\+38"):
         pool.bring(["large"])
+
+
+def foreign(base: nn.Module, folder: Path) -> Path:
+    """An adapter of the same channels as any of seed 5, made for a base with other weights."""
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.get_parameter(f"{DOWN}.weight").mul_(2)
+    return save(other, folder, strategy="random", seed=5)
+
+
+def on_the_hub(folder: Path, cache: Path) -> dict[str, Any]:
+    """The arguments by which PEFT finds a folder as a name on the Hub, as if it were downloaded already."""
+    snapshot = cache / "models--me--adapter" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    (cache / "models--me--adapter" / "refs").mkdir()
+    (cache / "models--me--adapter" / "refs" / "main").write_text("0" * 40)
+    return {"model_id": "me/adapter", "cache_dir": str(cache)}
+
+
+def pickled(folder: Path) -> dict[str, Any]:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    edit(folder, checksums=None)
+    return {"model_id": str(folder)}
+
+
+KEPT = ("safetensors", "pickled", "hub")
+HELD = {
+    "active": lambda model: None,
+    "merged": lambda model: model.merge_adapter(),
+    "switched": lambda model: switch(model, "default"),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("kept", KEPT)
+def test_an_adapter_of_another_base_does_not_take_the_place_of_one(
+    kept: str, held: str, base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = foreign(base, tmp_path / "a")
+    found = {
+        "safetensors": lambda: {"model_id": folder},
+        "pickled": lambda: pickled(folder),
+        "hub": lambda: on_the_hub(folder, tmp_path / "cache"),
+    }[kept]()
+    config = S2FTConfig(ratios=RATIOS, strategy="random", seed=5, init_weights=False)
+    model = get_peft_model(base, config).eval()
+    HELD[held](model)
+    before = state(model)
+    with pytest.raises(S2FTError, match=rf"made for another base.*the first is {DOWN}"):
+        model.load_adapter(adapter_name="default", **found)
+    assert unchanged(before, model)
+    with any_base():
+        model.load_adapter(adapter_name="default", **found)
+
+
+def test_a_checkpoint_of_another_base_is_refused_inside_in_place_and_ones_own_is_not(
+    base: nn.Module, tmp_path: Path
+) -> None:
+    folder = foreign(base, tmp_path / "a")
+    model = get_peft_model(base, S2FTConfig(ratios=RATIOS, strategy="random", seed=5, init_weights=False))
+    model.save_pretrained(tmp_path / "own")
+    with in_place(model):
+        with pytest.raises(S2FTError, match="made for another base"):
+            model.load_adapter(folder, "default")
+        model.load_adapter(tmp_path / "own", "default")
+
+
+def test_channels_that_were_left_open_are_those_of_a_file_of_this_base(base: nn.Module, tmp_path: Path) -> None:
+    folder = foreign(base, tmp_path / "a")
+    own = save(base, tmp_path / "own", strategy="random", seed=5)
+    model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS))
+    before = state(model)
+    with pytest.raises(S2FTError, match="made for another base"):
+        model.load_adapter(folder, "default")
+    assert unchanged(before, model)
+    model.load_adapter(own, "default")
+    x = tokens(2, 5)
+    assert torch.equal(model(x).logits, by_peft(base, own)(x).logits)

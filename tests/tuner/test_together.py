@@ -1,12 +1,13 @@
 """Switching, merging, pools, names and state dicts: what each does while another is under way."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -456,3 +457,50 @@ def test_plain_modules_keep_loading_state_dicts() -> None:
     made = model()
     assert isinstance(made, nn.Module)
     assert not made.load_state_dict(made.state_dict()).missing_keys
+
+
+def on_the_cpu(made: PeftModel, folder: Path) -> None:
+    cpu_offload(made, execution_device=torch.device("cpu"))
+
+
+def on_disk(made: PeftModel, folder: Path) -> None:
+    disk_offload(made, folder, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [on_the_cpu, on_disk])
+def test_a_base_that_accelerate_has_offloaded_is_merged_into_and_given_back(
+    offload: Callable[[PeftModel, Path], None], tmp_path: Path
+) -> None:
+    made, ids = model(), tokens(2, 7)
+    alone, base = logits(made, ids), base_output(made, ids)
+    together = copy.deepcopy(made)
+    together.merge_adapter(["default", "b"])
+    both = logits(together, ids)
+    offload(made, tmp_path)
+    assert all(layer.weight.is_meta for layer in layers(made))
+    made.merge_adapter(["default", "b"])
+    torch.testing.assert_close(logits(made, ids), both)
+    assert torch.equal(base_output(made, ids), base)
+    torch.testing.assert_close(logits(made, ids), both)
+    made.unmerge_adapter()
+    assert torch.equal(logits(made, ids), alone)
+    torch.testing.assert_close(logits(made.merge_and_unload(), ids), alone)
+
+
+def test_layers_of_an_offloaded_base_are_merged_one_by_one_and_not_where_the_result_is_not_finite() -> None:
+    made, ids = model(), tokens(2, 7)
+    alone, twin = logits(made, ids), copy.deepcopy(made)
+    on_the_cpu(made, Path())
+    last = layers(made)[-1]
+    for each in (last, layers(twin)[-1]):
+        each.merge(safe_merge=True)
+    assert last.weight.is_meta
+    torch.testing.assert_close(logits(made, ids), logits(twin, ids))
+    last.unmerge()
+    made.set_adapter("b")
+    with torch.no_grad():
+        last.block("b")._hf_hook.weights_map["weight"][0, 0] = torch.nan
+    with pytest.raises(S2FTError, match="NaNs detected"):
+        made.merge_adapter(safe_merge=True)
+    made.set_adapter("default")
+    assert torch.equal(logits(made, ids), alone)

@@ -110,8 +110,9 @@ class AdaptedLayer(BaseTunerLayer):
             self._disable_adapters = before
 
     def _onloaded(self) -> AbstractContextManager[Any]:
-        """With the base weight's values here, where accelerate has offloaded them."""
-        return onload_layer(self) if hasattr(self.get_base_layer(), "_hf_hook") else nullcontext()
+        """With the base weight's values here, where accelerate has offloaded them; around merging, PEFT has brought them."""
+        is_away = hasattr(self.get_base_layer(), "_hf_hook") and self.weight.is_meta
+        return onload_layer(self) if is_away else nullcontext()
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ class AdaptedLayer(BaseTunerLayer):
         """
         names = list(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
         self.refuse_merging(names)
-        with all_or_nothing([self]):
+        with self._onloaded(), all_or_nothing([self]):
             self.merged_adapters = [*self.merged_adapters, *names]
             self.settle()
             broken = [name for name in names if safe_merge and not self._merges_finite(name)]

@@ -41,8 +41,8 @@ class Part:
 
     @property
     def mark(self) -> Any:
-        """Another object whenever the channels are others."""
-        return getattr(self.held, "trained", self.held)
+        """Another object whenever the channels are others; not the slice itself, whose delta tables would keep in memory."""
+        return getattr(self.held, "trained", self.held.indices)
 
     def matrices(
         self,
@@ -51,7 +51,7 @@ class Part:
     ) -> Tensor:  # [experts, m, hidden]
         """The delta as a matrix for each expert; zero where the expert has no such channel."""
         delta: Tensor = self.held.weight
-        rows = (delta.T if self.held.side == "in" else delta).to(dtype)  # [s, hidden]
+        rows = (delta.T if self.held.side == "in" else delta).to(places.device, dtype)  # [s, hidden]
         padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         return padded.index_select(0, places.flatten()).view(*places.shape, -1)
 
@@ -98,6 +98,10 @@ class ExpertSlice(S2FTLinear):
             self.refuse_mixed_on_merged()
             return list(adapter_names)
         return list(self.active_adapters)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT decomposes ΔW as one matrix; this is one for each expert."""
+        return False
 
 
 class S2FTExperts(nn.Module):
@@ -184,7 +188,7 @@ class S2FTExperts(nn.Module):
         if not parts or not (beside or torch.is_grad_enabled()):
             return y
         x = x.to(next(iter(layers.values())).compute_dtype(x))
-        routing, table = Routing.of(self.experts, x, *routed), self._table(parts)
+        routing, table = Routing.of(self.experts, x, *routed), self._table(parts, x.device)
         ups, downs = self._deltas(parts, table, x.dtype)
         with torch.set_grad_enabled(bool(beside) and torch.is_grad_enabled()):
             rows = expert_rows(self.experts, x, routing, table.rows)
@@ -224,15 +228,15 @@ class S2FTExperts(nn.Module):
             sums[part.name] = sums[part.name] + matrices if part.name in sums else matrices
         return sums.get(self.experts.up), sums.get(DOWN)
 
-    def _table(self, parts: Sequence[Part]) -> Table:
+    def _table(self, parts: Sequence[Part], device: torch.device) -> Table:
         """The table of these slices, kept as long as their channels are the same."""
         marks = [part.mark for part in parts]
-        key = (parts[0].held.indices.device, *((part.name, id(part.mark)) for part in parts))
+        key = (device, *((part.name, id(part.mark)) for part in parts))
         kept = self._tables.get(key)
         if kept is None or any(one is not other for one, other in zip(kept[0], marks, strict=True)):
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
-            kept = (marks, Table.of(self.experts, [(part.name, part.held.indices) for part in parts]))
+            kept = (marks, Table.of(self.experts, [(part.name, part.held.indices) for part in parts], device))
             self._tables[key] = kept
         return kept[1]
 
@@ -244,6 +248,13 @@ class S2FTExperts(nn.Module):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As in every layer with slices; the parameters that theirs stand in are below this module, not below them."""
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            for layer in self.slice_layers.values():
+                layer.require_own("loading base weights")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}}

@@ -71,8 +71,8 @@ class Table:
     ]  # of each slice: [experts, k] or like `rows`, the delta's channel there; its number where none
 
     @staticmethod
-    def of(experts: Experts, slices: Sequence[tuple[str, Tensor]]) -> Table:
-        """For slices of these parameters, each with its indices."""
+    def of(experts: Experts, slices: Sequence[tuple[str, Tensor]], device: torch.device) -> Table:
+        """For slices of these parameters, each with its indices, which may lie elsewhere than the layer's input."""
         units = [_units(experts, name, indices.cpu()) for name, indices in slices]
         held = torch.cat(units).unique()  # [n], of all experts side by side
         owner, channel = held // experts.channels, held % experts.channels
@@ -91,7 +91,6 @@ class Table:
             place = torch.full((experts.count, width), len(indices))
             place[owner[at], columns] = torch.arange(len(indices))
             places.append(place)
-        device = slices[0][1].device
         return Table(
             channels.to(device), _rows(experts, channels).to(device), tuple(place.to(device) for place in places)
         )

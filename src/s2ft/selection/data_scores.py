@@ -4,6 +4,8 @@ The paper leaves open how scores combine over tokens and batches. Taken here: ov
 padding; over batches the root of the sum of squared batch gradients, which cannot cancel; saliency, whose terms have
 signs, is summed over a batch first and is then combined likewise.
 
+An encoder and its decoder have each their own padding: a decoder's is told by `decoder_attention_mask`, else by the labels.
+
 What an expert feeds into its down is counted with its routing weight, over all tokens: one that is sent few of them has a small
 score, which is how `allocation="global"` splits a budget by the router's load.
 
@@ -27,19 +29,25 @@ from s2ft.layer.experts import expert_rows
 from s2ft.layer.linears import as_matrix, features, is_quantised, weight_of
 from s2ft.layer.routing import Routing
 from s2ft.layer.stacked import Experts, StackedLinear
+from s2ft.selection.towers import towers
 from s2ft.selection.units import EXPERTS, Projection, Structure
 from s2ft.selection.weight_scores import Batch, Scores, by_weight, channel_squares, linear_of, root, unit_sums
+
+_IGNORED = -100  # the label of tokens that the loss leaves out
+_INPUT, _DECODER = "input", "decoder"  # whose padding a mask tells
 
 
 def by_activation(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> Scores:
     """The root mean square of each unit's activations on their way into o or down (S²FT-A)."""
     sums = _zeros(structures)
     tokens = dict.fromkeys(sums, 0)
-    mask: Tensor | None = None
+    reads = _readings(structures, model)
+    masks: dict[str, Tensor] = {}
 
     def add(structure: Structure, x: Tensor) -> None:  # x: [*, in_features]
         projection = _fed(structure)
         _check_whole(x, projection, model)
+        mask = masks.get(reads[structure.key])
         rows = x.flatten(0, -2)  # some models (OPT) flatten them before the layer
         kept = rows[mask.flatten()] if mask is not None and mask.numel() == len(rows) else rows
         squares = kept.detach().float().square().sum(0, dtype=torch.float64).cpu()
@@ -47,7 +55,7 @@ def by_activation(structures: list[Structure], model: nn.Module, batches: Iterab
         tokens[structure.key] += len(kept)
 
     def add_experts(own: list[Structure], experts: Experts, inputs: list[Tensor]) -> None:
-        squares, count = _expert_squares(experts, inputs, mask)
+        squares, count = _expert_squares(experts, inputs, masks.get(reads[own[0].key]))
         for structure in own:
             sums[structure.key] += squares[_number(structure)]
             tokens[structure.key] += count
@@ -64,13 +72,51 @@ def by_activation(structures: list[Structure], model: nn.Module, batches: Iterab
             )
             stack.callback(hook.remove)
         for batch in _on_device(batches, model):
-            padding = batch.get("attention_mask")
-            mask = padding.bool() if padding is not None and padding.dim() == 2 else None
+            masks = _masks(batch)
             model(**batch)
     if not any(tokens.values()):
         raise S2FTError("the calibration data holds no batch with a token")
     _check_reached(name for name, count in tokens.items() if not count)
     return {name: root(total / tokens[name]) for name, total in sums.items()}
+
+
+def _readings(structures: list[Structure], model: nn.Module) -> dict[str, str]:
+    """Structure → whose tokens it sees: the model's own, its decoder's beside an encoder, or those of a tower."""
+    decoder = _decoder(model)
+    places = {**towers(model), **{path: _DECODER for path, module in model.named_modules() if module is decoder}}
+
+    def reading(path: str) -> str:
+        return next((what for place, what in places.items() if path.startswith(f"{place}.")), _INPUT)
+
+    return {structure.key: reading(_fed(structure).module) for structure in structures}
+
+
+def _decoder(model: Any) -> nn.Module | None:
+    """The decoder of a model that has an encoder too; transformers' `get_decoder` may give what holds both, or no decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder = model.get_encoder()
+    decoder: nn.Module = model.get_decoder()
+    if all(module is not encoder for module in decoder.modules()):
+        return decoder
+    return None if decoder is model else _decoder(decoder)
+
+
+def _masks(batch: dict[str, Any]) -> dict[str, Tensor]:  # [rows, tokens of a row] each
+    """What of each reading is no padding, as far as the batch says."""
+    given = {"attention_mask": _INPUT, "decoder_attention_mask": _DECODER}
+    masks = {what: batch[name].bool() for name, what in given.items() if _is_table(batch.get(name))}
+    if _DECODER in masks:
+        return masks
+    if _is_table(batch.get("labels")):
+        masks[_DECODER] = batch["labels"] != _IGNORED
+    elif _INPUT in masks and not {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys():
+        masks[_DECODER] = masks[_INPUT]  # the model makes the decoder's input of its own
+    return masks
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
 
 
 def by_product(structures: list[Structure], model: nn.Module, batches: Iterable[Batch]) -> Scores:
@@ -90,7 +136,7 @@ def by_gradient(structures: list[Structure], model: nn.Module, batches: Iterable
             sums[structure.key] += unit_sums(channel_squares(gradient, projection), structure, projection)
 
     with ExitStack() as stack:
-        for layer, uses in _uses_by_layer(structures, model):
+        for layer, uses in _by_weight_of(model, ((s, p) for s in structures for p in s.projections)):
             _on_weight_gradient(layer, partial(add, uses), stack)
         _backward(model, batches)
     _check_reached(name for name in sums if name in idle)
@@ -155,9 +201,10 @@ def by_saliency(structures: list[Structure], model: nn.Module, batches: Iterable
         for s in _dense(structures):
             hook = linear_of(_fed(s), model).register_forward_pre_hook(lambda _, args, s=s: watch(s, args))
             stack.callback(hook.remove)
-        for own in _stacks(structures):  # h · ∂loss/∂h, summed over tokens, is W · ∂loss/∂W, summed over the outputs
-            layer = linear_of(_fed(own[0]), model)
-            _on_gradient(layer, collect(layer, own), stack)
+        stacked = ((s, _fed(s)) for s in structures if s.kind == EXPERTS)
+        # Of these, h · ∂loss/∂h, summed over tokens, is W · ∂loss/∂W, summed over the outputs
+        for layer, uses in _by_weight_of(model, stacked):
+            _on_gradient(layer, collect(layer, [s for s, _ in uses]), stack)
         _backward(model, batches)
     _check_reached(name for name in sums if name in idle)
     return {name: root(total) for name, total in sums.items()}
@@ -221,14 +268,15 @@ def _fed(structure: Structure) -> Projection:
     return next(p for p in structure.projections if p.side == "in")
 
 
-def _uses_by_layer(
-    structures: list[Structure], model: nn.Module
+def _by_weight_of(
+    model: nn.Module, projections: Iterable[tuple[Structure, Projection]]
 ) -> Iterator[tuple[nn.Module, list[tuple[Structure, Projection]]]]:
-    """Each linear layer once, with the projections in it: a fused layer holds several."""
-    uses: dict[str, list[tuple[Structure, Projection]]] = {}
-    for structure in structures:
-        for projection in structure.projections:
-            uses.setdefault(projection.module, []).append((structure, projection))
+    """A layer of each weight, with the projections in it: a fused layer holds several, and layers may share one (Zamba)."""
+    uses: dict[Any, list[tuple[Structure, Projection]]] = {}
+    for structure, projection in projections:
+        layer = linear_of(projection, model)
+        weight = projection.module if is_quantised(layer) else weight_of(layer)  # no gradient of its own, or one
+        uses.setdefault(weight, []).append((structure, projection))
     for parts in uses.values():
         yield linear_of(parts[0][1], model), parts
 
@@ -270,7 +318,7 @@ def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:  # scalar
             raise S2FTError(f"the strategy needs a loss: a batch with {sorted(batch)} has neither labels nor input_ids")
         labels = batch["input_ids"]
         if batch.get("attention_mask") is not None:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+            labels = labels.masked_fill(batch["attention_mask"] == 0, _IGNORED)
         batch = {**batch, "labels": labels}
     loss: Tensor = model(**batch).loss
     return loss

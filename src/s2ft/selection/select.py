@@ -11,7 +11,8 @@ holds on one projection comes last on all, and is never chosen where it is held 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from s2ft.common.errors import S2FTError
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Indices, Slice
 from s2ft.format.terms import OWN
-from s2ft.layer.adapted import refuse_inside, suspended, turns_of
+from s2ft.layer.adapted import adapted_layers, refuse_inside, suspended, turns_of
 from s2ft.selection.budget import count_units, trained_in_words
 from s2ft.selection.coverage import coverage
 from s2ft.selection.scores import Scorer, run_scorer, score_units, usual_strategy
@@ -84,8 +87,35 @@ def select(
         return Selection(slices, config)
     with turns_of(model).alone():
         refuse_inside(model, "choosing channels")
-        with suspended(model):  # scores are those of the base weights, whatever is merged into them or switched to
+        with _base_alone(model):
             return _select(model, config, batches, scores)
+
+
+@contextmanager
+def _base_alone(model: nn.Module) -> Iterator[None]:
+    """Scores are those of the base, whatever is merged into its weights, or runs beside them or in place of a module."""
+    with suspended(model), ExitStack() as stack:
+        for layer in adapted_layers(model):
+            stack.enter_context(layer.base_alone())
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                stack.enter_context(_original(module))
+        yield
+
+
+@contextmanager
+def _original(wrapper: AuxiliaryTrainingWrapper) -> Iterator[None]:
+    """Runs the base's own module; unlike PEFT's `enable_adapters`, leaves alone what trains."""
+    held: list[Any] = [wrapper, *(child for child in wrapper.children() if isinstance(child, BaseTunerLayer))]
+    held = [one for one in held if not getattr(one, "merged", False)]  # which PEFT would unmerge for good
+    before = [one.disable_adapters for one in held]
+    try:
+        for one in held:
+            one._disable_adapters = True  # noqa: SLF001 - PEFT has no other way that leaves `requires_grad` alone
+        yield
+    finally:
+        for one, disabled in zip(held, before, strict=True):
+            one._disable_adapters = disabled  # noqa: SLF001 - as it was
 
 
 def _check_own(config: S2FTConfig, scores: Scorer) -> None:

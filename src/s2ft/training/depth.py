@@ -6,7 +6,8 @@
 With checkpointing, transformers, PEFT and TRL make the input require gradients and checkpoint every block: backward then runs
 every block forward again, and goes through to the embeddings. `stop_below(model)` undoes that: only the blocks from the lowest
 trained one up are checkpointed. Reentrant checkpoints need an input with gradients; there, the output of the block below gets
-them: before transformers 5.23, a hook of the block itself would run inside its checkpoint.
+them: before transformers 5.23, a hook of the block itself would run inside its checkpoint. Once the lowest block trains, as
+another adapter may ask, the model's input requires gradients again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def stop_below(model: nn.Module) -> int | None:
         elif index >= lowest and getattr(block, "s2ft_confined", False):  # it trains again
             block.gradient_checkpointing, block.s2ft_confined = True, False
     if not lowest:
+        _give_input_back(model)
         return None
     if any(getattr(block, "gradient_checkpointing", False) for _, block in blocks):
         _release_input(model)
@@ -67,11 +69,25 @@ def _blocks(model: nn.Module) -> Blocks:
 
 
 def _release_input(model: nn.Module) -> None:
-    """Removes the hooks that make the embeddings' output require gradients, however many were added."""
+    """Removes the hooks that make the embeddings' output require gradients, however many were added, and notes where."""
     for module in model.modules():
         hooks = module._forward_hooks  # noqa: SLF001 - PEFT keeps no handle, by which hooks are removed otherwise
         for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _HOOKS]:
             hooks.pop(key)
+            module.s2ft_released = True  # type: ignore[assignment]
+
+
+def _give_input_back(model: nn.Module) -> None:
+    """Undoes `_release_input`."""
+    for module in model.modules():
+        if getattr(module, "s2ft_released", False):
+            module.register_forward_hook(make_inputs_require_grads)
+            module.s2ft_released = False  # type: ignore[assignment]
+
+
+def make_inputs_require_grads(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+    """As transformers' hook, by whose name it is found when the input is released again."""
+    output.requires_grad_(True)
 
 
 def _mark_output(below: Any, block: Any) -> None:

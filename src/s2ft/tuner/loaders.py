@@ -21,13 +21,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from s2ft.adapters.compatibility import check_fits
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.common.reading import shown
 from s2ft.format.config import S2FTConfig, is_foreign
 from s2ft.format.config_file import check_method, read_fields
+from s2ft.format.digest import check_base
 from s2ft.format.terms import METHOD
 from s2ft.format.validation import header_problems, value_problems
 from s2ft.format.weight_file import Header, WeightFile
+from s2ft.layer.adapted import adapted_layers, suspended, turns_of
 from s2ft.layer.linear import S2FTLinear
 from s2ft.tuner.rollback import rolled_back
 
@@ -77,9 +80,27 @@ def _before_load_adapter(arguments: dict[str, Any]) -> Any:
     model = arguments["self"]
     if model.peft_type != METHOD:
         return nullcontext()
-    is_there = arguments["adapter_name"] in model.peft_config
-    weights = _adapter_weights(arguments, "model_id", check=is_there, refuse_others=True)
+    weights = _adapter_weights(arguments, "model_id", check=False, refuse_others=True)
+    present = model.peft_config.get(arguments["adapter_name"])
+    if present is not None:  # PEFT loads into it without reading the config
+        config = S2FTConfig.from_pretrained(str(arguments["model_id"]), **arguments.get("kwargs", {}))
+        _check_base(model.get_base_model(), present, config)
     return nullcontext() if weights is None else _incoming(_without_values(weights))
+
+
+def _check_base(model: nn.Module, present: S2FTConfig, config: S2FTConfig) -> None:
+    """Raises `S2FTError` unless what takes the place of the adapter `present` was made for this base.
+
+    A checkpoint of the same adapter was; so a run that goes on need not digest its base anew.
+    """
+    if not isinstance(config, S2FTConfig) or config.base_digest == present.base_digest:
+        return
+    with turns_of(model).alone():
+        if any(layer.layout is not None for layer in adapted_layers(model)):  # base weights are permuted
+            check_base(config.base_digest or {}, {**(present.base_digest or {})}, config.base_model_name_or_path)
+            return
+        with suspended(model):
+            check_fits(model, config, {})
 
 
 def _before_native(arguments: dict[str, Any]) -> Any:
