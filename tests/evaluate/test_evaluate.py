@@ -17,7 +17,7 @@ from s2ft.evaluate import run as work
 from s2ft.evaluate.answers import Answers, read_answers
 from s2ft.evaluate.comparison import Scorer, check_scores, score, section
 from s2ft.evaluate.engines import Answer, TransformersEngine
-from s2ft.evaluate.options import EvalOptions
+from s2ft.evaluate.options import EvalOptions, find_subjects
 from s2ft.evaluate.questions import digest, load_questions
 from s2ft.evaluate.run import evaluate
 from s2ft.evaluate.subjects import Models, fingerprint
@@ -374,6 +374,14 @@ class TestWords:
         model = shutil.copytree(trained["base"], tmp_path / "model")
         (model / "run.json").write_text(json.dumps({"data": run["data"]}))
         assert self.asked({"base": str(model)}, data, tmp_path / "out", monkeypatch, []) == "chat"
+
+    def test_of_one_on_the_hub_too(self, tmp_path, monkeypatch, caplog) -> None:
+        (tmp_path / "run.json").write_text(json.dumps({"data": {"format": "chat"}}))
+        monkeypatch.setattr("s2ft.evaluate.subjects.hf_hub_download", lambda name, file: str(tmp_path / file))
+        (subject,) = find_subjects([])
+        assert work.choose_words(options("me/chat", "data", tmp_path), subject) == "chat"
+        assert work.choose_words(options("me/chat", "data", tmp_path, prompt="alpaca"), subject) == "alpaca"
+        assert "base was trained on chat, but is asked in the words of alpaca" in caplog.text
 
     def test_unless_told_otherwise_with_a_warning(self, trained, data, tmp_path, monkeypatch, caplog) -> None:
         assert self.asked(trained, data, tmp_path, monkeypatch, [trained["chat"]], prompt="alpaca") == "alpaca"

@@ -120,6 +120,23 @@ def test_the_cache_is_used_until_the_adapter_changes(registry: Registry, tmp_pat
     assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, second.name])
 
 
+def test_a_cached_conversion_is_not_for_another_base_of_that_name(registry: Registry, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    save_adapter(tmp_path / "adapters" / "math", base, 0.3)
+    resolve(registry, base, "math")
+    save_base(base, "llama")
+    with pytest.raises(S2FTError, match="made for another base"):
+        resolve(registry, base, "math")
+
+
+def test_another_version_converts_anew(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    save_adapter(tmp_path / "adapters" / "math", base, 0.3)
+    first = resolve(registry, base, "math").lora_path
+    monkeypatch.setattr("s2ft.exports.vllm_plugin.version", lambda package: "0.0.0")
+    assert resolve(registry, base, "math").lora_path != first
+
+
 def test_names_that_lead_elsewhere_are_not_there(registry: Registry, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     save_adapter(tmp_path / "secret", base, 0.3)

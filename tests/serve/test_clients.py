@@ -163,6 +163,10 @@ class TestOptions:
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (16, 3)
         assert chat(client, "mother", "x", max_tokens=None, max_completion_tokens=2).usage.completion_tokens == 2
 
+    def test_where_none_was_sent_a_limit_is_what_there_is_room_for(self, client: OpenAI) -> None:
+        answer: Any = client.completions.create(model="mother", prompt=[0] * 2040)
+        assert 1 <= answer.usage.completion_tokens <= 8
+
     def test_a_seed_repeats_and_answers_of_one_request_differ(self, client: OpenAI) -> None:
         how = {"temperature": 2.0, "n": 4, "max_tokens": 12}
         first, again, other = (

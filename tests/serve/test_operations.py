@@ -16,6 +16,7 @@ import pytest
 
 from live_server import KEY, Live, embedded, live, wait_for
 from s2ft.serve import limits, server
+from s2ft.serve.adapters import Adapters
 from s2ft.serve.logs import AsJson
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,6 +220,30 @@ class TestAdapters:
             wait_for(lambda: len([*found.service._scheduler._pool]) == 1)
             shutil.rmtree(tmp_path / "mine")
             assert found.ask("POST", "/v1/completions", {**ASKED, "model": "mine"})[0] == 404
+
+    def test_one_that_is_replaced_through_a_link_is_read_anew(self, root: Path, tmp_path: Path) -> None:
+        for version, name in ((".v1", "user0"), (".v2", "user1")):
+            shutil.copytree(root / name, tmp_path / version)
+        link = tmp_path / "mine"
+        link.symlink_to(".v1")
+        retired: list[str] = []
+        adapters = Adapters("base", tmp_path, lambda key, then: retired.append(key))
+        first = adapters.choose({"mine": 1.0})
+        assert first is not None
+        assert adapters.choose({"mine": 1.0}) is first
+        (tmp_path / "next").symlink_to(".v2")
+        (tmp_path / "next").rename(link)
+        second = adapters.choose({"mine": 1.0})
+        assert (second and second.folder, retired) == (tmp_path / ".v2", [first.key])
+        shutil.rmtree(tmp_path / ".v1")
+        assert adapters.choose({"mine": 1.0}) is second
+        (tmp_path / ".v2").rename(tmp_path / ".v3")  # the same files, elsewhere
+        (tmp_path / "next").symlink_to(".v3")
+        (tmp_path / "next").rename(link)
+        third = adapters.choose({"mine": 1.0})
+        assert second is not None
+        assert (third and third.folder, retired) == (tmp_path / ".v3", [first.key, second.key])
+        adapters.close()
 
     def test_they_come_and_go_at_run_time_where_that_is_allowed(self, root: Path, tmp_path: Path) -> None:
         with live(tmp_path, allow_loading=True) as found:

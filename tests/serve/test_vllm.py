@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from live_server import embedded
 from s2ft import S2FTError, read_adapter
@@ -127,6 +128,36 @@ def test_an_adapter_that_vllm_cannot_serve_is_named(
     monkeypatch.setattr("s2ft.exports.vllm.VLLM_RANKS", (1, 8))
     with pytest.raises(S2FTError, match=r"user0: .* and vLLM serves a LoRA of rank 8 at most"):
         vllm.run(options(adapters=tmp_path))
+
+
+@pytest.mark.parametrize(("device", "slots"), [(None, "21"), ("mps", "21"), ("cuda", "16")])
+def test_on_a_cpu_a_slot_stays_free(
+    root: Path, tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, device: str | None, slots: str
+) -> None:
+    for number in range(20):
+        (tmp_path / f"user{number}").symlink_to(tmp_path / ".one")
+    shutil.copytree(root / "user0", tmp_path / ".one")
+    found = None if device is None else torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    vllm.run(options(adapters=tmp_path))
+    assert started[1][started[1].index("--max-loras") + 1] == slots
+
+
+def test_an_adapter_with_the_name_of_the_base_is_refused(root: Path, started: list[Any]) -> None:
+    with pytest.raises(S2FTError, match="the adapter 'user1' has the name of the base; give the base another: name="):
+        vllm.run(options(adapters=root, name="user1"))
+    assert started == []
+
+
+def test_options_that_are_no_words_are_named(started: list[Any]) -> None:
+    for words, why in (("--seed '3", "No closing quotation"), ("--seed 3\\", "No escaped character")):
+        with pytest.raises(S2FTError) as caught:
+            vllm.run(options(vllm_options=words, queue=4))
+        assert caught.value.problems == [
+            "queue belongs to engine='s2ft'; vLLM has options of its own",
+            f"vllm_options={words!r} cannot be divided into words ({why}); expected such as '--seed 3'",
+        ]
+    assert started == []
 
 
 def test_it_says_when_vllm_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def _jobs(options: EvalOptions, dtype: torch.dtype, locks: ExitStack) -> list[_J
 def choose_words(options: EvalOptions, subject: Subject) -> str:
     """The words that a subject is asked in: those that were chosen, or those that it was trained on; else Alpaca's."""
     prompt, trained = options.prompt, None
-    if subject.adapter is not None or Path(options.model).is_dir():  # training may have left a whole model there
+    if subject.adapter is not None or not Path(options.model).is_file():  # a whole model may have been trained, too
         trained = trained_on(subject.adapter or options.model)
     if prompt == AUTO:
         if trained in PROMPTS:

@@ -4,7 +4,8 @@
 
 vLLM finds `register` by the entry point `vllm.general_plugins`, in every process that it starts. It asks resolvers for
 names that it does not know only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. A changed adapter has another hash, and is
-converted anew; the cache is in $XDG_CACHE_HOME/s2ft/vllm (by default ~/.cache).
+converted anew, as is every one by another version of s2ft; that the base is the adapter's is checked each time. The cache
+is in $XDG_CACHE_HOME/s2ft/vllm (by default ~/.cache).
 
 Nothing is served that would silently answer as the base: an adapter whose deltas are all zero, or, in the engine, a LoRA for
 modules that the engine's model does not have under these names (vLLM itself looks at the last part of a name only).
@@ -20,11 +21,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from s2ft.adapters.checkpoint import open_base
 from s2ft.adapters.file import open_adapter
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import is_clean
@@ -127,19 +130,25 @@ def converted(folder: Path, base: str) -> Path:
         S2FTError: if it is damaged, for another base, more than vLLM serves, or changes nothing.
     """
     target = _cache() / _key(folder, base)
-    if not target.is_dir():
+    if target.is_dir():
+        open_base(open_adapter(folder), base)  # by the base's name there may be another model now
+    else:
         _refuse_zeros(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent))
-        try:
-            export(folder, "vllm", aside, base)
-            os.rename(aside, target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        _convert(folder, base, target)
     return target
+
+
+def _convert(folder: Path, base: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        export(folder, "vllm", aside, base)
+        os.rename(aside, target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _refuse_zeros(folder: Path) -> None:
@@ -171,8 +180,8 @@ def _cache() -> Path:
 
 
 def _key(folder: Path, base: str) -> str:
-    """A hash of the adapter's files and the base's name."""
-    digest = hashlib.sha256(base.encode())
+    """A hash of the adapter's files, the base's name, and this version, since another may convert otherwise."""
+    digest = hashlib.sha256(f"{version('s2ft')} {base}".encode())
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         try:
             with (folder / name).open("rb") as file:

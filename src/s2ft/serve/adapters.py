@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,7 @@ class Adapters:
     def __init__(self, base: str, root: Path | None, retire: Callable[[str, Callable[[], None]], None]) -> None:
         self.base, self._root, self._retire = base, root, retire
         found = [] if root is None else sorted(path.name for path in root.iterdir() if _folder(root, path.name))
-        raise_together(
-            f"the adapter {name!r} has the name of the base; give the base another: name=..."
-            for name in found
-            if name == base
-        )
+        raise_together(name_problems(base, found))
         self._versions: dict[str, Chosen | None] = dict.fromkeys(found)  # name → what was given out last
         self._fusions: OrderedDict[str, Chosen] = OrderedDict()
         self._fusing = threading.Lock()
@@ -156,8 +152,8 @@ class Adapters:
 
     def _version(self, name: str) -> Chosen:
         last = self._versions.get(name)  # of one that was taken away meanwhile, `place` says so
-        if last is not None and last.folder is not None and last.key == _key(name, last.folder):
-            return last
+        if last is not None and self._root is not None and last.key == _key(name, self._root / name):
+            return last  # by its name, not by `last.folder`: a link may lead to another folder now
         folder = self.place(name)
         chosen = self._versions[name] = Chosen(name, _key(name, folder), folder)
         if last is not None and last.key != chosen.key:
@@ -186,6 +182,17 @@ class Adapters:
         self._retire(old.key, lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+def name_problems(base: str, adapters: Iterable[str]) -> list[str]:
+    """That an adapter has the base's name: the base would answer in its place.
+
+    Example:
+        >>> name_problems("math", ["code"])
+        []
+    """
+    found = [name for name in adapters if name == base]
+    return [f"the adapter {name!r} has the name of the base; give the base another: name=..." for name in found]
+
+
 def label(recipe: Mapping[str, float]) -> str:
     """What a fusion is called in answers.
 
@@ -203,7 +210,7 @@ def _folder(root: Path, name: str) -> Path | None:
 
 
 def _key(name: str, folder: Path) -> str:
-    """The adapter in the pool: another key once it is replaced.
+    """The adapter in the pool: another key once it is replaced, or a link leads to another folder.
 
     Raises:
         UnknownModelError: if it is gone.
@@ -212,4 +219,6 @@ def _key(name: str, folder: Path) -> str:
         found = [(folder / file).stat() for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
     except OSError:
         raise UnknownModelError from None
-    return "/".join([name, *(f"{one.st_ino:x}.{one.st_mtime_ns:x}.{one.st_size:x}" for one in found)])
+    return "/".join(
+        [name, str(folder.resolve()), *(f"{one.st_ino:x}.{one.st_mtime_ns:x}.{one.st_size:x}" for one in found)]
+    )

@@ -78,6 +78,11 @@ class _Request(BaseModel):
         """Whether a stream ends with the tokens that it took."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether the client sent a limit of its own."""
+        return not self.model_fields_set.isdisjoint({"max_tokens", "max_completion_tokens"})
+
 
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""

@@ -185,10 +185,11 @@ class Service:
     def _room(self, asked: Asked, length: int) -> int:
         """How many tokens the answer to a prompt may have."""
         room = min(self.options.max_output, (self.base.positions or 10**9) - length)
-        if asked.limit is not None and asked.limit > room:
+        limit = room if asked.limit is None else asked.limit
+        if limit > room and asked.is_limited:  # a default is no wish
             whole = f"the prompt has {length} tokens, and the answer may have {room} more"
-            raise _too_long(f"max_tokens is {asked.limit}; {whole}", "max_tokens")
-        return room if asked.limit is None else asked.limit
+            raise _too_long(f"max_tokens is {limit}; {whole}", "max_tokens")
+        return min(limit, room)
 
     def _deliver(self, events: list[tuple[Job, Event]]) -> None:
         """From the engine's thread to those who wait, all events of a turn at once."""

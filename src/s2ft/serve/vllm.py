@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from s2ft.adapters.file import AdapterFile, open_adapter
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.exports.vllm import max_lora_rank, problems
 from s2ft.exports.vllm_plugin import ROOT, adapter_folder
+from s2ft.serve.adapters import name_problems
 from s2ft.serve.keys import read_keys
 from s2ft.serve.options import ServeOptions
 
 SERVER = "vllm.entrypoints.openai.api_server"
-MOST_AT_ONCE = 16  # adapters in one of vLLM's batches; it reserves memory for each
+MOST_AT_ONCE = 16  # adapters in one of vLLM's batches on a GPU; it reserves memory for each
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 _TAKEN = {"model", "adapters", "name", "host", "port", "keys", "precision", "rows", "engine", "vllm_options"}
 
@@ -29,7 +32,7 @@ def run(options: ServeOptions) -> None:
     """Becomes vLLM's server; does not return.
 
     Raises:
-        S2FTError: as `check`, and with every adapter that vLLM cannot serve.
+        S2FTError: as `check`, and with every adapter that vLLM cannot serve, or that has the base's name.
     """
     check(options)
     os.execve(sys.executable, command(options), {**os.environ, **environment(options)})
@@ -46,7 +49,7 @@ def command(options: ServeOptions) -> list[str]:
     """What is run.
 
     Raises:
-        S2FTError: with every adapter that vLLM cannot serve.
+        S2FTError: with every adapter that vLLM cannot serve, or that has the base's name.
     """
     given = {
         "--model": options.model,
@@ -56,12 +59,12 @@ def command(options: ServeOptions) -> list[str]:
         "--dtype": _DTYPES[options.precision],
         "--max-num-seqs": str(options.rows),
     }
-    found = [] if options.adapters is None else list(_adapters(options.adapters))
+    found = {} if options.adapters is None else dict(_adapters(options.adapters))
     if found:
-        raise_together(f"{one.name}: {problem}" for one in found for problem in problems(one))
-        given["--max-lora-rank"] = str(max(max_lora_rank(one) or 0 for one in found))
-        # One more than are in use: vLLM 0.32 on a CPU gives rows without an adapter the last one's otherwise
-        given["--max-loras"] = str(min(len(found) + 1, MOST_AT_ONCE))
+        unserved = (f"{one.name}: {problem}" for one in found.values() for problem in problems(one))
+        raise_together([*name_problems(options.base_name, found), *unserved])
+        given["--max-lora-rank"] = str(max(max_lora_rank(one) or 0 for one in found.values()))
+        given["--max-loras"] = str(_slots(len(found)))
     lora = ["--enable-lora"] * bool(found)
     more = shlex.split(options.vllm_options or "")
     return [sys.executable, "-m", SERVER, *lora, *(word for pair in given.items() for word in pair), *more]
@@ -77,10 +80,20 @@ def environment(options: ServeOptions) -> dict[str, str]:
     return found
 
 
-def _adapters(root: Path) -> Iterator[AdapterFile]:
+def _slots(adapters: int) -> int:
+    """How many adapters one of vLLM's batches may have.
+
+    On a CPU one more than there are, however many: vLLM 0.32 gives rows without an adapter the last slot's there.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = accelerator is None or accelerator.type == "mps"  # vLLM leaves Apple's unused
+    return adapters + 1 if on_cpu else min(adapters + 1, MOST_AT_ONCE)
+
+
+def _adapters(root: Path) -> Iterator[tuple[str, AdapterFile]]:
     for path in sorted(root.iterdir()):
         if not path.name.startswith(".") and (folder := adapter_folder(root, path.name)) is not None:
-            yield open_adapter(folder)
+            yield path.name, open_adapter(folder)
 
 
 def _option_problems(options: ServeOptions) -> Iterator[str]:
@@ -88,3 +101,7 @@ def _option_problems(options: ServeOptions) -> Iterator[str]:
         yield f"{name} belongs to engine='s2ft'; vLLM has options of its own"
     if len(read_keys(options.keys)) > 1:
         yield "engine='vllm' takes one key"
+    try:
+        shlex.split(options.vllm_options or "")
+    except ValueError as error:  # a quote that stays open, a backslash at the end
+        yield f"vllm_options={options.vllm_options!r} cannot be divided into words ({error}); expected such as '--seed 3'"
