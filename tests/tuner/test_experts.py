@@ -122,8 +122,12 @@ def test_each_row_has_its_own_adapter(family: str, tmp_path: Path) -> None:
         own = logits(tuned, tokens[[row]], adapter_names=[name])
         torch.testing.assert_close(found[[row]], own, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[[1]], logits(model, tokens[[1]]), rtol=1e-4, atol=1e-4)
-    tuned.set_adapter("other")
-    torch.testing.assert_close(found[[0]], logits(tuned, tokens[[0]]), rtol=1e-4, atol=1e-4)
+    for row, name in ((0, "other"), (3, "default")):
+        tuned.set_adapter(name)
+        torch.testing.assert_close(found[[row]], logits(tuned, tokens[[row]]), rtol=1e-4, atol=1e-4)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "pooled").eval()
+    torch.testing.assert_close(found[[2]], logits(loaded, tokens[[2]]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[[2]], logits(model, tokens[[2]]), rtol=1e-3, atol=1e-3)
     pool.close()
 
 
