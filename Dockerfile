@@ -31,6 +31,8 @@ CMD ["serve", "--host", "0.0.0.0"]
 
 # torch as PyPI has it for Linux, which brings CUDA's libraries; the host has the driver and NVIDIA's container toolkit
 FROM base AS cuda
+# Triton compiles what starts a kernel with the system's compiler
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
     pip install --constraint /constraints.txt "$(echo /wheels/s2ft-*.whl)[serve,gguf,gpu]"
 USER 1000:1000

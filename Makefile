@@ -185,4 +185,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build src/*.egg-info

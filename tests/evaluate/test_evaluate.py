@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -223,7 +224,13 @@ def test_each_adapter_is_evaluated_by_itself(base, data, tmp_path) -> None:
 def test_the_base_is_lent_and_comes_back_as_it_was(base, tmp_path) -> None:
     models = Models(base, torch.float32, "transformers", 2)
     before = {name: tensor.clone() for name, tensor in models.base.state_dict().items()}
-    for subject in work.find_subjects(adapters(base, tmp_path)):
+    for name, config in {"head": S2FTConfig, "lora head": partial(LoraConfig, target_modules=["q_proj"])}.items():
+        kept = get_peft_model(load_model(base, torch.float32), config(modules_to_save=["lm_head"]))
+        with torch.no_grad():
+            kept.get_base_model().lm_head.modules_to_save["default"].weight.add_(1)
+        kept.save_pretrained(tmp_path / name)
+    folders = [*adapters(base, tmp_path), *(str(tmp_path / name) for name in ("head", "lora head"))]
+    for subject in work.find_subjects(folders):
         with models.loaded(subject) as model:
             assert isinstance(model, PeftModel)
     after = models.base.state_dict()

@@ -94,13 +94,18 @@ def config(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def test_the_command_says_what_to_run(s2ft: Run, tmp_path: Path, config: str) -> None:
+def test_the_command_says_what_to_run(
+    s2ft: Run, tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ["plan", "--model", config, "--gpus", "2x24G", "--max-length", "16", "--json", str(tmp_path / "plan.json")]
     code, out, _ = s2ft(*given)
     assert code == 0
     assert (
         "accelerate launch --config_file examples/distributed/ddp.yaml --num_processes 2 -m s2ft.cli.app train" in out
     )
+    assert "comes with the source" not in out
+    monkeypatch.chdir(tmp_path)
+    assert "Its config file comes with the source of s2ft, in examples/distributed" in s2ft(*given)[1]
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["chosen"]["engine"] == "ddp"
     assert plan["chosen"]["command"].endswith("--max-length 16 --batch-size 64")

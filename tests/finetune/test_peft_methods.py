@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from s2ft import S2FTError
 from s2ft.finetune.lora import linears
-from s2ft.finetune.methods import find_method
+from s2ft.finetune.methods import METHODS, find_method
 from s2ft.finetune.options import parse_options
 from s2ft.finetune.paca import equal_columns, paca_config
 from s2ft.finetune.peft_methods import known_names, nearest_size
@@ -148,7 +148,7 @@ def test_sizes_are_tried_until_none_is_nearer():
         ),
         ({"method": "lora", "peft_config": "r=4"}, "is no option of method=lora; it belongs to peft:NAME"),
         ({"method": "peft:oft", "lora_rank": "4"}, "lora_rank='4' is no option of method=peft:oft"),
-        ({"method": "best"}, "unknown; choose from s2ft, .*paca, or peft:NAME"),
+        ({"method": "best"}, rf"unknown; choose from {', '.join(METHODS)}, or peft:NAME"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(options, said):

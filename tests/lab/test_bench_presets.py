@@ -12,7 +12,7 @@ from s2ft import S2FTError
 from s2ft.cli.app import app
 from s2ft.finetune import galore
 from s2ft.lab.bench import bases, presets, training
-from s2ft.lab.bench.contestants import ABLATION, UPPER_HALF, Contestant
+from s2ft.lab.bench.contestants import ABLATION, CONTESTANTS, UPPER_HALF, Contestant
 from s2ft.lab.bench.presets import PRESETS, Cell
 from s2ft.lab.bench.training import bench_training, training_line
 from s2ft.lab.shapes import EXPERTS
@@ -182,7 +182,7 @@ WRONG = {
         ({"length": "65"}, "length=65 is more than the 64 positions of mine"),
         (
             {"methods": "floor,lore,x"},
-            "unknown: lore, x; choose from floor, full, lora, dora, galore, lisa, paca, s2ft",
+            f"unknown: lore, x; choose from {', '.join(CONTESTANTS)}",
         ),
         ({"dtype": "fp16"}, "dtype='fp16' is unknown; choose from auto, bf16, fp32"),
         ({"budget": "1e-9"}, "budget=1e-09 of the .* rounds to zero; the smallest budget that trains one is"),

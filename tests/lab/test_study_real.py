@@ -149,6 +149,8 @@ def test_a_strategy_that_arithmetic_has_run_is_not_run_again(model, data, tmp_pa
     arithmetic = study_real(tmp_path / "runs", shared, model=model, data=data, only="arithmetic")
     kept = (tmp_path / "runs" / FILE).read_text()
     selection = study_real(tmp_path / "runs", shared, model=model, data=data, only="selection")
+    both = study_real(tmp_path / "runs", shared, model=model, data=data, only="arithmetic,selection")
+    assert both.settings["seconds"] == arithmetic.settings["seconds"], "a run that two parts ask for was made once"
     assert (tmp_path / "runs" / FILE).read_text() == kept
     losses = [row for row in arithmetic.rows if row["method"] == "s2ft" and row["task"] in (HELD_OUT, LOSS)]
     assert selection.rows == [{**row, "part": "selection", "method": "W+"} for row in losses]
@@ -309,7 +311,7 @@ def test_no_question_is_asked_that_a_training_could_have_read(model, data, monke
     path = Path(data, "dataset/gsm8k/test.json")
     questions = json.loads(path.read_text())
     problems = json.loads(Path(data, "ft-training_set/math_data.json").read_text())
-    spaced = {**questions[0], "instruction": f"  {problems[3]['instruction']} \n"}
+    spaced = {**questions[0], "instruction": f"  {problems[3]['instruction'].replace('?', ' ?')} \n"}
     path.write_text(json.dumps([spaced, *questions]))
     unseen_questions.cache_clear()
     found = {task.name: questions for task, questions in unseen_questions("arithmetic", data).questions}["gsm8k"]
@@ -326,6 +328,21 @@ def test_no_question_is_asked_that_a_training_could_have_read(model, data, monke
     run = {"contender": asdict(real.VANILLA), "task": "arithmetic", "recipe": asdict(WORKLOAD), "seed": 0, "rate": 0.0}
     assert set(Experiments(model, data)({**run, "measured": "written"})["written"]) == {*TESTS["arithmetic"], "average"}
     assert asked == ["1", "2"]
+
+
+def test_a_test_that_is_trained_on_as_a_whole_is_named(data):
+    path = Path(data, "dataset/gsm8k/test.json")
+    path.write_text(Path(data, "ft-training_set/math_data.json").read_text())
+    unseen_questions.cache_clear()
+    with pytest.raises(S2FTError, match="every question of gsm8k is trained on"):
+        unseen_questions("arithmetic", data)
+
+
+def test_parts_that_take_rates_of_others_count_their_tuning():
+    whole = RealSettings()
+    assert whole.restricted("writing").runs == 6 * 2 + 6 * 3 + 1
+    assert whole.restricted("arithmetic,writing").runs == 6 * 2 + 2 * (6 * 3 + 1)
+    assert whole.restricted("fusion").runs == 2 * 2 * 2 + 3 * 3
 
 
 def test_a_report_of_nothing_is_not_written(model, data, tmp_path):
@@ -394,8 +411,8 @@ def _lines(folder):
 def test_chains_keep_their_runs_in_a_folder_that_the_command_has_locked(model, data, tmp_path):
     few = replace(SETTINGS, parts=("selection",))
     with sole_writer(tmp_path / "runs"):
-        study_real(tmp_path / "runs", few, model=model, data=data)
-    assert Runs(tmp_path / "runs", 1).environments
+        report = study_real(tmp_path / "runs", few, model=model, data=data)
+    assert len(report.settings["environments"]) == 1
 
 
 def test_a_training_that_diverges_has_no_rows(model, data, tmp_path, monkeypatch):

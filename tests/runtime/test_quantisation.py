@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.training_args import OptimizerNames
 
 from quantised import library, stand_in
 from s2ft.common.errors import S2FTError
@@ -81,7 +82,20 @@ def test_optimizers_of_other_packages_are_named() -> None:
         with pytest.raises(S2FTError, match=f"optim='{optim}' needs the package {package}"):
             check_optimizer(optim)
     check_optimizer("adamw_torch_fused")
-    check_optimizer("galore_adamw_8bit")
+    with pytest.raises(S2FTError, match=r"optim='galore_adamw_8bit': GaLore .*; take method=galore"):
+        check_optimizer("galore_adamw_8bit")
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_every_optimizer_is_torchs_or_needs_a_package_that_is_named() -> None:
+    own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    for name in {str(one.value) for one in OptimizerNames} - own:
+        with pytest.raises(
+            S2FTError, match=rf"optim='{name}'(: GaLore| needs the package \S+, which is not installed)"
+        ):
+            check_optimizer(name)
+    for name in own:
+        check_optimizer(name)
 
 
 class Odd(nn.Linear):

@@ -389,6 +389,18 @@ def test_merging_is_refused_and_unloading_gives_the_base_back() -> None:
     assert same({name.replace(".base_layer", ""): t for name, t in before.items()}, base_weights(unloaded))
 
 
+def test_unloading_gives_back_a_module_that_an_adapter_has_a_copy_of() -> None:
+    base, x = build("llama", torch.float32), tokens(2, 5)
+    plain, own = base(x).logits, base.lm_head
+    model = get_peft_model(base, S2FTConfig(ratios=0.3, modules_to_save=["lm_head"], init_weights=False)).eval()
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(1)
+    assert not torch.equal(model(x).logits, plain)
+    unloaded = model.unload()
+    assert unloaded.lm_head is own
+    assert torch.equal(unloaded(x).logits, plain)
+
+
 def test_entering_the_in_place_layout_is_refused() -> None:
     model = get_peft_model(build("llama", torch.float32), config(0)).eval()
     s2ft.switch(model, "default")

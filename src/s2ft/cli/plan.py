@@ -59,6 +59,8 @@ def command(json_file: Path | None, **values: Any) -> None:
             "a smaller max_length, budget or batch_size"
         )
     typer.echo(f"\n{taken.name}, batch {taken.batch_size} on each device:\n  {_command(taken, options)}")
+    if options.machine.devices > 1 and not Path(CONFIGS).is_dir():
+        typer.echo(f"Its config file comes with the source of s2ft, in {CONFIGS}, not with the installed package.")
 
 
 def _line(one: Fit, fitting: bool) -> dict[str, Any]:

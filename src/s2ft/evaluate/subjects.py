@@ -25,6 +25,7 @@ from s2ft.evaluate.engines import Engine, TransformersEngine, VllmEngine, end_id
 from s2ft.evaluate.options import Subject
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.tuner.unloading import own_modules_back
 
 RUN_FILE = "run.json"
 _DIGESTED = (  # weights, settings, chat template, vocabularies; nothing that may be put beside them, such as a run card
@@ -122,7 +123,8 @@ class Models:
         try:
             yield model
         finally:
-            self._base = model.unload()
+            with own_modules_back(self.base):
+                self._base = model.unload()
 
     @contextmanager
     def engine(self, subject: Subject) -> Iterator[Engine]:

@@ -93,7 +93,7 @@ BENCHMARKS = {
             "methods": Option(
                 str | None,
                 None,
-                "Of floor,full,lora,dora,galore,lisa,paca,s2ft [default: all, and variants]",
+                "Of floor and the methods of s2ft train, floor,s2ft,lora [default: all, and variants]",
                 "floor,s2ft,lora",
             ),
             "budget": Option(
@@ -233,7 +233,7 @@ STUDIES = {
         },
     ),
     "real": Entry(
-        "Test the paper's claims on a real model: arithmetic, commonsense, the choice of channels, fusion.",
+        "Test the paper's claims on a real model: arithmetic, in writing too, commonsense, the choice of channels, fusion.",
         {
             "model": _MODEL,
             "data": _DATA,
@@ -241,7 +241,7 @@ STUDIES = {
             "only": Option(
                 str | None,
                 None,
-                "Of arithmetic,commonsense,selection,fusion [default: all]; kept: report what was run before",
+                "Of arithmetic,writing,commonsense,selection,fusion [default: all]; kept: report what was run before",
             ),
         },
     ),

@@ -35,6 +35,17 @@ REFUSED = {"hqq": "transformers does not load HQQ any more"}
 INSTALLED_AS = {"optimum.quanto": "optimum-quanto", "compressed_tensors": "compressed-tensors"}
 OF_BITSANDBYTES = ("bnb", "paged_", "adamw_8bit", "lion_", "ademamix")  # what its optimizers are called in transformers
 OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
+OF_OTHERS = {  # begins with → the module that transformers imports for it
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "apollo": "apollo_torch",
+    "stable_adamw": "optimi",
+    "adamw_anyprecision": "torchdistx",
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu": "torch_npu",
+}
 
 
 @dataclass(frozen=True)
@@ -135,9 +146,12 @@ def _problems_of_own(model: str, method: str) -> list[str]:
 
 
 def check_optimizer(optim: str) -> None:
-    """Raises `S2FTError` for an optimizer of transformers whose package is not installed."""
-    is_bitsandbytes = "galore" not in optim and any(part in optim for part in OF_BITSANDBYTES)
-    package = "bitsandbytes" if is_bitsandbytes else "torchao" if optim in OF_TORCHAO else None
+    """Raises `S2FTError` for an optimizer of transformers whose package is not installed, or that is a method here."""
+    if optim.startswith("galore"):
+        raise S2FTError(f"optim={optim!r}: GaLore needs to know which layers it projects; take method=galore")
+    is_bitsandbytes = any(part in optim for part in OF_BITSANDBYTES)
+    other = next((module for start, module in OF_OTHERS.items() if optim.startswith(start)), None)
+    package = "bitsandbytes" if is_bitsandbytes else "torchao" if optim in OF_TORCHAO else other
     if package is not None and (missing := _missing(package)):
         raise S2FTError(f"optim={optim!r} needs {missing}")
 

@@ -9,4 +9,5 @@ mixing     one adapter for each row: `adapter_names`
 fusion     `add_weighted_adapter`: fusion on a live model
 switching  `switch` between the adapters of a live model
 pool       `AdapterPool`: more adapters than fit on the device
+unloading  the base's own modules come back
 """

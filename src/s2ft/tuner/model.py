@@ -51,6 +51,7 @@ from s2ft.tuner.loaders import INCOMING, guard
 from s2ft.tuner.mixing import BASE, mixed_rows
 from s2ft.tuner.outgoing import gather_adapter
 from s2ft.tuner.rollback import rolled_back
+from s2ft.tuner.unloading import own_modules_back
 
 
 class S2FTModel(BaseTuner):
@@ -276,7 +277,8 @@ class S2FTModel(BaseTuner):
             layers = adapted_layers(self.model)
             if not merge:
                 end_switch(layers)
-                return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+                with own_modules_back(self.model):
+                    return super()._unload_and_optionally_merge(merge, *args, **kwargs)
             self._refuse_merging(layers, kwargs.get("adapter_names"))
             self._make_plain(layers)
             with all_or_nothing(layers):

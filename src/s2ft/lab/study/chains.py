@@ -49,11 +49,11 @@ def named(only: str | None, known: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def experiments(model: str, data: str | None, workers: int) -> Iterator[Workers]:
-    """Workers that perform runs on the model."""
+def experiments(model: str, data: str | None, workers: int, idle: bool = False) -> Iterator[Workers]:
+    """Workers that perform runs on the model; `idle`, if there will be none."""
     with TemporaryDirectory() as folder:
         base = model
-        if gguf_file(model) is not None:
+        if gguf_file(model) is not None and not idle:
             base = str(Path(folder, "base"))
             convert(model, Path(base))
         with Workers(Experiments, (base, data), workers) as performers:

@@ -157,7 +157,7 @@ def study_defaults(
     runs = Runs(folder, settings.runs, tell, identity(model))
     every = ((one, _settings(settings, one, data)) for one in settings.asked())
     asked = [(one, wanted) for one, wanted in every if not settings.kept or runs.has(wanted)]
-    with experiments(model, data, workers) as performer:
+    with experiments(model, data, workers, idle=settings.kept) as performer:
         results = runs.results([wanted for _, wanted in asked], performer)
     rows: list[Row] = []
     for ((case, who, rate, seed), _), result in zip(asked, results, strict=True):

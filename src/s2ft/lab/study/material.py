@@ -12,6 +12,7 @@ arithmetic ones are worked problems as well.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -65,13 +66,17 @@ def unseen_questions(suite: str, data: str) -> Checked:
     """The tests of a suite, without the questions that some training could have read.
 
     Raises:
-        S2FTError: if a file is missing or malformed.
+        S2FTError: if a file is missing or malformed, or a test holds no other question.
     """
     seen = {_words(_prompt(example)) for task in TESTS for example in load_task(task, data)}
-    found = check_scores(TESTS[suite], data).questions
-    return Checked(
-        [(task, [one for one in questions if _words(prompt_text(one.prompt)) not in seen]) for task, questions in found]
+    unseen = [
+        (task, [one for one in questions if _words(prompt_text(one.prompt)) not in seen])
+        for task, questions in check_scores(TESTS[suite], data).questions
+    ]
+    raise_together(
+        f"data={data!r}: every question of {task.name} is trained on" for task, questions in unseen if not questions
     )
+    return Checked(unseen)
 
 
 @cache
@@ -95,8 +100,8 @@ def draw(examples: list[Example], split: Split, count: int, seed: int) -> list[E
 
 
 def _words(prompt: str) -> str:
-    """What makes two prompts the same, however they are spaced."""
-    return " ".join(prompt.lower().split())
+    """What makes two prompts the same, however they are spaced: a test may write "2041" and " ?" for "2,041" and "?"."""
+    return re.sub(r"[^a-z0-9]", "", prompt.lower())
 
 
 def _prompt(example: Example) -> str:

@@ -59,7 +59,7 @@ KEPT = "kept"
 PARTS = ("arithmetic", "writing", "commonsense", "selection", "fusion")
 TASK = {"arithmetic": "arithmetic", "writing": "arithmetic", "commonsense": "commonsense", "selection": "arithmetic"}
 MEASURES = {"arithmetic": "known", "writing": "written", "commonsense": "all", "selection": "test"}
-UNTUNED = ("writing", "fusion")  # parts that take the rates of others
+RATES_OF = {"writing": ("arithmetic",), "fusion": ("arithmetic", "commonsense")}  # parts whose rates others tune
 
 _WITH_BASE = ("arithmetic", "writing", "commonsense")  # parts that measure the untouched model, too
 
@@ -88,12 +88,16 @@ class RealSettings:
     @property
     def runs(self) -> int:
         """The number of runs, if no grid of learning rates has to grow."""
-        tuned = [who for part in self.parts if part not in UNTUNED for who in self.contenders[part]]
+        tuned = {
+            (of, who) for part in self.parts for of in RATES_OF.get(part, (part,)) for who in self.contenders[part]
+        }
         trained = [who for part in self.parts if part != "fusion" for who in self.contenders[part]]
         fused = [variant for who in self.contenders["fusion"] if "fusion" in self.parts for variant in variants(who)]
         vanilla = [part for part in self.parts if part in _WITH_BASE]
         return (
-            sum(len(self.rates[who.method]) for who in tuned) + self.seeds * (len(trained) + len(fused)) + len(vanilla)
+            sum(len(self.rates[who.method]) for _, who in tuned)
+            + self.seeds * (len(trained) + len(fused))
+            + len(vanilla)
         )
 
     def restricted(self, only: str | None) -> RealSettings:
@@ -138,7 +142,7 @@ def study_real(
     """
     settings = (settings or RealSettings()).restricted(only)
     runs = Runs(folder, settings.runs, tell, identity(model))
-    with experiments(model, data, workers) as performer:
+    with experiments(model, data, workers, idle=settings.kept) as performer:
         study = _Study(runs, performer, settings, data)
         rows = [
             row
@@ -177,7 +181,7 @@ class _Study:
 
     def _scored(self, part: str, who: Contender) -> list[Row]:
         """Tunes the rate, then trains with every seed."""
-        rate = self._rate("arithmetic" if part == "writing" else part, who)
+        rate = self._rate(RATES_OF.get(part, (part,))[0], who)
         measured = MEASURES["arithmetic" if who in STRATEGY and part == "selection" else part]
         asked = {**self._asked(who, part, measured), "rate": rate}
         found = self._results(asked, self.settings.seeds) if rate is not None else []

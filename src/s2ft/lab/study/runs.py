@@ -61,8 +61,7 @@ class Runs:
         check_place(folder, "runs")
         self.folder, self.total, self.tell = folder, total, tell
         self._identity, self._lock = identity, Lock()
-        self.seconds = 0.0  # of all runs of the study, whenever they were done
-        self._asked = 0
+        self._asked: dict[str, int] = {}  # digest → how often; parts of a study may ask for the same run
         self._kept = _read(folder / FILE)
         if identity is not None:
             self._check_version(identity["version"])
@@ -107,16 +106,20 @@ class Runs:
             self._count(key)
 
     @property
+    def seconds(self) -> float:
+        """Of all runs that were asked for, whenever they were done."""
+        return float(sum(self._kept[key]["seconds"] for key in self._asked))
+
+    @property
     def environments(self) -> list[dict[str, Any]]:
-        """Where the runs were made, each place once."""
-        found = {json.dumps(entry["environment"], sort_keys=True) for entry in self._kept.values()}
+        """Where the runs that were asked for were made, each place once."""
+        found = {json.dumps(self._kept[key]["environment"], sort_keys=True) for key in self._asked}
         return [json.loads(text) for text in sorted(found)]
 
     def _count(self, key: str) -> None:
-        self._asked += 1
-        self.seconds += self._kept[key]["seconds"]
+        self._asked[key] = self._asked.get(key, 0) + 1
         if self.tell is not None:
-            self.tell(min(1.0, self._asked / self.total))
+            self.tell(min(1.0, sum(self._asked.values()) / self.total))
 
     def _write(self) -> None:
         with staged(self.folder) as aside:
