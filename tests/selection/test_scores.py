@@ -451,11 +451,14 @@ def test_scores_are_those_of_the_base_whatever_an_adapter_does(strategy: str, st
     assert [p.requires_grad for p in model.parameters()] == trains
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("kept", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": list(range(3, 15))}])
-def test_scores_are_those_of_the_base_beside_what_an_adapter_keeps_whole(kept: dict[str, Any]) -> None:
+def test_scores_are_those_of_the_base_beside_what_an_adapter_keeps_whole(kept: dict[str, Any], merged: bool) -> None:
     base = build("llama")
     expected = scores_chosen_by(base, "gradient")
     model = large(get_peft_model(base, S2FTConfig(ratios=0.5, **kept)))
+    if merged:
+        model.merge_adapter()
     trains, x = [p.requires_grad for p in model.parameters()], tokens(2, 5)
     before = model(x).logits
     found = scores_chosen_by(model, "gradient")

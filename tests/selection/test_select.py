@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from families import FAMILIES, build, tokens
 from s2ft import S2FTConfig, S2FTError, select
@@ -166,6 +167,26 @@ def test_global_allocation_ranks_over_the_whole_model() -> None:
     assert len(slices["model.layers.1.mlp.down_proj"].indices) == round(0.2 * 3 * 44)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "layers.0.self_attn.v_proj"]])
+def test_global_allocation_ranks_blocks_with_and_without_groups_together(targets: list[str]) -> None:
+    model = build("llama")
+    sizes = {**model.config.to_dict(), "num_key_value_heads": 4}
+    model.model.layers[1].self_attn = LlamaAttention(LlamaConfig(**sizes), 1).double()
+    config = S2FTConfig(ratios=0.5, target_modules=targets, strategy="weight", allocation="global")
+    slices = select(model, config).slices
+
+    structures = [structure for structure in find_structures(model) if structure.kind == "attention"]
+    scores, ranked, groups = score_units("weight", structures, model), [], []
+    for structure in structures:
+        grouped = np.array(scores[structure.key]).reshape(structure.groups, -1)
+        by_group = targets[1] in f"{structure.path}.v_proj"
+        heads = [(group.mean() if by_group else one, one) for group in grouped for one in group]
+        ranked += [(*rank, structure.path, head) for head, rank in enumerate(heads)]
+        groups += [(group.mean(), structure.path, number) for number, group in enumerate(grouped) if by_group]
+    assert chosen_units(slices, "q_proj", 10) == {unit[2:] for unit in sorted(ranked)[-6:]}
+    assert chosen_units(slices, "v_proj", 10) == {unit[1:] for unit in sorted(groups)[-len(groups) // 2 :]}
+
+
 @pytest.mark.parametrize("subset", ["largest", "smallest"])
 @pytest.mark.parametrize("strategy", ["weight", "lift", "saliency"])
 def test_a_few_heads_of_v_and_o_beside_down_are_the_first_of_the_whole_model(strategy: str, subset: str) -> None:
@@ -291,6 +312,15 @@ def test_avoid_takes_what_other_adapters_left(tmp_path: Path) -> None:
     assert first.peft_config["next"].slices == config.slices
     with pytest.raises(S2FTError, match=r"avoid leaves 26 units of down_proj in a layer that is to train 40"):
         select(build("llama"), S2FTConfig(ratios={"down_proj": 0.9}, seed=0, avoid=[str(tmp_path)]))
+
+
+def test_avoid_keeps_the_sides_of_a_layer_apart() -> None:
+    path = "model.layers.0.mlp.down_proj"
+    model = get_peft_model(build("llama"), S2FTConfig(slices={path: "in 0-9"}, target_modules=[path]))
+    model.add_adapter("b", S2FTConfig(slices={path: "out 0-3,12"}, target_modules=[path]))
+    for avoid in (["default", "b"], ["b", "default"]):
+        config = S2FTConfig(ratios=34 / 44, target_modules=[path], strategy="weight", avoid=avoid)
+        assert str(select(model, config).slices[path]) == "in 10-43"
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from accelerate import cpu_offload
 from peft import PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import s2ft
+from live import values
 from mixtures import CONFIGS, SIZES, mixture, text
 from s2ft import AdapterPool, S2FTConfig, S2FTError
 from s2ft.adapters.inspection import summary
@@ -156,6 +158,27 @@ def test_a_parked_adapter_of_experts_runs_where_the_tokens_are(base: PreTrainedM
     table = module._table(parts, torch.device("meta"))
     deltas = module._deltas(parts, table, torch.bfloat16)
     assert {delta.device.type for delta in deltas} == {"meta"}
+
+
+def test_experts_that_accelerate_has_offloaded_run_alone_and_are_refused_by_name(base: PreTrainedModel) -> None:
+    tuned, merged, tokens = adapted(base).eval(), adapted(base).eval(), text()
+    merged.merge_adapter()
+    before = values(tuned)
+    for model in (tuned, merged):
+        cpu_offload(model.get_base_model().model.layers[1].mlp.experts.base_layer, execution_device=torch.device("cpu"))
+    with pytest.raises(S2FTError, match=r"layers\.1\.mlp\.experts\.\w+: its weight has no values here \(device meta"):
+        tuned.merge_adapter()
+    found = values(tuned)
+    assert all(torch.equal(found[name], value) for name, value in before.items() if not found[name].is_meta)
+    for options in ({}, {"adapter_names": ["default", "__base__"]}):
+        with pytest.raises(S2FTError, match=r"gate_up_proj of MixtralExperts has no values here \(device meta"):
+            logits(tuned, tokens, **options)
+    with tuned.disable_adapter():
+        assert torch.equal(logits(tuned, tokens), logits(base, tokens))
+    expected = logits(merged, tokens)
+    with pytest.raises(S2FTError, match="has no values here"):
+        merged.unmerge_adapter()
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_leaves_the_pool_leaves_memory(base: PreTrainedModel, tmp_path: Path) -> None:

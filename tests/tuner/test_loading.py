@@ -21,6 +21,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from adapter_files import CONFIG, PREFIX, WEIGHTS, edit, flip, write_tensors
 from families import build, tokens
@@ -345,6 +346,90 @@ def on_the_hub(folder: Path, cache: Path) -> dict[str, Any]:
     (cache / "models--me--adapter" / "refs").mkdir()
     (cache / "models--me--adapter" / "refs" / "main").write_text("0" * 40)
     return {"model_id": "me/adapter", "cache_dir": str(cache)}
+
+
+def by_peft_from_the_hub(base: nn.Module, hub: dict[str, Any]) -> nn.Module:
+    return PeftModel.from_pretrained(base, **hub)
+
+
+def live_from_the_hub(base: nn.Module, hub: dict[str, Any]) -> nn.Module:
+    model = get_peft_model(base, S2FTConfig(ratios=0.3))
+    model.load_adapter(adapter_name="other", **hub)
+    return model
+
+
+def native_from_the_hub(base: nn.Module, hub: dict[str, Any]) -> nn.Module:
+    base.load_adapter(hub["model_id"], "other", adapter_kwargs={"cache_dir": hub["cache_dir"]})  # type: ignore[operator]
+    return base
+
+
+def spoil(folder: Path) -> None:
+    flip(folder / WEIGHTS, -9)
+
+
+def add_a_stranger(folder: Path) -> None:
+    write_tensors(folder, {**load_file(folder / WEIGHTS), f"{PREFIX}model.norm.weight": torch.full((24,), 7.0)})
+    edit(folder, checksums=None)
+
+
+@pytest.mark.parametrize("loader", [by_peft_from_the_hub, live_from_the_hub, native_from_the_hub])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (spoil, "is not what was saved: its checksum differs"),
+        (add_a_stranger, "overwrite the base"),
+        (None, rf"made for another base.*the first is {DOWN}"),
+    ],
+)
+def test_a_name_on_the_hub_is_checked_as_a_folder_is(
+    loader: Callable[..., Any],
+    change: Callable[[Path], None] | None,
+    message: str,
+    base: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    bad, good = (
+        foreign(base, tmp_path / "a") if change is None else save(base, tmp_path / "a"),
+        save(base, tmp_path / "b"),
+    )
+    if change is not None:
+        change(bad)
+    before, values = state(base), {name: value.clone() for name, value in base.state_dict().items()}
+    with pytest.raises(S2FTError, match=message):
+        loader(base, on_the_hub(bad, tmp_path / "bad"))
+    if loader is live_from_the_hub:
+        base = build("llama", torch.float32)
+        base.load_state_dict(values)
+    else:
+        assert unchanged(before, base)
+    loaded, x = loader(base, on_the_hub(good, tmp_path / "good")), tokens(2, 5)
+    (loaded.set_adapter if loader is not by_peft_from_the_hub else lambda _: None)("other")
+    twin = build("llama", torch.float32)
+    twin.load_state_dict(values)
+    assert torch.equal(loaded(x).logits, by_peft(twin, good)(x).logits)
+
+
+def test_transformers_checks_a_name_on_the_hub_that_it_loads_with_its_base(
+    base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    folder, x = save(base, tmp_path / "a"), tokens(2, 5)
+    edit(folder, base_model_name_or_path=str(tmp_path / "base"))
+
+    def load(cache: Path) -> nn.Module:
+        on_the_hub(folder, cache)
+        found: nn.Module = AutoModelForCausalLM.from_pretrained(
+            "me/adapter", cache_dir=str(cache), adapter_kwargs={"cache_dir": str(cache)}
+        )
+        return found
+
+    assert torch.equal(load(tmp_path / "good")(x).logits, by_peft(base, folder)(x).logits)
+    add_a_stranger(folder)
+    with pytest.raises(S2FTError, match="overwrite the base"):
+        load(tmp_path / "bad")
 
 
 def pickled(folder: Path) -> dict[str, Any]:

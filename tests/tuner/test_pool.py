@@ -1,7 +1,9 @@
 """The pool of adapters: what rows it gives, what it holds where, and what it refuses."""
 
 import copy
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from families import build, tokens
-from live import logits
+from live import layers, logits
 from s2ft import S2FTConfig, S2FTError
+from s2ft.layer import pack
 from s2ft.tuner import pool as module
 from s2ft.tuner.pool import AdapterPool
 
@@ -206,6 +209,32 @@ def test_a_wrapped_layer_is_the_base_until_it_is_given_an_adapter(model: Any) ->
     assert model.unload().get_submodule(path) is plain
 
 
+def tables_of(model: Any) -> list[torch.Tensor]:
+    """The packed slices of the last mixed batch, of all layers."""
+    return [one.table for layer in layers(model) if layer in pack._tables for one in pack._tables[layer][1]]
+
+
+def close(model: Any, pool: AdapterPool) -> None:
+    pool.close()
+
+
+def delete(model: Any, pool: AdapterPool) -> None:
+    model.delete_adapter("own")
+
+
+@pytest.mark.parametrize("leave", [close, delete])
+def test_what_leaves_takes_its_tables_along(
+    saved: tuple[nn.Module, Path], model: Any, leave: Callable[[Any, AdapterPool], None]
+) -> None:
+    pool, ids = AdapterPool(model, saved[1], PLENTY, PLENTY), tokens(2, 5)
+    logits(model, ids, adapter_names=["user1", "own"])
+    layer = model.base_model.model.model.layers[0].mlp.down_proj  # which both have a slice of
+    table = weakref.ref(pack._tables[layer][1][0].table)
+    leave(model, pool)
+    gc.collect()
+    assert table() is None
+
+
 def test_adapters_come_and_go(saved: tuple[nn.Module, Path], model: Any) -> None:
     base, root = saved
     pool, ids = AdapterPool(model, {}, PLENTY, PLENTY), tokens(2, 5)
@@ -221,7 +250,11 @@ def test_adapters_come_and_go(saved: tuple[nn.Module, Path], model: Any) -> None
     ):
         with pytest.raises(S2FTError, match=said):
             pool.add(name, folder)
+    tables = [weakref.ref(table) for table in tables_of(model)]
+    assert tables
     pool.remove("mine")
+    gc.collect()
+    assert not any(table() is not None for table in tables)
     assert pool.used() == (0, 0)
     with pytest.raises(ValueError, match="non-existing"):
         logits(model, ids, adapter_names=["mine", "mine"])

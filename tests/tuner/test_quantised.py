@@ -1,5 +1,7 @@
 """A live model on a quantised base, by each library that is installed, against its dequantised twin."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -96,6 +98,49 @@ def test_merging_for_good_leaves_a_plain_model_of_the_dequantised_values(kind: s
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(logits(merged, ids), logits(expected, ids), rtol=1e-5, atol=1e-5)
+
+
+def lone(made: PeftModel) -> dict[str, object]:
+    made.add_adapter("b", S2FTConfig(ratios=ALL, seed=0, init_weights=False))
+    return {"adapter_names": "b"}
+
+
+def broken(made: PeftModel) -> dict[str, object]:
+    layers(made)[-1].block("default").weight.data[0, 0] = torch.nan
+    return {"safe_merge": True}
+
+
+def too_large_together(made: PeftModel) -> dict[str, object]:
+    made.add_adapter("b", S2FTConfig(ratios=ALL, seed=0, init_weights=False))
+    for name in ("default", "b"):
+        layers(made)[-1].block(name).weight.data[0, 0] = 3e38
+    return {"safe_merge": True, "adapter_names": ["default", "b"]}
+
+
+def unreadable(made: PeftModel) -> dict[str, object]:
+    layers(made)[-1].get_base_layer().weight = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lone, "adapter_names='b' is one name; give a list of names"),
+        (broken, "NaNs detected"),
+        (too_large_together, "NaNs detected"),
+        (unreadable, r"down_proj.*base_layer: the weight .*, and cannot be read"),
+    ],
+)
+def test_a_merge_for_good_that_is_refused_leaves_the_model_quantised(
+    change: Callable[[PeftModel], dict[str, object]], message: str
+) -> None:
+    made = adapted(twins("stand-in")[0]).eval()
+    options = change(made)
+    before = [id(module) for module in made.modules()]
+    with pytest.raises(S2FTError, match=message):
+        made.merge_and_unload(**options)
+    assert [id(module) for module in made.modules()] == before
+    assert not any(layer.merged_adapters for layer in layers(made))
 
 
 @pytest.mark.parametrize("strategy", ["weight", "lift", "product", "gradient"])

@@ -294,6 +294,154 @@ def test_an_adapter_that_keeps_a_module_whole_is_merged_while_it_is_active() -> 
     torch.testing.assert_close(logits(made.merge_and_unload(), ids), expected)
 
 
+KEPT = ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 9]})
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=["module", "rows"])
+def test_rows_of_a_batch_whose_adapter_keeps_no_module_run_the_bases(kept: dict[str, Any]) -> None:
+    made, ids = model(), torch.tensor([[5, 9, 11]]).expand(3, -1)
+    made.add_adapter("c", S2FTConfig(ratios=0.3, init_weights=False, **kept))
+    expected = {"__base__": base_output(made, ids)}
+    for name in ("b", "c"):
+        made.set_adapter(name)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(0.1 if parameter.requires_grad else 0)
+        expected[name] = logits(made, ids)
+    names = ["b", "__base__", "c"]
+    for active in ("c", "b"):
+        made.set_adapter(active)
+        found = logits(made, ids, adapter_names=names)
+        torch.testing.assert_close(found, torch.stack([expected[name][0] for name in names]))
+
+
+class TestTokenRows:
+    """Rows of the embedding are merged, unmerged and taken out with the slices."""
+
+    ids = torch.tensor([[5, 7, 9, 3]])
+
+    def made(self, active: str = "x") -> PeftModel:
+        """ "x" and "y" have rows, "c" has none."""
+        made = get_peft_model(build("llama"), self.config([5], seed=1), "x")
+        made.add_adapter("y", self.config([7], seed=2))
+        made.add_adapter("c", self.config(None, seed=3))
+        for delta in self.rows(made).trainable_tokens_delta.values():
+            nn.init.normal_(delta)
+        made.set_adapter(active)
+        return made.eval()
+
+    def config(self, rows: list[int] | None, seed: int) -> S2FTConfig:
+        return S2FTConfig(ratios=0.3, init_weights=False, seed=seed, trainable_token_indices=rows)
+
+    def rows(self, made: PeftModel) -> Any:
+        return made.get_base_model().model.embed_tokens.token_adapter
+
+    def outputs(self, made: PeftModel) -> dict[str, Tensor]:
+        found = {"": base_output(made, self.ids)}
+        for name in ("c", "y", "x"):
+            made.set_adapter(name)
+            found[name] = logits(made, self.ids)
+        return found
+
+    def test_another_adapter_takes_their_place(self) -> None:
+        made = self.made()
+        own, expected = self.rows(made).weight.clone(), self.outputs(made)
+        for name in ("y", "c"):
+            made.merge_adapter()
+            torch.testing.assert_close(logits(made, self.ids), expected["x"])
+            made.set_adapter(name)
+            assert torch.equal(self.rows(made).weight, own)
+            assert torch.equal(logits(made, self.ids), expected[name])
+            made.set_adapter("x")
+
+    @pytest.mark.parametrize(("active", "names"), [("c", ["x"]), ("y", ["x"]), ("x", ["c"]), ("c", ["c", "y"])])
+    def test_a_merge_that_would_run_others_is_refused_by_name(self, active: str, names: list[str]) -> None:
+        made = self.made(active)
+        before = logits(made, self.ids)
+        for merge in (made.merge_adapter, made.merge_and_unload):
+            with pytest.raises(
+                S2FTError, match=r"embed_tokens is trained in some rows by the adapter '[xy]', and the act"
+            ):
+                merge(adapter_names=names)
+        assert torch.equal(logits(made, self.ids), before)
+
+    def test_an_adapter_without_rows_is_merged_beside_one_with_them(self) -> None:
+        made = self.made()
+        made.base_model.set_adapter(["x", "c"])
+        own, expected = self.rows(made).weight.clone(), logits(made, self.ids)
+        made.merge_adapter(["x"])
+        made.merge_adapter(["c"])
+        torch.testing.assert_close(logits(made, self.ids), expected)
+        made.unmerge_adapter()
+        assert torch.equal(self.rows(made).weight, own)
+        assert torch.equal(logits(made, self.ids), expected)
+        plain = made.merge_and_unload(adapter_names=["x", "c"])
+        torch.testing.assert_close(logits(plain, self.ids), expected)
+
+    def test_a_merge_that_fails_leaves_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = self.made()
+        own, expected = self.rows(made).weight.clone(), logits(made, self.ids)
+
+        def fail(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        for at in (S2FTLinear, type(self.rows(made))):
+            with monkeypatch.context() as patch:
+                patch.setattr(at, "merge", lambda *_, **__: fail())
+                with pytest.raises(KeyboardInterrupt):
+                    made.merge_adapter()
+            assert torch.equal(self.rows(made).weight, own)
+            assert torch.equal(logits(made, self.ids), expected)
+        self.rows(made).trainable_tokens_delta["x"].data[0, 0] = torch.nan
+        with pytest.raises(S2FTError, match=r"embed_tokens.*NaNs detected"):
+            made.merge_adapter(safe_merge=True)
+        assert not made.get_model_status().merged_adapters
+
+    def test_disabling_takes_them_out_and_enabling_brings_them_back(self) -> None:
+        made = self.made()
+        own, expected = self.rows(made).weight.clone(), self.outputs(made)
+        made.merge_adapter()
+        merged = self.rows(made).weight.clone()
+        for _ in range(2):
+            with made.disable_adapter():
+                assert torch.equal(self.rows(made).weight, own)
+                assert torch.equal(base_output(made, self.ids), expected[""])
+            assert torch.equal(self.rows(made).weight, merged)
+        made.unmerge_adapter()
+        with made.disable_adapter():
+            made.merge_adapter()
+            assert torch.equal(logits(made, self.ids), expected[""])
+        assert torch.equal(self.rows(made).weight, merged)
+
+    def test_rows_that_are_added_meanwhile_start_from_the_bases(self) -> None:
+        made = self.made()
+        own = self.rows(made).weight.clone()
+        made.merge_adapter()
+        merged = self.rows(made).weight.clone()
+        made.add_adapter("z", self.config([5, 6], seed=4))
+        assert torch.equal(self.rows(made).trainable_tokens_delta["z"], own[[5, 6]])
+        assert torch.equal(self.rows(made).weight, merged)
+
+    def test_rows_that_are_loaded_anew_meanwhile_are_merged_anew(self) -> None:
+        made = self.made()
+        own, state = self.rows(made).weight.clone(), get_peft_model_state_dict(made, adapter_name="x")
+        doubled = {name: 2 * value if value.is_floating_point() else value for name, value in state.items()}
+        twin = copy.deepcopy(made)
+        set_peft_model_state_dict(twin, doubled, adapter_name="x")
+        made.merge_adapter()
+        set_peft_model_state_dict(made, doubled, adapter_name="x")
+        torch.testing.assert_close(logits(made, self.ids), logits(twin, self.ids))
+        made.unmerge_adapter()
+        assert torch.equal(self.rows(made).weight, own)
+
+    def test_deleting_the_active_adapter_activates_no_others_rows(self) -> None:
+        made = self.made()
+        expected = self.outputs(made)["c"]
+        made.delete_adapter("x")
+        assert made.active_adapters == ["c"]
+        assert torch.equal(logits(made, self.ids), expected)
+
+
 class TestSharedWeights:
     """What another module reads is left to it."""
 

@@ -16,6 +16,7 @@ Read `block`, then `linear`; then `slot` (training in place) and `mixed` (many a
     split         layers of which each process computes a part (tensor parallelism)
     base_weight   adds slices to a base weight, and restores it
     adapted       what a layer runs: active, merged, switched, disabled
+    token_rows    rows of an embedding, which are merged where slices are
     turns         the lock by which threads share a live model
     slot          a slice that lives in the base weight
     pack          the slices of many adapters as one table

@@ -32,8 +32,9 @@ from s2ft.format.slices import all_finite
 from s2ft.layer.base_weight import BaseWeight, shared_weights
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.columns import add_delta, take_slice
-from s2ft.layer.linears import is_quantised, why_not_plain
+from s2ft.layer.linears import NO_VALUES, is_quantised, weight_of, why_not_plain
 from s2ft.layer.sharding import everywhere, gathered, why_not_writable, written
+from s2ft.layer.token_rows import rows_aside
 from s2ft.layer.turns import Turns
 
 _STATE = ("merged_adapters", "_disable_adapters", "is_switched", "switched_to")  # decides what the weight holds
@@ -92,12 +93,14 @@ class AdaptedLayer(BaseTunerLayer):
         if self.standing != self.base_weight.adapters:
             slices = {name: self.block(name) if name in self.s2ft_block else None for name in self.standing}
             with self._onloaded():
+                self._refuse_to_lose(any(slices.values()))
                 self.base_weight.hold(self.get_base_layer(), slices)
 
     def take_out(self) -> None:
         """Restores the base weight, until `settle` is called again."""
         if self.base_weight.adapters or not self.base_weight.is_own:
             with self._onloaded():
+                self._refuse_to_lose()
                 self.base_weight.restore(self.get_base_layer())
 
     @contextmanager
@@ -113,6 +116,12 @@ class AdaptedLayer(BaseTunerLayer):
         """With the base weight's values here, where accelerate has offloaded them; around merging, PEFT has brought them."""
         is_away = hasattr(self.get_base_layer(), "_hf_hook") and self.weight.is_meta
         return onload_layer(self) if is_away else nullcontext()
+
+    def _refuse_to_lose(self, adds: bool = False) -> None:
+        """Raises `S2FTError` before values are written to device meta; `adds`: slices are to be added."""
+        linear = self.get_base_layer()
+        if weight_of(linear).is_meta and not is_quantised(linear) and (adds or not self.base_weight.is_own):
+            raise S2FTError(f"the base layer's weight {NO_VALUES}; bring it back before its adapters are changed")
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
@@ -149,6 +158,8 @@ class AdaptedLayer(BaseTunerLayer):
         linear = self.get_base_layer()
         if is_quantised(linear) or not any(name in self.s2ft_block for name in names):
             return None
+        if weight_of(linear).is_meta and not hasattr(linear, "_hf_hook"):  # PEFT brings back what has the hook itself
+            return f"its weight {NO_VALUES}"
         reason = why_not_writable(linear)
         return f"its weight {reason}; s2ft trains on it, but writes into plain weights only" if reason else None
 
@@ -170,8 +181,9 @@ class AdaptedLayer(BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Restores the base weight, bit for bit."""
-        self.merged_adapters = []
-        self.settle()
+        with all_or_nothing([self]):
+            self.merged_adapters = []
+            self.settle()
 
     # ---- PEFT's own calls --------------------------------------------------------------------------------------------
 
@@ -228,7 +240,7 @@ class AdaptedLayer(BaseTunerLayer):
             if others:
                 warnings.warn(
                     f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {others[0]}.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         return others
 
@@ -304,6 +316,12 @@ def mark_shared(model: nn.Module) -> None:
             layer.base_weight.is_shared = why_not_plain(linear) is None and layer.weight.data_ptr() in shared
 
 
+def standing_in_all(layers: Sequence[AdaptedLayer]) -> list[str]:
+    """The adapters that the base weight of every layer should hold."""
+    first = layers[0].standing if layers else ()
+    return [name for name in first if all(name in layer.standing for layer in layers)]
+
+
 @contextmanager
 def all_or_nothing(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
     """If the block raises, all layers are merged, disabled and switched as they were before."""
@@ -349,7 +367,7 @@ def end_switch(layers: Sequence[AdaptedLayer]) -> None:
 def suspended(model: nn.Module) -> Iterator[None]:
     """Restores the base weights while adapters are added or deleted, or the base is read.
 
-    Afterwards the layers are merged and switched as before, as far as the adapters still exist.
+    Afterwards the layers are merged and switched as before, as far as the adapters still exist; rows of tokens, too.
     """
     layers = adapted_layers(model)
     switched = [layer for layer in layers if layer.is_switched]
@@ -359,7 +377,8 @@ def suspended(model: nn.Module) -> Iterator[None]:
     for layer in merged:
         layer.take_out()
     try:
-        yield
+        with rows_aside(model):
+            yield
     finally:
         if switched:
             layers = adapted_layers(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +15,7 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from s2ft.common.errors import S2FTError, raise_together
+from s2ft.common.errors import S2FTError, raise_by_place
 from s2ft.layer.linears import features, is_quantised, linear_layer, weight_of, why_not_plain
 from s2ft.layer.sharding import read_matrix, why_not_readable
 
@@ -149,14 +148,13 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes a quantised model plain, layer by layer: each gets an `nn.Linear` with its dequantised values in `dtype`.
 
     Raises:
-        S2FTError: if a layer cannot be read. The model then computes what it did before; some layers may be plain already.
+        S2FTError: before anything is changed, if a layer cannot be read.
     """
     found = quantised_layers(model)
-    raise_together(f"{path} has no values (device meta)" for path, m in found.items() if weight_of(m).is_meta)
+    reasons = ((path, why_unreadable(layer)) for path, layer in found.items())
+    raise_by_place((path, f"the weight {reason}, and cannot be read") for path, reason in reasons if reason)
     for path, layer in found.items():
-        parent = model.get_submodule(path.rpartition(".")[0])
-        with _at(path):
-            setattr(parent, path.rpartition(".")[2], _plain(layer, dtype))
+        setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], _plain(layer, dtype))
     _forget_quantisation(model)
 
 
@@ -179,11 +177,3 @@ def _forget_quantisation(model: Any) -> None:
             vars(module).pop(name, None)
         if "is_quantized" in vars(module):
             module.is_quantized = False
-
-
-@contextmanager
-def _at(path: str) -> Iterator[None]:
-    try:
-        yield
-    except S2FTError as error:
-        raise S2FTError(f"{path}: {error}") from error

@@ -24,6 +24,7 @@ from s2ft.layer.adapted import Shared
 from s2ft.layer.backprop import BeforeBackward
 from s2ft.layer.expert_backprop import Collect, Gate, InWeight, Spread
 from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.linears import NO_VALUES
 from s2ft.layer.pack import MixedBatch, find_slice
 from s2ft.layer.routing import Routing, Table
 from s2ft.layer.stacked import DOWN, Experts, StackedLinear, find_experts, stacked_linear
@@ -148,7 +149,8 @@ class S2FTExperts(nn.Module):
         """The experts' output plus what the active adapters add, or what stands for that in the layers' state.
 
         Raises:
-            S2FTError: if the state does not allow it, such as training while the model is switched.
+            S2FTError: if the state does not allow it, such as training while the model is switched, or if the slices that run
+                are computed from weights that are offloaded.
         """
         running = next(iter(self.slice_layers.values())).running(adapter_names)
         before = self._hold(running, x)
@@ -187,6 +189,8 @@ class S2FTExperts(nn.Module):
         beside = [part for part in parts if part.name != DOWN or not in_weight]
         if not parts or not (beside or torch.is_grad_enabled()):
             return y
+        if not x.is_meta:
+            self._refuse_offloaded(parts)
         x = x.to(next(iter(layers.values())).compute_dtype(x))
         routing, table = Routing.of(self.experts, x, *routed), self._table(parts, x.device)
         ups, downs = self._deltas(parts, table, x.dtype)
@@ -204,6 +208,17 @@ class S2FTExperts(nn.Module):
         elif downs is not None:
             y = Collect.apply(y, channels, downs, None, routing)
         return y
+
+    def _refuse_offloaded(self, parts: Sequence[Part]) -> None:
+        """Raises `S2FTError` for weights on device meta, which accelerate brings for the base's own pass alone."""
+        module = self.experts.module
+        own = [(name, module.get_parameter(name)) for name in (self.experts.up, DOWN)]
+        away = [name for name, tensor in (*own, *((part.name, part.held.weight) for part in parts)) if tensor.is_meta]
+        if away:
+            raise S2FTError(
+                f"{away[0]} of {type(module).__name__} {NO_VALUES}, and its slices are computed from it; keep the experts "
+                "on a device, whole (`device_map`)"
+            )
 
     def _add_by_row(
         self,

@@ -274,6 +274,11 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         super().train(mode)
         return self
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; with the table of a mixed batch, which holds its slice once more."""
+        super().delete_adapter(adapter_name)
+        forget(self)
+
     def choose(self, adapter_name: str, indices: Indices) -> None:
         """Replaces the channels of an adapter that is about to be loaded.
 

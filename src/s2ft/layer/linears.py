@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+NO_VALUES = "has no values here (device meta: offloaded, or not loaded yet)"
+
 
 def is_conv1d(module: object) -> bool:
     """Whether it is GPT-2's own linear layer. There is none before transformers has loaded the class, so this does not."""

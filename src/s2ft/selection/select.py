@@ -36,6 +36,8 @@ from s2ft.selection.targets import by_projection, find_targets
 from s2ft.selection.units import Projection, Structure, Target
 from s2ft.selection.weight_scores import Batch, Scores
 
+Held = Mapping[tuple[str, str], Indices]  # module and side → the channels that adapters hold which are to be avoided
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -164,7 +166,7 @@ def _choose(
     counts: Mapping[str, list[int]],
     scores: Scores,
     config: S2FTConfig,
-    avoided: Mapping[str, Slice],
+    avoided: Held,
 ) -> list[tuple[Projection, Indices]]:
     """Each targeted projection with its chosen units, ascending."""
     grouped = {s.key for s, p in targets if p.name in ("k_proj", "v_proj")}
@@ -172,7 +174,7 @@ def _choose(
     for name, group in by_projection(targets).items():
         signed = {s.key: -scores[s.key] if config.subset == "largest" else scores[s.key] for s, _ in group}
         ranks = [_rank_keys(signed[s.key], _held_units(s, avoided), s, p, s.key in grouped) for s, p in group]
-        free = [_free_units(p, avoided.get(p.module)) for _, p in group]
+        free = [_free_units(p, avoided) for _, p in group]
         picks = _pick_global if config.allocation == "global" else _pick_uniform
         units = picks(name, ranks, free, counts[name])
         chosen += [(p, picked) for (_, p), picked in zip(group, units, strict=True)]
@@ -185,23 +187,26 @@ def _rank_keys(
     structure: Structure,
     projection: Projection,
     by_group: bool,
-) -> NDArray[np.float32]:  # [keys, units of the projection]
-    """Sort keys of a projection's units, the first key first; what is held on any projection comes last on all."""
+) -> NDArray[np.float32]:  # [4, units of the projection]
+    """Sort keys of a projection's units, the first key first; what is held on any projection comes last on all.
+
+    First those of a unit's group, then its own; as many where there are no groups, since blocks are ranked together.
+    """
     size = structure.units // structure.groups
     by_head = np.stack([held.astype(np.float32), signed])
     groups = by_head.reshape(2, structure.groups, size)
     per_group = np.stack([groups[0].max(1), groups[1].mean(1, dtype=np.float64).astype(np.float32)])
     if projection.units < structure.units:
-        return per_group
-    return np.concatenate([per_group.repeat(size, axis=1), by_head]) if by_group and size > 1 else by_head
+        return np.concatenate([per_group, per_group])
+    return np.concatenate([per_group.repeat(size, axis=1) if by_group else by_head, by_head])
 
 
-def _held_units(structure: Structure, avoided: Mapping[str, Slice]) -> NDArray[np.bool_]:  # [units of the structure]
+def _held_units(structure: Structure, avoided: Held) -> NDArray[np.bool_]:  # [units of the structure]
     """The units that another adapter holds on any projection; a held group holds all its heads."""
     held = np.zeros(structure.units, dtype=bool)
     for projection in structure.projections:
         own = np.ones(projection.units, dtype=bool)
-        own[_free_units(projection, avoided.get(projection.module))] = False
+        own[_free_units(projection, avoided)] = False
         held |= own.repeat(structure.units // projection.units)
     return held
 
@@ -230,26 +235,27 @@ def _first(rank: NDArray[np.float32], units: Indices, count: int) -> Indices:
     return np.sort(units[order[:count]])
 
 
-def _free_units(projection: Projection, avoided: Slice | None) -> Indices:
+def _free_units(projection: Projection, avoided: Held) -> Indices:
     """The units none of whose channels another adapter holds on the same side."""
-    units = np.arange(projection.units)
-    if avoided is None or avoided.side != projection.side:
-        return units
-    return np.setdiff1d(units, projection.units_of(avoided.indices))
+    units, held = np.arange(projection.units), avoided.get((projection.module, projection.side))
+    return units if held is None else np.setdiff1d(units, projection.units_of(held))
 
 
-def held_channels(model: nn.Module, adapters: Sequence[str]) -> dict[str, Slice]:
-    """Module → the channels that any of `adapters` holds: names of adapters on the model, folders, or Hub names."""
+def held_channels(model: nn.Module, adapters: Sequence[str]) -> dict[tuple[str, str], Indices]:
+    """What any of `adapters` holds: names of adapters on the model, folders, or Hub names.
+
+    Returns:
+        Module and side → channels, ascending.
+    """
     loaded = getattr(model, "peft_config", {})
-    held: dict[str, Slice] = {}
+    held: dict[tuple[str, str], Indices] = {}
     for adapter in adapters:
         config = loaded.get(adapter) or _load_config(adapter)
         if not isinstance(config, S2FTConfig) or not config.is_resolved:
             raise S2FTError(f"avoid names {adapter!r}, which is not a trained S2FT adapter")
         for path, text in (config.slices or {}).items():
             new = Slice.parse(text)
-            old = held.get(path)
-            held[path] = new if old is None else Slice(new.side, np.union1d(old.indices, new.indices))
+            held[path, new.side] = np.union1d(held.get((path, new.side), new.indices), new.indices)
     return held
 
 

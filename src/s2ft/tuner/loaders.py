@@ -2,22 +2,25 @@
 
 PEFT puts an adapter in, then looks for its weights; transformers writes tensors without asking the tuner. Both are wrapped:
 the folder is checked first, the tuner knows what will be loaded while it puts the adapter in (`INCOMING`), and what was done
-before a failure is undone. Loading another method's adapters is unchanged.
+before a failure is undone. An adapter on the Hub is loaded from the folder in the Hub's cache, so that what was checked is what
+is loaded. Loading another method's adapters is unchanged.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -37,6 +40,8 @@ from s2ft.tuner.rollback import rolled_back
 INCOMING: ContextVar[Mapping[str, Tensor] | None] = ContextVar("s2ft_incoming", default=None)
 """What a loader is about to load. Without values (device meta) where PEFT shows them to the tuner before it writes them."""
 
+_HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download", "subfolder")
+
 
 def guard() -> None:
     """Wraps the loaders, once."""
@@ -44,23 +49,52 @@ def guard() -> None:
     native: Any = PeftAdapterMixin
     if not hasattr(peft_model.load_adapter, "__wrapped__"):
         own = peft_model.from_pretrained.__func__
-        peft_model.from_pretrained = classmethod(_guarded(own, _before_from_pretrained))
-        peft_model.load_adapter = _guarded(peft_model.load_adapter, _before_load_adapter)
-        native.load_adapter = _guarded(native.load_adapter, _before_native)
+        peft_model.from_pretrained = classmethod(_guarded(own, "model_id", _before_from_pretrained))
+        peft_model.load_adapter = _guarded(peft_model.load_adapter, "model_id", _before_load_adapter)
+        native.load_adapter = _guarded(native.load_adapter, "peft_model_id", _before_native)
 
 
-def _guarded(own: Callable[..., Any], before: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+def _guarded(own: Callable[..., Any], where: str, before: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    """The loader with its checks; the argument `where` names the adapter."""
     signature = inspect.signature(own)
 
     @wraps(own)
     def loader(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         arguments = {**given.arguments, **given.arguments.get("kwargs", {})}
+        if (folder := _cached(arguments.get(where), _hub_options(arguments))) is not None:
+            given.arguments[where] = arguments[where] = folder
         model = arguments.get("model", arguments.get("self"))
         with _guard_of(model), before(arguments):
-            return own(*args, **kwargs)
+            return own(*given.args, **given.kwargs)
 
     return loader
+
+
+def _hub_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Where and how a loader would look for a name on the Hub; transformers bundles some of the arguments."""
+    bundled = getattr(arguments.get("load_config"), "download_kwargs", None)
+    bundles = (bundled, arguments.get("download_kwargs"), arguments, arguments.get("adapter_kwargs"))
+    options = {name: value for bundle in bundles for name, value in (bundle or {}).items()}
+    return {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+
+
+def _cached(name: Any, options: Mapping[str, Any]) -> str | None:
+    """The folder in the Hub's cache that holds an S²FT adapter of this name, fetched if need be; None if it is none."""
+    if name is None or Path(str(name)).exists():
+        return None
+    try:
+        config = Path(hf_hub_download(str(name), CONFIG_NAME, **options))
+    except Exception:  # as many kinds as the Hub has reasons; the loader gives them in its own words
+        return None
+    if read_fields(config.parent).get("peft_type") != METHOD:
+        return None
+    root = config.parents[len(Path(options.get("subfolder", "")).parts)]
+    for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        with suppress(EntryNotFoundError):
+            hf_hub_download(str(name), file, **{**options, "revision": root.name})
+            break
+    return str(root)
 
 
 def _guard_of(model: Any) -> AbstractContextManager[None]:
@@ -107,7 +141,6 @@ def _before_native(arguments: dict[str, Any]) -> Any:
     config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
     if tensors is not None:
         return _incoming(tensors) if isinstance(config, S2FTConfig) else nullcontext()
-    arguments = {**arguments, **(arguments.get("adapter_kwargs") or {})}
     weights = _adapter_weights(arguments, "peft_model_id", check=True)
     return nullcontext() if weights is None else _incoming(weights)
 
@@ -132,7 +165,7 @@ def _incoming(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 def _adapter_weights(
     arguments: dict[str, Any], where: str, check: bool, refuse_others: bool = False
 ) -> WeightFile | None:
-    """The weight file of an S²FT adapter in a local folder; None if it is pickled, another method's, or on the Hub.
+    """The weight file of an S²FT adapter in a local folder; None if it is pickled, another method's, or nowhere here.
 
     Args:
         arguments: Of the loader.
@@ -141,7 +174,7 @@ def _adapter_weights(
         refuse_others: Whether to refuse another method's.
     """
     given = arguments.get(where)
-    folder = Path(str(given), arguments.get("subfolder") or "")
+    folder = Path(str(given), _hub_options(arguments).get("subfolder", ""))
     if given is None or not folder.is_dir():
         return None
     fields = read_fields(folder)

@@ -21,6 +21,7 @@ from s2ft.layer.experts import S2FTExperts
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import layer_stack
 from s2ft.layer.pack import MixedBatch
+from s2ft.layer.token_rows import kept_by
 
 if TYPE_CHECKING:
     from s2ft.tuner.model import S2FTModel
@@ -62,9 +63,7 @@ def mixed_rows(tuner: S2FTModel, names: Sequence[str], beams: int) -> Iterator[N
             if isinstance(module, S2FTLinear | S2FTExperts):
                 hook = _giving_tokens(rows, _block(tuner.model, path, blocks, stack), path)
             elif isinstance(module, AuxiliaryTrainingWrapper):
-                if pool is not None:  # its adapters have slices alone
-                    rows = MixedBatch(BASE if name in pool else name for name in rows)
-                hook = _giving(rows)
+                hook = _giving([name if name in kept_by(module) else BASE for name in rows])
             else:
                 continue
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

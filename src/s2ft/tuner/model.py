@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists, onload_layer
 from torch import Tensor, nn
 
 from s2ft.adapters.blending import DENSITY
@@ -27,7 +26,6 @@ from s2ft.format.names import bare, is_base_copy
 from s2ft.format.registration import PREFIX, register_tuner
 from s2ft.format.slices import Slice
 from s2ft.layer.adapted import (
-    AdaptedLayer,
     Shared,
     adapted_layers,
     all_or_nothing,
@@ -36,18 +34,21 @@ from s2ft.layer.adapted import (
     not_loaded,
     refuse_inside,
     require_own,
+    standing_in_all,
     suspended,
 )
-from s2ft.layer.dequantise import dequantise, keep_trainable, quantised_layers
+from s2ft.layer.dequantise import keep_trainable
 from s2ft.layer.experts import wrap_experts
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.sharding import from_first, is_loaded_once, reshard
 from s2ft.layer.split import not_computed
 from s2ft.layer.stacked import StackedLinear, linear_at
+from s2ft.layer.token_rows import deactivate_idle_rows, hold_rows, peft_layers, rows_anew, rows_as_before
 from s2ft.training.depth import stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
 from s2ft.tuner.loaders import INCOMING, guard
+from s2ft.tuner.merging import make_plain, refuse_merging
 from s2ft.tuner.mixing import BASE, mixed_rows
 from s2ft.tuner.outgoing import gather_adapter
 from s2ft.tuner.rollback import rolled_back
@@ -74,6 +75,7 @@ class S2FTModel(BaseTuner):
             filter(None, [_wrapped_already(model)])
         )  # before PEFT enters the config with those of its adapters
         super().__init__(model, *args, **kwargs)
+        self.register_load_state_dict_post_hook(rows_anew)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolves the config (which channels?), checks the base, and puts the layers in."""
@@ -138,6 +140,7 @@ class S2FTModel(BaseTuner):
             refuse_inside(self.model, f"deleting the adapter {adapter_name!r}")
             with suspended(self.model):
                 super().delete_adapter(adapter_name)
+                deactivate_idle_rows(self.model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT; it ends the switched state (`layer/adapted.py`).
@@ -153,6 +156,7 @@ class S2FTModel(BaseTuner):
                 layer.refuse_beside_layout(names)
             end_switch(layers)
             super().set_adapter(names, inference_mode=inference_mode)
+            hold_rows(self.model, ())
             self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
     def add_weighted_adapter(
@@ -189,39 +193,27 @@ class S2FTModel(BaseTuner):
         """
         with self.shared.turns.alone():
             layers = adapted_layers(self.model)
-            self._refuse_merging(layers, adapter_names)
+            self._refuse_merging(adapter_names, safe_merge)
             reshard(self.model)
             mark_shared(self.model)
-            with all_or_nothing(layers):
-                super().merge_adapter(adapter_names, safe_merge)
+            with all_or_nothing(layers), rows_as_before(self.model):
+                for layer in peft_layers(self.model):
+                    with onload_layer(layer):
+                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                hold_rows(self.model, standing_in_all(layers))
 
     def unmerge_adapter(self) -> None:
         """As in PEFT: the base weights are what they were, bit for bit."""
         with self.shared.turns.alone():
             reshard(self.model)
-            super().unmerge_adapter()
+            for layer in peft_layers(self.model):
+                with onload_layer(layer):
+                    layer.unmerge()
+            hold_rows(self.model, ())
 
-    def _refuse_merging(self, layers: list[AdaptedLayer], adapter_names: list[str] | None) -> None:
-        require_own(self.model, "merging", allowed=["merged"])
+    def _refuse_merging(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
-        raise_together(not_loaded(names, self.peft_config))
-        raise_together(self._inactive_modules(names))
-        paths = {layer: path for path, layer in self.model.named_modules()}
-        problems = ((paths[layer], layer.why_unwritable(names)) for layer in layers)
-        raise_by_place((path, problem) for path, problem in problems if problem)
-
-    def _inactive_modules(self, names: Sequence[str]) -> Iterator[str]:
-        """`modules_to_save` are not merged: the active adapter's runs, so that must be one of `names`."""
-        for path, wrapper in self.model.named_modules():
-            if isinstance(wrapper, ModulesToSaveWrapper):
-                kept = [
-                    name for name in wrapper.modules_to_save if (name in names) != (name in wrapper.active_adapters)
-                ]
-                if kept:
-                    yield (
-                        f"{path} is kept whole by the adapter {kept[0]!r}, and the active adapter's is what runs: "
-                        "make the adapters active that are to be merged (`set_adapter`)"
-                    )
+        refuse_merging(self.model, adapted_layers(self.model), names, self.peft_config, safe_merge)
 
     def _check_merge_allowed(self) -> None:
         """PEFT warns of tied weights here, which do no harm: the layer gets its own copy."""
@@ -229,6 +221,7 @@ class S2FTModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         with self.shared.turns.alone():
             super()._enable_adapter_layers(enabled)
+            hold_rows(self.model, standing_in_all(adapted_layers(self.model)))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -279,25 +272,16 @@ class S2FTModel(BaseTuner):
                 end_switch(layers)
                 with own_modules_back(self.model):
                     return super()._unload_and_optionally_merge(merge, *args, **kwargs)
-            self._refuse_merging(layers, kwargs.get("adapter_names"))
-            self._make_plain(layers)
+            names, safe_merge = kwargs.get("adapter_names"), kwargs.get("safe_merge", False)
+            self._refuse_merging(names, safe_merge)
+            make_plain(self.model, layers, self.active_adapters if names is None else names, safe_merge)
             with all_or_nothing(layers):
                 for layer in layers:  # what is merged is to stay, also while adapters are disabled
                     layer.enable_adapters(True)
-                self.merge_adapter(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
+                self.merge_adapter(names, safe_merge)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "All adapters are already merged")
-                return super()._unload_and_optionally_merge(merge, *args, **kwargs)
-
-    def _make_plain(self, layers: list[AdaptedLayer]) -> None:
-        """Dequantises a quantised model, so that it can be merged for good; its adapters stand beside the weights no longer."""
-        if not quantised_layers(self.model):
-            return
-        for layer in layers:
-            layer.take_out()
-        dequantise(self.model, getattr(self.model, "dtype", torch.float32))
-        for layer in layers:
-            layer.settle()
+                return super()._unload_and_optionally_merge(merge, *args, **{**kwargs, "adapter_names": []})
 
     @staticmethod
     def _check_target_module_exists(config: S2FTConfig, key: str) -> Any:  # bool, or PEFT's mark of an excluded one

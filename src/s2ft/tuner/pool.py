@@ -25,7 +25,7 @@ from s2ft.adapters.file import Adapter, read_adapter
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.layer.adapted import require_own
 from s2ft.layer.linear import S2FTLinear
-from s2ft.layer.pack import LooseSlice
+from s2ft.layer.pack import LooseSlice, forget
 from s2ft.layer.stacked import linear_at
 from s2ft.tuner.incoming import warn_of_overflow
 from s2ft.tuner.mixing import BASE
@@ -163,6 +163,7 @@ class AdapterPool:
             layer = getattr(self._tuner.model.get_submodule(parent), child)
             if isinstance(layer, S2FTLinear):  # not after unload()
                 layer.pooled.pop(name, None)
+                forget(layer)  # whose table holds the slices once more
         return slices
 
     def _load(self, name: str) -> Slices:
