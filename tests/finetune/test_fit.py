@@ -94,9 +94,7 @@ def config(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def test_the_command_says_what_to_run(
-    s2ft: Run, tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_says_what_to_run(s2ft: Run, tmp_path: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["plan", "--model", config, "--gpus", "2x24G", "--max-length", "16", "--json", str(tmp_path / "plan.json")]
     code, out, _ = s2ft(*given)
     assert code == 0

@@ -416,7 +416,7 @@ def test_chains_keep_their_runs_in_a_folder_that_the_command_has_locked(model, d
 
 
 def test_a_training_that_diverges_has_no_rows(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(real, "experiments", lambda *_: Workers(_diverging, ()))
+    monkeypatch.setattr(real, "experiments", lambda *_, **__: Workers(_diverging, ()))
     fused = replace(SETTINGS, parts=("selection", "fusion"))
     assert study_real(tmp_path / "runs", fused, model=model, data=data).rows == []
 
