@@ -280,6 +280,8 @@ class TestMixedBatch:
             logits(model, ids, adapter_names=["a", "nobody"])
         with pytest.raises(ValueError, match="but got 3 and 2"):
             logits(model, ids, adapter_names=["a", "b", "a"])
+        with pytest.raises(ValueError, match="but got 3 and 2"):
+            logits(model, ids, adapter_names=["__base__"] * 3)  # which no slice would notice
         with pytest.raises(ValueError, match="training mode"):
             logits(model.train(), ids, adapter_names=["a", "b"])
         model.eval().merge_adapter(["a"])

@@ -29,7 +29,7 @@ from s2ft.layer.block import S2FTBlock
 from s2ft.layer.frozen import through_frozen
 from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weight_matrix, weight_of
 from s2ft.layer.mixed import add_mixed
-from s2ft.layer.pack import LooseSlice, MixedBatch, find_slice, forget
+from s2ft.layer.pack import LooseSlice, MixedBatch, find_slice, forget, wrong_count
 from s2ft.layer.slot import Slot
 from s2ft.layer.split import agree, share_of
 
@@ -187,10 +187,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         if len(rows) != len(batch):
             if not self.holds_any(batch.distinct):
                 return base(x)
-            raise S2FTError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(batch)} and {len(rows)} respectively"
-            )
+            raise S2FTError(wrong_count(len(batch), len(rows)))
         self.refuse_mixed_on_merged()
         y, linear = base(x), self.get_base_layer()
         if share_of(linear, 1, x) or share_of(linear, 0, y):

@@ -16,6 +16,13 @@ from s2ft.common.errors import S2FTError
 from s2ft.layer.backprop import stamp
 
 
+def wrong_count(names: int, rows: int) -> str:
+    """PEFT's words for a list of names that is longer or shorter than the batch."""
+    return (
+        f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {rows} respectively"
+    )
+
+
 class MixedBatch(list[str]):
     """The name of each row's adapter, and what the layers have prepared for this batch.
 

@@ -7,7 +7,7 @@ Where it does not follow, as for experts that are called with the tokens routed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from s2ft.layer.adapted import require_own
 from s2ft.layer.experts import S2FTExperts
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import layer_stack
-from s2ft.layer.pack import MixedBatch
+from s2ft.layer.pack import MixedBatch, wrong_count
 from s2ft.layer.token_rows import kept_by
 
 if TYPE_CHECKING:
@@ -68,6 +68,14 @@ def mixed_rows(tuner: S2FTModel, names: Sequence[str], beams: int) -> Iterator[N
                 continue
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+def check_count(names: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises `S2FTError` if all names are the base's, but not one for each row: no layer with a slice would notice."""
+    given = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs")), *args, *kwargs.values())
+    tensor = next((one for one in given if isinstance(one, Tensor) and one.dim()), None)
+    if isinstance(names, list | tuple) and {*names} == {BASE} and tensor is not None and len(tensor) != len(names):
+        raise S2FTError(wrong_count(len(names), len(tensor)))
 
 
 def _check(tuner: S2FTModel, names: Any) -> None:
