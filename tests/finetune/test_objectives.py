@@ -21,6 +21,7 @@ from s2ft.finetune.prepare import prepare
 from s2ft.finetune.recipe import settle_batch
 from s2ft.finetune.resume import Note
 from s2ft.finetune.reward_functions import load_reward
+from s2ft.finetune.trainers import other_prompts
 from s2ft.layer.linear import sliced_layers
 from s2ft.runtime.models import load_scorer
 from tiny_runs import interrupt_at, train, weights
@@ -317,6 +318,16 @@ def test_the_divergence_of_kto_is_measured_on_answers_to_other_prompts(base, fil
         assert not any((tuple(row["prompt_ids"]), tuple(row["KL_completion_ids"])) in own for row in rows)
 
 
+def test_answers_to_other_prompts_are_found_in_linear_time():
+    prompts = [random.choice("ab") for _ in range(50)]
+    for size in (2, 3, 8):
+        found = other_prompts(prompts, size)
+        assert all(prompts[other] != prompts[row] for row, other in enumerate(found))
+    same = other_prompts(["a"] * 10**5, 4)  # quadratic, this would take minutes
+    assert same[:5] == [3, 0, 1, 2, 7]
+    assert other_prompts([*["a"] * 10**5, "b"], 4)[:3] == [10**5] * 3
+
+
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 def test_grpo_holds_on_to_the_base(layout_name, trainer, base, tmp_path):
     """The reference log-probabilities of sampled answers are the frozen copy's."""
@@ -443,7 +454,7 @@ def test_a_field_that_trl_keeps_for_itself_is_refused_where_it_is_wanted(run, fi
     ):
         run("grpo", **given)
     (tmp_path / "data.json").write_text(json.dumps([{"prompt": "1+1=", "completions": "2"}]))
-    with pytest.raises(S2FTError, match="the field completions is none that a reward function can get"):
+    with pytest.raises(S2FTError, match="the field completions cannot be passed to a reward function"):
         run("grpo", **given)
     assert not (tmp_path / "out").exists()
 

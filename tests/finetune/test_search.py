@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from live import same
 from s2ft import S2FTError
@@ -18,6 +18,7 @@ from s2ft.finetune import search as module_under_test
 from s2ft.finetune.options import TrainOptions, parse_options, read_config
 from s2ft.finetune.search import climb, plan_tries
 from s2ft.finetune.trainer import Trainer
+from s2ft.runtime.models import load_tokenizer
 from tiny_runs import interrupt_at, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,9 +155,12 @@ def test_a_try_leaves_nothing_in_what_an_adapter_trains_of_the_model_itself(
     pairs = [{"prompt": f"{n}+1=", "chosen": f"{n + 1}", "rejected": f"{n + 2}"} for n in range(40)]
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
     (tmp_path / "data.json").write_text(json.dumps(pairs if "objective" in options else answers))
+    config = LlamaConfig.from_pretrained(base, attention_bias=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "biased")
+    load_tokenizer(base).save_pretrained(tmp_path / "biased")
     losses = []
     monkeypatch.setattr(module_under_test, "climb", lambda loss_at, start: losses.extend(map(loss_at, [0.1] * 3)))
-    settings = {"model": base, "data": str(tmp_path / "data.json"), "output": str(tmp_path / "out")}
+    settings = {"model": str(tmp_path / "biased"), "data": str(tmp_path / "data.json"), "output": str(tmp_path / "out")}
     settings |= {"learning_rate": "auto", "max_steps": 10, "batch_size": 4, "precision": "fp32"}
     with pytest.raises(AttributeError):  # no losses: the run ends here
         train(parse_options({**settings, **options}))

@@ -145,6 +145,28 @@ def test_the_card_of_a_resumed_run_has_the_time_of_both_parts_and_the_reasons_of
         assert training[name] == paused.card["training"][name] != "as asked"
 
 
+def test_of_a_run_whose_first_parts_were_not_timed_only_the_last_counts(run, monkeypatch):
+    """As a checkpoint of an older version."""
+    whole = run("whole")
+    interrupt_at(monkeypatch, 6)
+    note = run().output / "checkpoint-6" / "run.json"
+    monkeypatch.undo()
+    note.write_text(
+        json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k not in ("seconds", "parts")})
+    )
+    training = run(resume=True).card["training"]
+    assert 0 < training["tokens"] < whole.card["training"]["tokens"] / 2
+    assert training["seconds"] < 60
+
+
+def test_a_part_that_logged_less_than_the_next_is_counted(run, monkeypatch):
+    whole = run("whole")
+    interrupt_at(monkeypatch, 1)
+    run(log_every=5)
+    monkeypatch.undo()
+    assert run(log_every=5, resume=True).card["training"]["tokens"] == whole.card["training"]["tokens"]
+
+
 def test_a_resumed_run_saves_and_logs_as_often_as_it_is_told_now(run, monkeypatch):
     interrupt_at(monkeypatch, 1)
     run(save_every=50, log_every=50)

@@ -68,12 +68,11 @@ def _train(methods: list[str], values: dict[str, Any], html: Path | None, json_f
     check_hub(str(values.get("model", ".")))
     with quiet():
         planned = plan(methods, values)
-        for options in planned:
-            standing(options)  # before hours of training: may each run lie where it is to lie?
+        found = [standing(options) for options in planned]  # before hours of training: may each lie where it is to lie?
     failed = []
-    for options in planned:
+    for options, so_far in zip(planned, found, strict=True):
         typer.echo(f"{options.method}: {options.output}", err=True)
-        code = run(options)
+        code = run(options, so_far)
         if code == INTERRUPTED:
             typer.echo("the same command goes on from here")
             return INTERRUPTED

@@ -36,7 +36,10 @@ from s2ft.data.mapped import PIECE, mapped
 from s2ft.data.prompts import alpaca_example, is_alpaca
 from s2ft.data.records import Record, read_records
 
-LAYOUTS = "instruction, output (and input); or prompt, completion; or messages; or conversations; or question, answer; or text"
+LAYOUTS = (
+    "instruction, output (and input); or prompt, completion; or messages; or conversations; or question, answer; or text "
+    "(and no prompt)"
+)
 _MAP = "; --map gives columns these names, as in --map instruction=question,output=reply"
 _PAIRS = "; chosen and rejected are for another objective: dpo, kto, orpo or reward"
 LAYOUT_FIELDS = (

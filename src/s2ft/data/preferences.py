@@ -73,8 +73,7 @@ def prompt_problems(value: Any) -> Iterator[str]:
         yield f"expected an object with {_PROMPTS}; found {_found(value)}"
         return
     yield from (
-        f"the field {name} is none that a reward function can get, as TRL hands it something else by that name; call it "
-        "otherwise (map)"
+        f"the field {name} cannot be passed to a reward function, since TRL passes something else by that name; rename it (map)"
         for name in _TAKEN
         if name in value
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from s2ft.common.errors import S2FTError, raise_together
 from s2ft.data.examples import data_digest
-from s2ft.finetune.card import read_card
+from s2ft.finetune.card import Card, read_card
 from s2ft.finetune.checkpoints import whole_checkpoints
 from s2ft.finetune.methods import find_method, foreign_options, method_problem
 from s2ft.finetune.options import TrainOptions, parse_options
@@ -112,9 +112,9 @@ def standing(options: TrainOptions) -> str:
     )
     if card.get("status") != FINISHED:
         return "paused"
-    if card["data"]["digest"] != data_digest(read_examples(options)):
+    if _has_changed(options, card):
         raise S2FTError(f"data={options.data!r} has changed since {folder} was trained; name another output")
-    if card.get("rewards") != rewards_digest(options.reward_function):
+    if "rewards" in card and card["rewards"] != rewards_digest(options.reward_function):
         raise S2FTError(
             f"reward_function={options.reward_function!r} has changed since {folder} was trained; name another output"
         )
@@ -127,9 +127,22 @@ def standing(options: TrainOptions) -> str:
     return FINISHED
 
 
-def run(options: TrainOptions) -> int:
-    """Trains, in a process of its own, what is not finished yet; its exit code."""
-    found = standing(options)
+def _has_changed(options: TrainOptions, card: Card) -> bool:
+    """Whether the data is other than a finished run's; not where it cannot be read any more."""
+    try:
+        return bool(card["data"]["digest"] != data_digest(read_examples(options)))
+    except S2FTError as error:
+        log.warning("whether the data of %s has changed is not known: %s", options.output, error)
+        return False
+
+
+def run(options: TrainOptions, found: str | None = None) -> int:
+    """Trains, in a process of its own, what is not finished yet; its exit code.
+
+    Args:
+        found: From `standing`, if that was asked already.
+    """
+    found = found or standing(options)
     if found == FINISHED:
         return 0
     resumed = options.model_copy(update={"resume": found == "paused"})

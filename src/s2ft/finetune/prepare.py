@@ -38,7 +38,7 @@ from s2ft.evaluate.comparison import Checked, check_scores
 from s2ft.finetune.arguments import longest, trainer_config
 from s2ft.finetune.card import Card
 from s2ft.finetune.channels import Examples
-from s2ft.finetune.checkpoints import Checkpoints
+from s2ft.finetune.checkpoints import Checkpoints, step_of
 from s2ft.finetune.engines import check_started, computes_in_bf16, loading
 from s2ft.finetune.layout import INDEXED, Chosen, choose_layout, untried
 from s2ft.finetune.live import LiveView
@@ -168,8 +168,9 @@ def prepare(options: TrainOptions) -> Setup:
     chosen = _settle_layout(options, paused, trainer, sliced=isinstance(config, S2FTConfig))
     options = options.model_copy(update={"layout": chosen.layout})  # whoever runs them again takes the same
     reasons |= {"layout": chosen.reason} if isinstance(config, S2FTConfig) else {}
-    before = 0.0 if paused is None else paused.seconds
-    note = Note(options, digest, data.format, reasons, asked, rewards, found, before)
+    note = Note(options, digest, data.format, reasons, asked, rewards, found)
+    if paused is not None:
+        note = replace(note, seconds=paused.seconds, parts=(*paused.parts, step_of(paused.checkpoint)))
     trainer.add_callback(Checkpoints(note.write))
     checkpoint = None if paused is None else paused.checkpoint
     return Setup(note, checkpoint, data, config, trainer, flow, chosen.trial, questions)

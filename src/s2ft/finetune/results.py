@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ def _objective(setup: Setup) -> Card:
 
 def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: float) -> Card:
     options, state, reasons = setup.options, setup.trainer.state, setup.note.reasons
-    tokens = _total([entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry])
+    tokens = _tokens(setup)
     training = {
         "method": options.method,
         "learning_rate": options.learning_rate,
@@ -238,14 +237,14 @@ def _training(setup: Setup, steps: int, foreseen: Estimate | None, seconds: floa
     return training | peak_memory() | ({} if foreseen is None else foreseen.card)
 
 
-def _total(counts: Sequence[float]) -> int:
-    """What was counted, where the count begins anew each time that a run goes on.
-
-    Example:
-        >>> _total([10, 20, 30, 10, 20])
-        50
-    """
-    return int(sum(count for count, following in pairwise([*counts, 0]) if following < count))
+def _tokens(setup: Setup) -> int:
+    """What TRL has counted in the parts of the run whose seconds are known; most trainers count anew when a run goes on."""
+    counts, begins = _points(setup.trainer.state.log_history, "num_tokens"), setup.note.parts
+    parts = [
+        max((count for step, count in counts if begin < step <= end), default=0)
+        for begin, end in zip(begins, (*begins[1:], math.inf), strict=True)
+    ]
+    return int(sum(parts) if setup.trainer.counts_anew else max(parts))
 
 
 def _points(history: Sequence[dict[str, float]], name: str) -> list[tuple[int, float]]:  # (step, value)

@@ -59,6 +59,7 @@ class Paused:
     rewards: str | None = None  # digest of the files with its reward functions, where it has some
     reasons: Mapping[str, str] = field(default_factory=dict)  # for what it settled
     seconds: float = 0.0  # that it had trained for
+    parts: Sequence[int] = ()  # the steps at which it began and went on; an older note has none
     given: Sequence[str] = ()  # of `SETTLED`
 
     @classmethod
@@ -148,9 +149,9 @@ def check_output(options: TrainOptions) -> Paused | None:
 def _is_left_over(path: Path) -> bool:
     """Whether a run that ended before its first checkpoint left it: its base's answers, or a tracker's curves."""
     files = [file for file in path.rglob("*") if file.is_file()]
-    if path.name == "answers":
+    if path.is_dir() and path.name == "answers":
         return all(file.parent.name == "base" and file.suffix == ".jsonl" for file in files)
-    return path.name == "runs" and all(file.name.startswith("events.out.tfevents") for file in files)
+    return path.is_dir() and path.name == "runs" and all(file.name.startswith("events.out.tfevents") for file in files)
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Note:
     rewards: str | None  # digest of the reward functions' files, when they were loaded
     search: Mapping[str, Any] | None = None  # how short runs found the learning rate
     seconds: float = 0.0  # of training before the run went on
+    parts: Sequence[int] = (0,)  # the steps at which it began and went on, as far as their seconds are known
 
     def write(self, checkpoint: Path, seconds: float) -> None:
         """Writes it, `seconds` after the training began or went on."""
@@ -176,6 +178,7 @@ class Note:
             "reasons": dict(self.reasons),
             "given": list(self.given),
             "seconds": round(self.seconds + seconds, 3),
+            "parts": list(self.parts),
             **({} if self.search is None else {"learning_rate_search": self.search}),
             **({} if self.rewards is None else {"rewards": self.rewards}),
         }
@@ -189,9 +192,10 @@ def given(options: TrainOptions) -> list[str]:
 
 def _of_settling(note: dict[str, Any]) -> dict[str, Any]:
     """What a note says of how its run was settled; an older one says nothing."""
-    reasons, seconds, named = (note.get(name) for name in ("reasons", "seconds", "given"))
+    reasons, seconds, named, parts = (note.get(name) for name in ("reasons", "seconds", "given", "parts"))
     reasons = reasons if isinstance(reasons, dict) else {}
     return {
+        "parts": [step for step in parts if isinstance(step, int)] if isinstance(parts, list) else [],
         "reasons": {name: str(reasons[name]) for name in ("batch", "learning_rate") if name in reasons},
         "seconds": float(seconds) if isinstance(seconds, int | float) else 0.0,
         "given": [name for name in SETTLED if name in named] if isinstance(named, list) else [],

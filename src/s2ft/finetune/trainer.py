@@ -20,6 +20,7 @@ import torch
 import transformers
 from datasets import Dataset
 from huggingface_hub import constants
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -53,6 +54,7 @@ class RunTrainer(transformers.Trainer):
     """
 
     config_class: type[TrainingArguments]  # of the TRL trainer beside this class
+    counts_anew = True  # tokens, when a run goes on
 
     @staticmethod
     def settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
@@ -204,11 +206,12 @@ def _keep_fp32(model: nn.Module, by_autocast: bool) -> None:
     """On a base that bitsandbytes quantised, TRL casts all that trains to bf16, where small steps would be lost.
 
     Args:
-        by_autocast: Every parameter may be fp32; without, only those that bring their input to their own dtype.
+        by_autocast: What PEFT's other methods add may be fp32, too; S²FT's slices bring their input to their own dtype.
     """
+    kinds = (S2FTBlock, BaseTunerLayer) if by_autocast else (S2FTBlock,)
     for module in model.modules():
-        if isinstance(module, S2FTBlock) or by_autocast:
-            for parameter in module.parameters(recurse=False):
+        if isinstance(module, kinds):
+            for parameter in module.parameters():
                 if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                     parameter.data = parameter.data.float()
 

@@ -78,6 +78,7 @@ class Grpo(RunTrainer, GRPOTrainer):
     """GRPO: the model answers each prompt several times, and what rewards say of an answer is compared within its prompt's."""
 
     config_class = GRPOConfig
+    counts_anew = False
 
     @staticmethod
     def settings(options: TrainOptions, max_length: int) -> dict[str, Any]:
@@ -116,13 +117,14 @@ def other_prompts(prompts: Sequence[Any], size: int) -> list[int]:
         ([1, 0, 3, 2], [3, 3, 1, 1])
     """
     count = len(prompts)
-    others = []
-    for row in range(count):
-        start = row - row % size
-        before = row - 1 if row > start else min(start + size, count) - 1
-        nearest = (other % count for other in (before, *range(row - 1, row - count, -1)))
-        others.append(next((other for other in nearest if prompts[other] != prompts[row]), before))
-    return others
+    before = [row - 1 if row % size else min(row + size, count) - 1 for row in range(count)]
+    nearest = [(row - 1) % count if prompts[row - 1] != prompts[row] else None for row in range(count)]
+    for row in (*range(count), *range(count)):  # around twice: the first rows look at the last ones
+        nearest[row] = nearest[row - 1] if nearest[row] is None else nearest[row]
+    return [
+        first if prompts[first] != prompts[row] or other is None else other
+        for row, (first, other) in enumerate(zip(before, nearest, strict=True))
+    ]
 
 
 def beta(options: TrainOptions) -> dict[str, float]:

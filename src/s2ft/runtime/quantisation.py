@@ -32,7 +32,14 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 REFUSED = {"hqq": "transformers does not load HQQ any more"}
 """transformers' name of a quantisation → why it is refused."""
 
-INSTALLED_AS = {"optimum.quanto": "optimum-quanto", "compressed_tensors": "compressed-tensors"}
+INSTALLED_AS = {  # module → its package
+    "optimum.quanto": "optimum-quanto",
+    "compressed_tensors": "compressed-tensors",
+    "lomo_optim": "lomo-optim",
+    "apollo_torch": "apollo-torch",
+    "optimi": "torch-optimi",
+    "torchdistx": "git+https://github.com/pytorch/torchdistx",
+}
 OF_BITSANDBYTES = ("bnb", "paged_", "adamw_8bit", "lion_", "ademamix")  # what its optimizers are called in transformers
 OF_TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 OF_OTHERS = {  # begins with → the module that transformers imports for it
