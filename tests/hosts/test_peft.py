@@ -282,6 +282,8 @@ class TestMixedBatch:
             logits(model, ids, adapter_names=["a", "b", "a"])
         with pytest.raises(ValueError, match="but got 3 and 2"):
             logits(model, ids, adapter_names=["__base__"] * 3)  # which no slice would notice
+        places = torch.arange(ids.shape[1])[None]  # one row for all
+        logits(model, ids, adapter_names=["__base__"] * 2, position_ids=places)
         with pytest.raises(ValueError, match="training mode"):
             logits(model.train(), ids, adapter_names=["a", "b"])
         model.eval().merge_adapter(["a"])

@@ -365,6 +365,24 @@ class TestTokenRows:
                 merge(adapter_names=names)
         assert torch.equal(logits(made, self.ids), before)
 
+    def test_rows_of_two_adapters_stand_in_the_weight_together(self) -> None:
+        made = self.made()
+        own, expected = self.rows(made).weight.clone(), {}
+        for name, row in (("x", 5), ("y", 7)):
+            made.set_adapter(name)
+            made.merge_adapter()
+            expected[row] = self.rows(made).weight[row].clone()
+            made.unmerge_adapter()
+        made.set_adapter("x")
+        made.merge_adapter(["x", "y"])
+        for row in range(len(own)):
+            assert torch.equal(self.rows(made).weight[row], expected.get(row, own[row]))
+        made.unmerge_adapter()
+        assert torch.equal(self.rows(made).weight, own)
+        made.merge_adapter(["x"])
+        made.merge_adapter(["y"])
+        assert torch.equal(self.rows(made).weight[7], expected[7])
+
     def test_an_adapter_without_rows_is_merged_beside_one_with_them(self) -> None:
         made = self.made()
         made.base_model.set_adapter(["x", "c"])

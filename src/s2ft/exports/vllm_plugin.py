@@ -2,10 +2,10 @@
 
     request for model "math"  →  $S2FT_VLLM_ADAPTERS/math  →  export --to vllm  →  cache/{hash of its files}  →  LoRARequest
 
-vLLM finds `register` by the entry point `vllm.general_plugins`, in every process that it starts. It asks resolvers for
-names that it does not know only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. A changed adapter has another hash, and is
-converted anew, as is every one by another version of s2ft; that the base is the adapter's is checked each time. The cache
-is in $XDG_CACHE_HOME/s2ft/vllm (by default ~/.cache).
+vLLM finds `register` by the entry point `vllm.general_plugins`, in every process that it starts. It asks resolvers for names
+that it does not know only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. A changed adapter has another hash, and is converted anew,
+as is every one by another version of s2ft, or where the files of the base have changed. The cache is in
+$XDG_CACHE_HOME/s2ft/vllm (by default ~/.cache).
 
 Nothing is served that would silently answer as the base: an adapter whose deltas are all zero, or, in the engine, a LoRA for
 modules that the engine's model does not have under these names (vLLM itself looks at the last part of a name only).
@@ -27,7 +27,6 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from s2ft.adapters.checkpoint import open_base
 from s2ft.adapters.file import open_adapter
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import is_clean
@@ -130,9 +129,7 @@ def converted(folder: Path, base: str) -> Path:
         S2FTError: if it is damaged, for another base, more than vLLM serves, or changes nothing.
     """
     target = _cache() / _key(folder, base)
-    if target.is_dir():
-        open_base(open_adapter(folder), base)  # by the base's name there may be another model now
-    else:
+    if not target.is_dir():
         _refuse_zeros(folder)
         _convert(folder, base, target)
     return target
@@ -180,8 +177,13 @@ def _cache() -> Path:
 
 
 def _key(folder: Path, base: str) -> str:
-    """A hash of the adapter's files, the base's name, and this version, since another may convert otherwise."""
-    digest = hashlib.sha256(f"{version('s2ft')} {base}".encode())
+    """A hash of the adapter's files, of the base, and of this version, since another may convert otherwise.
+
+    By a folder's name there may be another model now, so size and time of its files count; reading them takes too long.
+    """
+    stats = [(path.name, path.stat()) for path in sorted(Path(base).glob("*.safetensors")) if path.is_file()]
+    files = [f"{name} {one.st_mtime_ns} {one.st_size}" for name, one in stats]
+    digest = hashlib.sha256("\n".join([version("s2ft"), base, *files]).encode())
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         try:
             with (folder / name).open("rb") as file:

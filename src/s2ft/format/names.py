@@ -28,15 +28,17 @@ def bare(name: str) -> str:
 
 
 def name_in_layer(module: str) -> str:
-    """What a module is called in every layer, with what holds it there.
+    """What a module is called in every layer, with what holds it there, unless that is the layer.
 
     Example:
         >>> name_in_layer("model.layers.3.mlp.down_proj"), name_in_layer("model.decoder.layers.3.fc1"), name_in_layer("lm_head")
         ('mlp.down_proj', 'fc1', 'lm_head')
     """
-    above, _, name = module.rpartition(".")
-    holder = above.rpartition(".")[2]
-    return name if not holder or holder.isdigit() else f"{holder}.{name}"
+    *above, name = module.split(".")
+    is_layer = (
+        above and above[-1].isdigit() and not any(part.isdigit() for part in above[:-1])
+    )  # else an expert of a list
+    return name if not above or is_layer else f"{above[-1]}.{name}"
 
 
 def part_name(module: str, part: str) -> str:

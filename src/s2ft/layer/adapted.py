@@ -89,7 +89,7 @@ class AdaptedLayer(BaseTunerLayer):
         return tuple(self.merged_adapters) or (() if self.switched_to is None else (self.switched_to,))
 
     def settle(self) -> None:
-        """Makes the base weight hold what it should; if anything is raised, it holds its own values."""
+        """Makes the base weight hold what it should; if anything is raised, it holds its own values, or those of before."""
         if self.standing != self.base_weight.adapters:
             slices = {name: self.block(name) if name in self.s2ft_block else None for name in self.standing}
             with self._onloaded():
@@ -337,7 +337,7 @@ def all_or_nothing(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
 
 
 def _settle_or_leave(layers: Sequence[AdaptedLayer]) -> None:
-    """Settles the layers; if their adapters cannot be written again, leaves them with their base, which always works."""
+    """Settles the layers; if their adapters cannot be written again, leaves them with their base."""
     try:
         for layer in layers:
             layer.settle()

@@ -26,8 +26,8 @@ _HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # the names 
 def stop_below(model: nn.Module) -> int | None:
     """Confines checkpointing and gradients to the blocks from the lowest trained one up.
 
-    Does nothing if the blocks are in several lists, if the first block trains, or if something outside the blocks trains,
-    which may be below them.
+    Confines nothing if the blocks are in several lists, if the first block trains, or if something outside the blocks trains,
+    which may be below them; what was confined before is given back where something trains.
 
     Returns:
         The lowest trained block, if anything was confined to the blocks from it up.
@@ -40,7 +40,8 @@ def stop_below(model: nn.Module) -> int | None:
         elif index >= lowest and getattr(block, "s2ft_confined", False):  # it trains again
             block.gradient_checkpointing, block.s2ft_confined = True, False
     if not lowest:
-        _give_input_back(model)
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            _give_input_back(model)
         return None
     if any(getattr(block, "gradient_checkpointing", False) for _, block in blocks):
         _release_input(model)

@@ -76,6 +76,8 @@ def _hub_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     bundled = getattr(arguments.get("load_config"), "download_kwargs", None)
     bundles = (bundled, arguments.get("download_kwargs"), arguments, arguments.get("adapter_kwargs"))
     options = {name: value for bundle in bundles for name, value in (bundle or {}).items()}
+    # A revision may be resolved already, to a commit of the base's repository
+    options["revision"] = getattr(options.get("revision"), "initial", options.get("revision"))
     return {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
 
 

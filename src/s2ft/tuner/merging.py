@@ -52,11 +52,16 @@ def refuse_merging(
 
 
 def _running_instead(model: nn.Module, names: Collection[str]) -> Iterator[str]:
-    """Of what is kept beside the slices, the active adapter's runs, so that must be one of `names`."""
+    """Of what is kept beside the slices, the active adapter's runs, so that must be one of `names`.
+
+    Rows of several adapters can stand in the weight together, as long as one of these is active.
+    """
     for path, wrapper in model.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
-            other = sorted(name for name in kept_by(wrapper) if (name in names) != (name in wrapper.active_adapters))
-            how = "kept whole by" if isinstance(wrapper, ModulesToSaveWrapper) else "trained in some rows by"
+            is_whole = isinstance(wrapper, ModulesToSaveWrapper)
+            meant, active = kept_by(wrapper) & {*names}, kept_by(wrapper) & {*wrapper.active_adapters}
+            other = sorted(active - meant or (meant - active if is_whole or not active else ()))
+            how = "kept whole by" if is_whole else "trained in some rows by"
             if other:
                 yield (
                     f"{path} is {how} the adapter {other[0]!r}, and the active adapter's is what runs: "

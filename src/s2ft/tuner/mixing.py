@@ -7,13 +7,14 @@ Where it does not follow, as for experts that are called with the tokens routed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from s2ft.common.errors import S2FTError, raise_by_place
 from s2ft.layer.adapted import require_own
@@ -58,6 +59,9 @@ def mixed_rows(tuner: S2FTModel, names: Sequence[str], beams: int) -> Iterator[N
     encoder = _encoder(tuner.model) if beams > 1 else set()
     blocks: dict[str, _Block] = {}
     with ExitStack() as stack:
+        if {*names} == {BASE}:
+            hook = tuner.model.register_forward_pre_hook(_counted(repeated), with_kwargs=True)
+            stack.callback(hook.remove)
         for path, module in tuner.model.named_modules():
             rows = single if module in encoder else repeated
             if isinstance(module, S2FTLinear | S2FTExperts):
@@ -70,12 +74,17 @@ def mixed_rows(tuner: S2FTModel, names: Sequence[str], beams: int) -> Iterator[N
         yield
 
 
-def check_count(names: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises `S2FTError` if all names are the base's, but not one for each row: no layer with a slice would notice."""
-    given = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs")), *args, *kwargs.values())
-    tensor = next((one for one in given if isinstance(one, Tensor) and one.dim()), None)
-    if isinstance(names, list | tuple) and {*names} == {BASE} and tensor is not None and len(tensor) != len(names):
-        raise S2FTError(wrong_count(len(names), len(tensor)))
+def _counted(rows: Sequence[str]) -> Callable[..., None]:
+    """A hook of the base model for names of the base alone: with no slice to add, no layer counts them."""
+
+    def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+        given = named if isinstance(model, PreTrainedModel) else (*named, *kwargs.values())
+        tensor = next((one for one in given if isinstance(one, Tensor) and one.dim()), None)
+        if tensor is not None and len(tensor) != len(rows):
+            raise S2FTError(wrong_count(len(rows), len(tensor)))
+
+    return check
 
 
 def _check(tuner: S2FTModel, names: Any) -> None:

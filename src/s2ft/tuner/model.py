@@ -49,7 +49,7 @@ from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
 from s2ft.tuner.loaders import INCOMING, guard
 from s2ft.tuner.merging import make_plain, refuse_merging
-from s2ft.tuner.mixing import BASE, check_count, mixed_rows
+from s2ft.tuner.mixing import BASE, mixed_rows
 from s2ft.tuner.outgoing import gather_adapter
 from s2ft.tuner.rollback import rolled_back
 from s2ft.tuner.unloading import own_modules_back
@@ -346,7 +346,6 @@ class S2FTModel(BaseTuner):
             if not torch.compiler.is_compiling():
                 stack.enter_context(self.shared.turns.together() if names is None else self.shared.turns.alone())
             if names is not None:
-                check_count(names, args, kwargs)
                 stack.enter_context(mixed_rows(self, names, kwargs.get("num_beams") or 1))
             yield
 
