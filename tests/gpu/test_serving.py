@@ -131,7 +131,8 @@ def test_a_mixed_batch_generates_what_each_adapter_does(kernel_calls: list[str])
     for row, name in enumerate(names):
         alone = dense(model, name).generate(input_ids=ids[row : row + 1].cpu(), **options)
         assert torch.equal(mixed_rows[row].cpu(), alone[0])
-    assert set(kernel_calls) == {"add_by_kernel"}
+    if IS_CUDA and find_spec("triton"):
+        assert set(kernel_calls) == {"add_by_kernel"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
