@@ -13,9 +13,12 @@ from peft import get_peft_model
 
 from s2ft import S2FTError
 from s2ft.cli.app import main
+from s2ft.data.examples import data_digest
 from s2ft.finetune import contest
 from s2ft.finetune.lora import equal_rank, lora_config
 from s2ft.finetune.options import parse_options
+from s2ft.finetune.prepare import read_examples
+from s2ft.finetune.reward_functions import rewards_digest
 from s2ft.runtime.models import empty_model
 from tiny_base import tiny_model
 
@@ -176,6 +179,32 @@ def test_each_run_has_a_process_of_its_own(s2ft, base, data, tmp_path):
     code, printed, errors = s2ft(*words, "--learning-rate", "0.01", *SHORT)
     assert code == 0, errors
     assert re.search(r"s2ft\s.*\d\.\d\d GB", printed)
+
+
+def test_a_finished_run_of_an_edited_reward_function_is_refused_and_one_whose_data_is_away_is_kept(
+    base, tmp_path, caplog
+):
+    data, rewards, folder = (tmp_path / name for name in ("data.json", "rewards.py", "out"))
+    data.write_text('[{"prompt": "1+1="}]')
+    rewards.write_text("def f(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
+    given = {"model": base, "data": str(data), "output": str(folder), "objective": "grpo", "learning_rate": 1e-3}
+    options = parse_options({**given, "reward_function": f"{rewards}:f"})
+    card = {"status": "finished", "options": options.model_dump(mode="json"), "given": ["learning_rate"]}
+    card |= {
+        "data": {"digest": data_digest(read_examples(options))},
+        "rewards": rewards_digest(options.reward_function),
+    }
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(card))
+    assert contest.standing(options) == "finished"
+    data.rename(tmp_path / "away.json")
+    assert contest.standing(options) == "finished"
+    assert "has changed is not known" in caplog.text
+    (tmp_path / "away.json").rename(data)
+    with rewards.open("a") as file:
+        file.write("# edited")
+    with pytest.raises(S2FTError, match=r"reward_function=.* has changed since \S+ was trained; name another output"):
+        contest.standing(options)
 
 
 def test_a_paused_run_goes_on(base, data, tmp_path, monkeypatch):
