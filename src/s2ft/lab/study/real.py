@@ -56,14 +56,26 @@ RATES: dict[str, tuple[float, ...]] = {  # of each method, tried first: the bett
 }
 WORKLOAD = Workload(steps=40, batch_size=4, train_examples=160, test_examples=0)  # seeds before size
 KEPT = "kept"
-PARTS = ("arithmetic", "writing", "commonsense", "selection", "fusion")
-TASK = {"arithmetic": "arithmetic", "writing": "arithmetic", "commonsense": "commonsense", "selection": "arithmetic"}
-MEASURES = {"arithmetic": "known", "writing": "written", "commonsense": "all", "selection": "test"}
-RATES_OF = {"writing": ("arithmetic",), "fusion": ("arithmetic", "commonsense")}  # parts whose rates others tune
-
-_WITH_BASE = ("arithmetic", "writing", "commonsense")  # parts that measure the untouched model, too
-
 Chain = Callable[[], list[Row]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the study trains, and what it asks."""
+
+    tasks: tuple[str, ...]
+    measured: str  # of `MEASURED`
+    rates_of: tuple[str, ...]  # parts that tune its rates
+    has_base: bool = False  # the untouched model is measured, too
+
+
+PARTS = {
+    "arithmetic": Part(("arithmetic",), "known", ("arithmetic",), has_base=True),
+    "writing": Part(("arithmetic",), "written", ("arithmetic",), has_base=True),
+    "commonsense": Part(("commonsense",), "all", ("commonsense",), has_base=True),
+    "selection": Part(("arithmetic",), "test", ("selection",)),
+    "fusion": Part(("arithmetic", "commonsense"), "written", ("arithmetic", "commonsense")),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class RealSettings:
     """What the study does; the defaults are what was recorded."""
 
     seeds: int = 3
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = tuple(PARTS)
     contenders: Mapping[str, tuple[Contender, ...]] = field(
         default_factory=lambda: {
             "arithmetic": ARITHMETIC,
@@ -88,12 +100,10 @@ class RealSettings:
     @property
     def runs(self) -> int:
         """The number of runs, if no grid of learning rates has to grow."""
-        tuned = {
-            (of, who) for part in self.parts for of in RATES_OF.get(part, (part,)) for who in self.contenders[part]
-        }
+        tuned = {(of, who) for part in self.parts for of in PARTS[part].rates_of for who in self.contenders[part]}
         trained = [who for part in self.parts if part != "fusion" for who in self.contenders[part]]
         fused = [variant for who in self.contenders["fusion"] if "fusion" in self.parts for variant in variants(who)]
-        vanilla = [part for part in self.parts if part in _WITH_BASE]
+        vanilla = [part for part in self.parts if PARTS[part].has_base]
         return (
             sum(len(self.rates[who.method]) for _, who in tuned)
             + self.seeds * (len(trained) + len(fused))
@@ -167,22 +177,22 @@ class _Study:
 
     def chains(self, part: str) -> Iterator[Chain]:
         """What can run side by side: a chain for each contender of a part."""
-        if part in _WITH_BASE:
+        if PARTS[part].has_base:
             yield partial(self._vanilla, part)
         own = {"selection": self._strategy, "fusion": self._fused}
         run = own.get(part) or partial(self._scored, part)
         yield from (partial(run, who) for who in self.settings.contenders[part])
 
     def _vanilla(self, part: str) -> list[Row]:
-        asked = {**self._asked(VANILLA, part, MEASURES[part]), "rate": 0.0}
+        asked = {**self._asked(VANILLA, part, PARTS[part].measured), "rate": 0.0}
         return [
             row for seed, result in self._results(asked, seeds=1) for row in _rows(part, VANILLA.name, seed, result)
         ]
 
     def _scored(self, part: str, who: Contender) -> list[Row]:
         """Tunes the rate, then trains with every seed."""
-        rate = self._rate(RATES_OF.get(part, (part,))[0], who)
-        measured = MEASURES["arithmetic" if who in STRATEGY and part == "selection" else part]
+        rate = self._rate(PARTS[part].rates_of[0], who)
+        measured = PARTS["arithmetic" if who in STRATEGY and part == "selection" else part].measured
         asked = {**self._asked(who, part, measured), "rate": rate}
         found = self._results(asked, self.settings.seeds) if rate is not None else []
         return [row for seed, result in found for row in _rows(part, who.name, seed, result)]
@@ -196,7 +206,7 @@ class _Study:
         rates = {suite: self._rate(suite, who) for suite in TESTS}
         rows: list[Row] = []
         for variant, disjoint in variants(who).items():
-            digests = {suite: self._digests(suite, "written") for suite in TESTS}
+            digests = {suite: self._digests(suite, PARTS["fusion"].measured) for suite in TESTS}
             asked = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": digests}
             asked["recipe"] = asdict(self.settings.workload)
             for seed, result in self._results(asked, self.settings.seeds):
@@ -229,10 +239,11 @@ class _Study:
         return best_of_grid(self.runs, rates, asked, self.performer, _low_loss)
 
     def _asked(self, who: Contender, part: str, measured: str) -> Settings:
+        (task,) = PARTS[part].tasks
         return {
             "contender": asdict(who),
-            "task": TASK[part],
-            "data": self._digests(TASK[part], measured),
+            "task": task,
+            "data": self._digests(task, measured),
             "recipe": asdict(self.settings.workload),
             "measured": measured,
         }
