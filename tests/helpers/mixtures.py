@@ -8,7 +8,7 @@ import transformers as hf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 61,
+    "vocab_size": 62,
     "hidden_size": 32,
     "intermediate_size": 24,
     "num_hidden_layers": 2,

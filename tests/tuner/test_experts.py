@@ -342,7 +342,7 @@ FLATTENED = {
     ),
     "llama4": CONFIGS["llama4"],
     "opt": lambda: hf.OPTConfig(
-        vocab_size=61, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+        vocab_size=62, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
     ),
 }
 
@@ -380,7 +380,7 @@ def test_experts_that_a_router_calls_one_by_one_are_refused_in_a_mixed_batch_bef
         **dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_sparse_step", "decoder_sparse_step"), 1),
         **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24),
         **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
-        vocab_size=61, d_model=32, num_experts=2,
+        vocab_size=62, d_model=32, num_experts=2,
     )  # fmt: skip
     model = hf.NllbMoeForConditionalGeneration(config).eval()
     tuned = get_peft_model(model, S2FTConfig(ratios=0.3, target_modules=r".*experts\.expert_1\.fc2"))
@@ -398,18 +398,18 @@ def test_experts_that_a_router_calls_one_by_one_are_refused_in_a_mixed_batch_bef
 
 
 TIME_FIRST = {
-    "xlnet": lambda: hf.XLNetModel(hf.XLNetConfig(vocab_size=61, d_model=32, n_layer=1, n_head=4, d_inner=40)),
+    "xlnet": lambda: hf.XLNetModel(hf.XLNetConfig(vocab_size=62, d_model=32, n_layer=1, n_head=4, d_inner=40)),
     "fsmt": lambda: hf.FSMTModel(
         hf.FSMTConfig(
             **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
             **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 40),
             **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-            langs=["en", "de"], src_vocab_size=61, tgt_vocab_size=61, d_model=32,
+            langs=["en", "de"], src_vocab_size=62, tgt_vocab_size=61, d_model=32,
         )
     ),
     "longformer": lambda: hf.LongformerModel(
         hf.LongformerConfig(
-            vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40, attention_window=4
+            vocab_size=62, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40, attention_window=4
         )
     ),
 }  # fmt: skip

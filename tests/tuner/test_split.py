@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.parallelism_config import ParallelismConfig
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
@@ -32,13 +34,17 @@ from two_processes import in_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SPLITS_ODD_SIZES = Version(transformers.__version__) >= Version("5.23")
+SPLIT_SIZES = (
+    {"vocab_size": 61, "intermediate_size": 45} if SPLITS_ODD_SIZES else {"vocab_size": 62, "intermediate_size": 46}
+)
 RATIOS = dict.fromkeys(PROJECTIONS, 0.5) | {"up_proj": 0.2, "gate_proj": 0.2, "down_proj": 0.3}
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """Grouped queries, biases, an odd number of channels; in block 0 the first process has all channels with large weights."""
-    sizes = {**TWO_BLOCKS, "intermediate_size": 45, "num_key_value_heads": 2, "head_dim": 10}
+    sizes = {**TWO_BLOCKS, **SPLIT_SIZES, "num_key_value_heads": 2, "head_dim": 10}
     model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,8 +62,8 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def split(folder: Path) -> PreTrainedModel:
-    return load(folder, distributed_config=DistributedConfig(tp_size=2))
+def split(folder: Path, **settings: Any) -> PreTrainedModel:
+    return load(folder, distributed_config=DistributedConfig(tp_size=2, **settings))
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -161,9 +167,26 @@ def test_what_cannot_be_computed_is_refused_and_nothing_has_changed(tmp_path: Pa
             with pytest.raises(S2FTError, match=message):
                 select(model, config, [tokens(1, 3)]) if config.slices is None else get_peft_model(model, config)
         with pytest.raises(S2FTError, match="is a stack of experts, in a model that tensor parallelism splits over 2"):
-            get_peft_model(experts, S2FTConfig(ratios={"down_proj": 0.5}))
+            get_peft_model(experts, S2FTConfig(ratios={"down_proj": 0.5}, strategy="random"))
         assert unchanged(before["model"], model)
         assert unchanged(before["experts"], experts)
+        return "refused"
+
+    assert in_two(tmp_path, in_each) == ["refused", "refused"]
+
+
+def test_experts_of_which_each_process_has_some_are_refused(tmp_path: Path) -> None:
+    mixture("mixtral").save_pretrained(tmp_path / "experts")
+
+    def in_each() -> str:
+        by = {"ep_size": 2} if hasattr(DistributedConfig, "ep_size") else {"enable_expert_parallel": True}
+        model = split(tmp_path / "experts", **by)
+        before = dict(state(model))
+        with pytest.raises(
+            S2FTError, match=r"expert parallel|a stack of experts, in a model that tensor parallelism splits"
+        ):
+            get_peft_model(model, S2FTConfig(ratios={"down_proj": 0.5}))
+        assert unchanged(before, model)
         return "refused"
 
     assert in_two(tmp_path, in_each) == ["refused", "refused"]

@@ -5,7 +5,8 @@
                        most checkpoints: experts.3.w2.weight, experts.3.up_proj.weight
 
 Which tensors those are, transformers says by its own conversion: a tensor that has each channel's number in its place, of the
-shape of the parameter but one wide across the channels, is converted to the checkpoint's form, and read there.
+shape of the parameter but two wide across the channels (older versions drop dimensions of one), is converted to the form of the
+checkpoint, and read there.
 """
 
 from __future__ import annotations
@@ -66,15 +67,21 @@ def channel_numbers(model: PreTrainedModel, module: str, side: str, converted: b
     if is_conv1d(linear) or getattr(linear, "is_transposed", False):
         sliced = 1 - sliced
     if isinstance(linear, StackedLinear):
-        held = {module: numbers.view(linear.experts.count, -1).unsqueeze(2 - sliced)}
+        name, numbers, across = module, numbers.view(linear.experts.count, -1), 2 - sliced
     else:
-        held = {f"{module}.weight": numbers.unsqueeze(1 - sliced)}
+        name, across = f"{module}.weight", 1 - sliced
     if not converted:
-        return held
+        return {name: numbers.unsqueeze(across)}
     from transformers.core_model_loading import revert_weight_conversion  # here, since it takes seconds to import
 
-    numbers_there: dict[str, Tensor] = revert_weight_conversion(model, held)
-    return numbers_there
+    twice = torch.stack([numbers, numbers], across)
+    return {there: _once(found) for there, found in revert_weight_conversion(model, {name: twice}).items()}
+
+
+def _once(numbers: Tensor) -> Tensor:  # two wide along one dimension → one wide
+    twice = (dim for dim in reversed(range(numbers.ndim)) if numbers.shape[dim] == 2)
+    across = next(dim for dim in twice if numbers.select(dim, 0).equal(numbers.select(dim, 1)))
+    return numbers.narrow(across, 0, 1)
 
 
 def plain_numbers(name: str, shape: Sequence[int], side: str) -> dict[str, Tensor]:
