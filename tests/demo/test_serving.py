@@ -1,11 +1,13 @@
 """The adapters of `make serve`: made once, and able to do what they were made for."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from live_server import live
 from s2ft.cli.serve import curl
@@ -21,6 +23,26 @@ def test_an_adapter_is_made_once_for_each_new_skill(tmp_path: Path) -> None:
     with live(folder) as server:
         assert [model["id"] for model in server.ask("GET", "/v1/models")[1]["data"]] == ["base", NEW_SKILLS[0]]
         assert server.ask("POST", "/v1/chat/completions", asked(server.url, NEW_SKILLS[0]))[0] == 200
+
+
+def test_training_that_is_interrupted_is_not_served_but_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, skill = tmp_path / "served", NEW_SKILLS[0]
+    presses = iter([signal.SIGINT])
+
+    def press(*_: Any, **__: Any) -> None:
+        for key in presses:
+            signal.raise_signal(key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainerCallback, "on_step_end", press)
+        with pytest.raises(KeyboardInterrupt):
+            serving.make(skill, folder, examples=64)
+    assert (folder / skill / "adapter_config.json").is_file()
+    assert skill in serving.missing(folder)
+    serving.make(skill, folder, examples=64)
+    assert skill not in serving.missing(folder)
 
 
 def asked(address: str, model: str) -> Any:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from markupsafe import escape
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from s2ft import S2FTConfig, S2FTError
 from s2ft.cli.app import app
+from s2ft.cli.progress import quiet
 from s2ft.data.prompts import alpaca_prompt
 from s2ft.evaluate import run as work
 from s2ft.evaluate.answers import Answers, read_answers
@@ -21,14 +24,14 @@ from s2ft.evaluate.engines import Answer, TransformersEngine
 from s2ft.evaluate.options import EvalOptions, find_subjects
 from s2ft.evaluate.questions import digest, load_questions
 from s2ft.evaluate.run import evaluate
-from s2ft.evaluate.subjects import Models, fingerprint
+from s2ft.evaluate.subjects import Models, fingerprint, load_adapter
 from s2ft.evaluate.tally import wilson
 from s2ft.evaluate.tasks import DECODING, TASKS, Decoding
 from s2ft.finetune.card import to_markdown
 from s2ft.finetune.options import parse_options
 from s2ft.finetune.train import train
 from s2ft.runtime.models import load_model, load_tokenizer
-from tiny_base import CHAT_TEMPLATE, save_tiny_base
+from tiny_base import CHAT_TEMPLATE, byte_tokenizer, save_tiny_base
 
 RUN = {"model": "m"}
 TRAINED = ("chat", "alpaca", "text")  # formats of data
@@ -236,6 +239,72 @@ def test_the_base_is_lent_and_comes_back_as_it_was(base, tmp_path) -> None:
     after = models.base.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
+def test_what_an_adapter_writes_into_the_base_is_not_left_to_the_next(settings, tmp_path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, attention_bias=True, **sizes)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    model = get_peft_model(
+        load_model(base, torch.float32), LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **settings)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1, alpha=1.0 if parameter.requires_grad else 0.0)
+    model.save_pretrained(tmp_path / "adapter")
+    models = Models(base, torch.float32, "transformers", 2)
+    before = {name: tensor.clone() for name, tensor in models.base.state_dict().items()}
+    (subject,) = work.find_subjects([str(tmp_path / "adapter")])
+    with models.loaded(subject):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.base.state_dict().items())
+
+
+def test_an_adapter_whose_tensors_go_by_other_names_is_not_taken_for_the_base(base, tmp_path) -> None:
+    folder = adapters(base, tmp_path)[1]
+    path = Path(folder, "adapter_model.safetensors")
+    save_file({name.replace("layers", "language_model.layers"): one for name, one in load_file(path).items()}, path)
+    with (
+        quiet(),
+        pytest.raises(S2FTError, match="lora' has no values for some of its layers in this base: Found missing"),
+    ):
+        load_adapter(load_model(base, torch.float32), folder)
+
+
+def test_tokens_before_the_prompt_are_refused(base, tmp_path) -> None:
+    model = get_peft_model(
+        load_model(base, torch.float32), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    model.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(S2FTError, match="prompt' puts tokens before the prompt"):
+        load_adapter(load_model(base, torch.float32), str(tmp_path / "prompt"))
+
+
+def test_an_adapter_in_a_pickle_is_not_opened(base, tmp_path) -> None:
+    folder = Path(adapters(base, tmp_path)[1])
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(S2FTError, match=r"lora' holds a pickle, adapter_model\.bin, which is not opened"):
+        work.find_subjects([str(folder)])
+
+
+def test_with_vllm_the_bases_answers_end_where_those_of_its_adapters_do(base, data, tmp_path, monkeypatch) -> None:
+    seen = []
+
+    class Engine:
+        def __init__(self, source, dtype, ends) -> None:
+            seen.append(ends)
+            self.answers = TransformersEngine(load_model(base, torch.float32), load_tokenizer(base), 2).answers
+
+    monkeypatch.setattr("s2ft.evaluate.subjects.VllmEngine", Engine)
+    named = Path(shutil.copytree(base, tmp_path / "base"))
+    GenerationConfig(eos_token_id=[1, 7]).save_pretrained(named)
+    models = Models(str(named), torch.float32, "vllm", 2)
+    for subject in (*work.find_subjects([]), *work.find_subjects(adapters(str(named), tmp_path))):
+        with models.engine(subject):
+            pass
+    assert seen == [[1, 7]] * 3
 
 
 def test_vllm_gets_a_merged_copy(base, data, tmp_path, monkeypatch) -> None:

@@ -336,6 +336,17 @@ class TestWhole:
         report = rated(base, data, tmp_path / "out", judge)
         assert (report.ratings[0]["rated"], report.errors, len(server.requests)) == (8, 0, 10)
 
+    def test_a_judge_that_is_down_is_given_up_on_where_first_turns_are_rated_already(
+        self, server, base, data, tmp_path
+    ):
+        server.reply = lambda number, _: "[[5]]" if number % 2 else "no rating"
+        rated(base, data, tmp_path / "out", server.judge(attempts=1))
+        before = len(server.requests)
+        server.reply = lambda *_: (500, b"oh", {})
+        with pytest.raises(S2FTError, match="left 3 answers in a row unrated"):
+            rated(base, data, tmp_path / "out", server.judge(attempts=1))
+        assert len(server.requests) - before == 3
+
     def test_a_judge_that_is_down_stops_the_step_and_keeps_the_answers(self, server, base, data, tmp_path) -> None:
         server.reply = lambda number, _: "[[5]]" if number <= 2 else (500, b"oh", {})
         with pytest.raises(S2FTError, match="left 3 answers in a row unrated: the judge answered with HTTP 500: oh"):

@@ -14,6 +14,7 @@ from s2ft.demo import base_path
 from s2ft.evaluate import likelihood
 from s2ft.evaluate.likelihood import Choice, accuracy, choice, log_likelihoods, perplexity, token_log_likelihoods
 from s2ft.runtime.models import load_model, load_tokenizer
+from tiny_base import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,12 @@ def test_rows_of_several_lengths_score_as_they_do_alone(family: str) -> None:
     found = token_log_likelihoods(model, given, follows)
     for row, before, after in zip(found, given, follows, strict=True):
         torch.testing.assert_close(row.double(), one_by_one(model, before, after), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_what_is_given(model) -> None:
+    pairs = [("Answer:", " yes"), ("Question: so?", " no")]
+    plain, ending = (byte_tokenizer(None, [], around) for around in (None, "$A <eos>"))
+    assert log_likelihoods(model, ending, pairs) == log_likelihoods(model, plain, pairs)
 
 
 def bloom():

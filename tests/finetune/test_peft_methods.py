@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from s2ft import S2FTError
 from s2ft.finetune.lora import linears
@@ -18,6 +18,7 @@ from s2ft.finetune.peft_methods import known_names, nearest_size
 from s2ft.finetune.results import command_words
 from s2ft.finetune.values import config_keys
 from s2ft.runtime.models import empty_model
+from s2ft.tuner.unloading import changes_base
 from tiny_base import tiny_model
 from tiny_runs import train, weights
 
@@ -146,6 +147,14 @@ def test_sizes_are_tried_until_none_is_nearer():
             {"method": "peft:miss", "learning_rate": None},
             "learning_rate is missing: none is known for method=peft:miss",
         ),
+        (
+            {"method": "peft:lora", "objective": "dpo", "peft_config": "bias=all"},
+            "bias='all' changes the base, which objective='dpo' needs as its reference",
+        ),
+        (
+            {"method": "peft:lora", "learning_rate": "auto", "peft_config": "init_lora_weights=pissa"},
+            "init_lora_weights='pissa' changes the base at each of the short runs; give a rate",
+        ),
         ({"method": "lora", "peft_config": "r=4"}, "is no option of method=lora; it belongs to peft:NAME"),
         ({"method": "peft:oft", "lora_rank": "4"}, "lora_rank='4' is no option of method=peft:oft"),
         ({"method": "best"}, rf"unknown; choose from {', '.join(METHODS)}, or peft:NAME"),
@@ -154,6 +163,37 @@ def test_sizes_are_tried_until_none_is_nearer():
 def test_what_is_wrong_is_said_before_anything_is_loaded(options, said):
     with pytest.raises(S2FTError, match=said):
         parse_options({**PATHS, **options})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        *({"init_lora_weights": how} for how in ("pissa", "pissa_niter_2", "olora", "gaussian", "orthogonal", "mica")),
+    ],
+)
+def test_whether_a_method_leaves_the_base_as_it_was_is_known(keys):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_bias=True, **sizes)).eval()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **keys)).eval()
+        for parameter in model.parameters():
+            parameter.add_(0.1 if parameter.requires_grad else 0.0)
+        with model.disable_adapter():
+            after = model(ids).logits
+    assert torch.equal(before, after) == (changes_base(model.active_peft_config) is None)
+
+
+@pytest.mark.parametrize("keys", [{"init_lora_weights": "pissa", "r": 4}, {"init_lora_weights": "olora", "r": 4}])
+def test_the_base_is_asked_before_its_weights_are_others(run, base, keys):
+    result = run("peft:lora", peft_config=keys, samples=2)
+    plain = run("peft:lora", "plain", peft_config={"r": 4}, samples=2)
+    asked, wanted = ([row["base"] for row in one.card["samples"]] for one in (result, plain))
+    assert asked == wanted
 
 
 def test_keys_are_read_as_yaml_reads_them():

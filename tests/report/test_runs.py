@@ -31,13 +31,19 @@ def test_a_row_has_the_figures_of_its_card(cards) -> None:
 def test_quality_is_what_all_runs_have(cards) -> None:
     assert quality(cards).name == "held-out loss"
     assert quality(cards).values["b"] == 1.25
-    cards["a"]["scores"] = {"x": {"tuned": 0.5}, "y": {"tuned": 0.75}}
+    ten = {"questions": 10, "errors": 0}
+    cards["a"]["scores"] = {"x": {"tuned": 0.5, **ten}, "y": {"tuned": 0.75, **ten}}
     assert quality(cards).name == "held-out loss"  # b was asked nothing
-    cards["b"]["scores"] = {"y": {"tuned": 0.0}, "x": {"tuned": 0.25}}
+    cards["b"]["scores"] = {"y": {"tuned": 0.0, **ten}, "x": {"tuned": 0.25, **ten}}
     assert quality(cards) == ("mean score", {"a": 0.625, "b": 0.125})
     assert [row["x"] for row in rows(cards)] == [0.5, 0.25]
-    cards["b"]["scores"]["x"]["tuned"] = None  # no answer
+    cards["b"]["scores"]["x"]["errors"] = 4
+    assert quality(cards).name == "held-out loss"  # b answered other questions
+    cards["b"]["scores"]["x"] |= {"errors": 0, "tuned": None}  # no answer
     assert quality(cards).name == "held-out loss"
+    for name, perplexity in (("a", 14.7), ("b", 22.9)):
+        cards[name]["scores"] = {"perplexity": {"base": 14.7, "tuned": perplexity}}
+    assert quality(cards).name == "held-out loss"  # the scores of a run need be no shares of right answers
     del cards["a"]["scores"], cards["b"]["training"]["best_loss"]
     assert quality(cards) == ("training loss", {"a": cards["a"]["training"]["final_loss"], "b": 0.5})
 
@@ -48,10 +54,13 @@ def test_what_is_not_alike_is_named(cards) -> None:
     cards["b"]["environment"]["cpu"] = "another"
     assert differences(cards) == ["b and a differ in their data", "b and a differ in their processor"]
     cards["a"]["scores"], cards["b"]["scores"] = ({"x": {"tuned": 0.5, "questions": count}} for count in (100, 1000))
-    assert differences(cards)[-1] == "b and a differ in their questions"
+    assert differences(cards)[-1] == "b and a differ in their questions or in how many they answered"
     assert quality(cards).name == "held-out loss"
     cards["a"].pop("scores")
     cards["b"].pop("scores")
+    cards["b"]["options"]["objective"] = "dpo"
+    cards["b"]["status"] = "interrupted"
+    assert {"b and a differ in their objective", "b and a differ in their status"} <= {*differences(cards)}
     assert "Not alike: b and a differ in their data." in runs_page(cards)
 
 

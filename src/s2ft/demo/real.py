@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl.data_utils import common_prefix_length
 
+from s2ft.common.errors import raise_together
 from s2ft.data.template import chat_ids
 from s2ft.demo.lighthouse import OPEN_QUESTIONS, conversations, is_in_the_manner
 from s2ft.evaluate.engines import TransformersEngine
@@ -85,8 +87,9 @@ def quickstart_real(folder: Path, model: str, data: str | None = None) -> RealCo
     result = train(TrainOptions(**asked)).whole()
     tuned = _measure(result.model, result.tokenizer, tests, old)
     scores = {name: {"base": base.scores[name, form], "tuned": tuned.scores[name, form]} for name, form in base.scores}
-    write_card(result.output, {**read_card(result.output), "scores": scores})
-    return RealComparison(result.output, result.card, base, tuned, base_bytes)
+    card = {**read_card(result.output), "scores": scores}
+    write_card(result.output, card)
+    return RealComparison(result.output, card, base, tuned, base_bytes)
 
 
 def _measure(model: Any, tokenizer: Any, tests: Sequence[dict[str, Any]], old: dict[str, Any]) -> Side:
@@ -107,15 +110,19 @@ def _measure(model: Any, tokenizer: Any, tests: Sequence[dict[str, Any]], old: d
 
 def _answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     found = dict(pair for batch in TransformersEngine(model, tokenizer).answers(prompts, _GREEDY) for pair in batch)
-    return [found[index].text or "" for index in range(len(prompts))]
+    answers = [found[index] for index in range(len(prompts))]
+    raise_together(f"no answer could be written: {answer.error}" for answer in answers if answer.text is None)
+    return [answer.text or "" for answer in answers]
 
 
 def _held_out_loss(model: Any, tokenizer: Any, tests: Sequence[dict[str, Any]]) -> float:
     """Mean over the tokens of all answers."""
     given = [chat_ids(tokenizer, record["messages"][:1], ask=True) for record in tests]
     whole = [chat_ids(tokenizer, record["messages"]) for record in tests]
-    follows = [ids[len(start) :] for ids, start in zip(whole, given, strict=True)]
-    return -float(torch.cat(token_log_likelihoods(model, given, follows)).mean())
+    ends = [common_prefix_length(start, ids) for start, ids in zip(given, whole, strict=True)]  # as in training
+    before = [ids[:end] for ids, end in zip(whole, ends, strict=True)]
+    follows = [ids[end:] for ids, end in zip(whole, ends, strict=True)]
+    return -float(torch.cat(token_log_likelihoods(model, before, follows)).mean())
 
 
 def documentation() -> str:

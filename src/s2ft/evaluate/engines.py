@@ -67,7 +67,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: those that training teaches, and those that the model names."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return all_ends(getattr(model, "generation_config", None), tokenizer)
+
+
+def all_ends(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """As `end_ids`, of a model with this generation config."""
+    named = getattr(generation, "eos_token_id", None)
     ids = [*end_tokens(tokenizer), *(named if isinstance(named, list) else [named])]
     return list(dict.fromkeys(token for token in ids if token is not None))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from s2ft.common.errors import S2FTError
+from s2ft.data.tokens import text_ids
 from s2ft.evaluate.engines import evaluating, pad_left, places_of
 from s2ft.evaluate.questions import Prompt, load_questions
 from s2ft.evaluate.tasks import Task
@@ -104,7 +105,7 @@ def log_likelihoods(
     places: dict[str, list[int]] = {}  # what is given → its pairs
     for index, (text, _) in enumerate(pairs):
         places.setdefault(text, []).append(index)
-    given = {text: tokenizer(text).input_ids or [tokenizer.eos_token_id] for text in places}
+    given = {text: text_ids(tokenizer, text) or [tokenizer.eos_token_id] for text in places}
     follows = [tokenizer(text, add_special_tokens=False).input_ids for _, text in pairs]
     order = sorted(given, key=lambda text: -len(given[text]))
     found = [0.0] * len(pairs)

@@ -209,7 +209,8 @@ def judge_dialogues(
     for dialogue in dialogues:
         for turn in TURNS:
             row = _rate(judge, dialogue, turn, answers, ratings)
-            silent = silent + 1 if row is not None and row.get("down") else 0
+            if row is not None:  # it was asked
+                silent = silent + 1 if row.get("down") else 0
             tell(1)
             if silent == GIVE_UP:
                 raise S2FTError(

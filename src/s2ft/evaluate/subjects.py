@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,17 +16,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import read_json
-from s2ft.data.tokens import end_tokens
-from s2ft.evaluate.engines import Engine, TransformersEngine, VllmEngine, end_ids, in_words
-from s2ft.evaluate.options import Subject
+from s2ft.evaluate.engines import Engine, TransformersEngine, VllmEngine, all_ends, end_ids, in_words
+from s2ft.evaluate.options import TENSORS_FILE, Subject
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_model, load_tokenizer
-from s2ft.tuner.unloading import own_modules_back
+from s2ft.tuner.unloading import changes_base, own_modules_back
 
 RUN_FILE = "run.json"
 _DIGESTED = (  # weights, settings, chat template, vocabularies; nothing that may be put beside them, such as a run card
@@ -123,8 +123,10 @@ class Models:
         try:
             yield model
         finally:
+            config = model.active_peft_config
             with own_modules_back(self.base):
-                self._base = model.unload()
+                base = model.unload()
+            self._base = None if changes_base(config) else base
 
     @contextmanager
     def engine(self, subject: Subject) -> Iterator[Engine]:
@@ -137,7 +139,7 @@ class Models:
                 yield self._vllm(subject, folder)
 
     def _vllm(self, subject: Subject, folder: str) -> Engine:
-        source, ends = self._name, end_tokens(self.tokenizer)
+        source, ends = self._name, all_ends(_generation(self._name), self.tokenizer)
         if subject.adapter is not None:
             merged = load_adapter(load_model(self._name, self.dtype), subject.adapter).merge_and_unload()
             merged.save_pretrained(folder)
@@ -152,11 +154,34 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
     Raises:
         S2FTError: if it cannot be loaded, or was made for another base.
     """
+    if not Path(adapter).is_dir():
+        _commit(adapter, TENSORS_FILE)  # PEFT would open a pickle if there is none
     try:
-        return PeftModel.from_pretrained(base, adapter).eval()
+        with _complete(adapter):
+            if PeftConfig.from_pretrained(adapter).is_prompt_learning:
+                raise S2FTError(f"adapter={adapter!r} puts tokens before the prompt, which s2ft eval does not go with")
+            return PeftModel.from_pretrained(base, adapter).eval()
     except S2FTError:
         raise
     except Exception as error:  # broken files raise many kinds of errors
         if is_out_of_memory(error):
             raise
         raise S2FTError(f"adapter={adapter!r} cannot be loaded: {in_words(error)}") from error
+
+
+@contextmanager
+def _complete(adapter: str) -> Iterator[None]:
+    """PEFT only warns of tensors that it looked for in vain; such an adapter would do nothing there."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        yield
+    for one in heard:
+        if (said := str(one.message)).startswith("Found missing adapter keys"):
+            raise S2FTError(f"adapter={adapter!r} has no values for some of its layers in this base: {said}")
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def _generation(name: str) -> GenerationConfig | None:
+    with suppress(OSError):  # there is none
+        return GenerationConfig.from_pretrained(name)
+    return None

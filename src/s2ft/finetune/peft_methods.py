@@ -132,10 +132,20 @@ class PeftMethod(Method):
         """What keys and learning rate are refused for."""
         keys = config_keys(values.get("peft_config")) or {}
         patterns = (f"peft_config: {text}" for name in _PATTERNS for text in pattern_problems(name, keys.get(name)))
-        found = [*patterns] or gathered(lambda: self.config(keys))
+        found = [*patterns] or gathered(lambda: self.config(keys)) or [*self._needs_base(keys, values)]
         if values.get("learning_rate") is None:
             found.append(f"learning_rate is missing: none is known for method={PREFIX}{self.name}; give one, or auto")
         return found
+
+    def _needs_base(self, keys: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+        from s2ft.finetune.objectives import OBJECTIVES
+        from s2ft.tuner.unloading import changes_base
+
+        key, objective = changes_base(self.config(keys)), values.get("objective", "sft")
+        if key is not None and OBJECTIVES[objective].needs_base:
+            yield f"peft_config: {key}={keys[key]!r} changes the base, which objective={objective!r} needs as its reference"
+        if key == "init_lora_weights" and values.get("learning_rate") == "auto":
+            yield f"learning_rate='auto': {key}={keys[key]!r} changes the base at each of the short runs; give a rate"
 
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
         """The config with the keys that were given."""

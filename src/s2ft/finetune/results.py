@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from s2ft.adapters.answer_end import with_end
 from s2ft.adapters.file import read_adapter
 from s2ft.adapters.inspection import draw
 from s2ft.common.files import replaced_file, staged
@@ -69,7 +70,7 @@ def save_result(
     if method.leaves_model:
         model.to(_stored_dtype(options.model))
         if end is not None:
-            _name_end(model, end)
+            model.generation_config.eos_token_id = with_end(model.generation_config.eos_token_id, end)
     with staged(output) as aside:
         model.save_pretrained(str(aside), state_dict=state)
         if method.leaves_model:
@@ -96,14 +97,6 @@ def write_run(output: Path, card: Card) -> None:
     with replaced_file(output / "report.html") as aside:
         aside.write_text(run_page(card, output), encoding="utf-8")
     write_card(output, card)
-
-
-def _name_end(model: PreTrainedModel, end: int) -> None:
-    """Adds the token that ends an answer to the generation config."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    if end not in named:
-        model.generation_config.eos_token_id = [end, *(token for token in named if token is not None)]
 
 
 def command(options: TrainOptions, resume: bool = False) -> str:

@@ -37,6 +37,7 @@ from s2ft.finetune.trackers import tracking
 from s2ft.format.config import S2FTConfig
 from s2ft.runtime.failures import clear_failures
 from s2ft.runtime.processes import is_managed, leads
+from s2ft.tuner.unloading import changes_base
 
 log = logging.getLogger("s2ft")
 
@@ -96,7 +97,7 @@ def _run(setup: Setup) -> TrainResult:
     foreseen = _estimate(setup, steps)
     scorer = Scorer(setup.data.tokenizer, setup.questions, output / "answers")
     samples = Samples(setup.data.asked, setup.data.tokenizer, options.samples if leads() else 0)
-    if find_method(options.method).leaves_model:  # the base's weights will be gone
+    if setup.config is None or changes_base(setup.config):  # the base's weights will be gone
         scorer.score_base(trainer.model)
         samples.ask_base(trainer.model)
     with setup.flow.listening():

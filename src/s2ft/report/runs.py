@@ -1,12 +1,13 @@
 """Several runs beside each other: their figures, which of these says how good a run is, and a page.
 
-quality     mean score of the tasks, if all runs were asked the same; else held-out loss; else training loss
+quality     mean score of the tasks, if all runs were asked and answered the same; else held-out loss; else training loss
 pictures    quality against trained parameters, time and memory
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ COSTS = {  # figure of a row → its axis
 ALIKE = {  # what should not differ → where a card has it
     "base": ("options", "model"),
     "data": ("data", "digest"),
+    "objective": ("options", "objective"),
+    "status": ("status",),
     "number of examples held out": ("training", "held_out"),
     "GPU": ("environment", "gpu"),
     "processor": ("environment", "cpu"),
@@ -125,6 +128,7 @@ def quality(cards: Cards) -> Quality:
     if (
         tasks
         and asked == [asked[0]] * len(asked)
+        and None not in asked[0].values()  # what has no questions need be no share of right answers
         and all(row[task] is not None for row in table.values() for task in tasks)
     ):
         return Quality("mean score", {name: fmean(row[task] for task in tasks) for name, row in table.items()})
@@ -134,9 +138,13 @@ def quality(cards: Cards) -> Quality:
     return Quality("training loss", {name: row["loss"] for name, row in table.items()})
 
 
-def _questions(card: Mapping[str, Any]) -> dict[str, int]:
-    """Task → how many questions of it were asked."""
-    return {task: score.get("questions") for task, score in card.get("scores", {}).items()}
+def _questions(card: Mapping[str, Any]) -> dict[str, tuple[int, int] | None]:
+    """Task → how many questions of it were asked, and how many found no answer; None where that is not noted."""
+    scores: Mapping[str, Mapping[str, Any]] = card.get("scores", {})
+    return {
+        task: (score["questions"], score.get("errors", 0)) if "questions" in score else None
+        for task, score in scores.items()
+    }
 
 
 def differences(cards: Cards) -> list[str]:
@@ -144,10 +152,10 @@ def differences(cards: Cards) -> list[str]:
     first, *others = cards
     found = []
     all_values = {
-        what: {name: card.get(section, {}).get(key) for name, card in cards.items()}
-        for what, (section, key) in ALIKE.items()
+        what: {name: reduce(lambda part, key: part.get(key, {}), place, card) for name, card in cards.items()}
+        for what, place in ALIKE.items()
     }
-    all_values["questions"] = {name: _questions(card) for name, card in cards.items()}
+    all_values["questions or in how many they answered"] = {name: _questions(card) for name, card in cards.items()}
     for what, values in all_values.items():
         odd = [name for name in others if values[name] != values[first]]
         if odd:
