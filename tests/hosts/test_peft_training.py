@@ -1,6 +1,7 @@
 """Training with S²FT in the usual loops: Trainer, gradient checkpointing, accumulation, clipping, autocast, torch.compile."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from families import build, tokens
-from s2ft import S2FTConfig
+from s2ft import S2FTConfig, in_place
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
 
@@ -34,13 +35,29 @@ def backward(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def train(model: nn.Module, folder: Path, **options: Any) -> None:
-    rows = Dataset.from_dict({"input_ids": tokens(8, 6).tolist()}).add_column("labels", tokens(8, 6).tolist())
+def deltas(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def random_rows() -> Dataset:
+    return Dataset.from_dict({"input_ids": tokens(8, 6).tolist(), "labels": tokens(8, 6).tolist()})
+
+
+def train(
+    model: nn.Module,
+    folder: Path,
+    rows: Dataset | None = None,
+    resume_from_checkpoint: str | None = None,
+    **options: Any,
+) -> Trainer:
+    rows = rows or random_rows()
     arguments = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "save_strategy": "no", **options}
     settings = TrainingArguments(
         output_dir=str(folder), learning_rate=0.1, disable_tqdm=True, use_cpu=True, **arguments
     )
-    Trainer(model=model, args=settings, train_dataset=rows).train()
+    trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return trainer
 
 
 class TestTrainer:
@@ -58,7 +75,39 @@ class TestTrainer:
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]) == (not name.endswith("s2ft_block.default.weight")), name
 
-    def test_resumes_from_a_checkpoint_with_the_same_deltas(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("layout", [nullcontext, in_place])
+    def test_a_resumed_run_ends_where_an_uninterrupted_one_does(self, layout: Any, tmp_path: Path) -> None:
+        whole = adapted()
+        again = copy.deepcopy(whole)
+        rows, settings = random_rows(), {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        for model, options in ((whole, {}), (again, {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")})):
+            with layout(model):
+                train(model, tmp_path, rows, **settings, **options)
+        for name, value in deltas(whole).items():
+            assert torch.equal(value, deltas(again)[name]), name
+
+    @pytest.mark.parametrize("layout", [nullcontext, in_place])
+    def test_the_best_checkpoint_is_loaded_at_the_end(self, layout: Any, tmp_path: Path) -> None:
+        """The best is said to be the highest loss, so it is not the last."""
+        model, ids = adapted(), tokens(8, 6)
+        losses = {
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": True,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        }
+        with layout(model):
+            trainer = train(model, tmp_path, max_steps=3, load_best_model_at_end=True, **losses)
+            found = trainer.evaluate()["eval_loss"]
+        history = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row][:3]
+        assert found == pytest.approx(max(history), rel=1e-5)
+        assert history[-1] < max(history)
+        with torch.no_grad():
+            assert model.eval()(input_ids=ids, labels=ids).loss.isfinite()
+
+    def test_a_checkpoint_holds_the_deltas(self, tmp_path: Path) -> None:
         model = adapted()
         base = copy.deepcopy(model.get_base_model())
         train(model, tmp_path, save_strategy="steps", save_steps=2)

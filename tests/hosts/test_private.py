@@ -19,9 +19,12 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch._C import _autograd
+from torch._compile import _disable_dynamo
+from torch.nn.parallel.replicate import replicate
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer import utils
@@ -133,6 +136,23 @@ def the_gradient_of_a_bags_weights_is_a_dot_product() -> None:
     torch.testing.assert_close(found, (grad[[0, 0, 1]] * table[rows]).sum(-1))
 
 
+def a_function_is_kept_from_torchs_compiler() -> None:
+    seen = []
+
+    @_disable_dynamo
+    def plain(x: Tensor) -> Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    assert torch.equal(torch.compile(lambda x: plain(x * 2) * 3, backend="eager")(torch.ones(2)), torch.full((2,), 9.0))
+    assert seen == [False]
+
+
+def copies_for_several_gpus_are_made_by_a_method() -> None:
+    takes(nn.Module, "_replicate_for_data_parallel", "self")
+    assert "_replicate_for_data_parallel" in inspect.getsource(replicate)
+
+
 def the_cpu_says_whether_it_has_bf16() -> None:
     assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
 
@@ -237,6 +257,18 @@ def trls_head_reads_the_size_of_its_tiles_when_it_is_called() -> None:
     assert "_CHUNKED_LOGPROB_CHUNK_SIZE" in inspect.getsource(utils.add_fused_lm_head)
 
 
+def a_model_is_saved_by_the_conversions_that_it_notes() -> None:
+    """Without the note, by those of its class."""
+    model = llama()
+    model._weight_conversions = [
+        WeightConverter("weight", "weight", [type("Op", (ConversionOps,), {"convert": None})()])
+    ]
+    with pytest.raises(NotImplementedError):
+        revert_weight_conversion(model, model.state_dict())
+    del model._weight_conversions
+    assert revert_weight_conversion(model, model.state_dict()).keys() == model.state_dict().keys()
+
+
 USED: dict[str, Check] = {
     "_CHUNKED_LOGPROB_CHUNK_SIZE": trls_head_reads_the_size_of_its_tiles_when_it_is_called,
     "_apply": apply_is_how_modules_are_cast,
@@ -250,6 +282,8 @@ USED: dict[str, Check] = {
     "_embedding_bag_per_sample_weights_backward": the_gradient_of_a_bags_weights_is_a_dot_product,
     "_is_avx512_bf16_supported": the_cpu_says_whether_it_has_bf16,
     "_gradient_checkpointing_func": a_blocks_checkpoint_function_says_whether_it_is_reentrant,
+    "_disable_dynamo": a_function_is_kept_from_torchs_compiler,
+    "_replicate_for_data_parallel": copies_for_several_gpus_are_made_by_a_method,
     "_apply_gate": experts_know_their_gate,
     "_is_expert_parallel": experts_know_their_gate,
     "_hf_hook": an_offloading_hook_stands_on_the_module,
@@ -259,6 +293,7 @@ USED: dict[str, Check] = {
         what_a_trainer_will_log_stands_in, "_total_train_tokens", DPOTrainer, KTOTrainer, RewardTrainer
     ),
     "_stored_metrics": partial(what_a_trainer_will_log_stands_in, "_stored_metrics", ORPOTrainer),
+    "_weight_conversions": a_model_is_saved_by_the_conversions_that_it_notes,
     "_group_size": quantos_weights_know_their_group_size,
     **dict.fromkeys(
         ("_name_", "_value_", "_sort_order_", "_member_names_", "_member_map_", "_value2member_map_"),

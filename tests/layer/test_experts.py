@@ -130,6 +130,24 @@ def test_in_place_the_chosen_channels_alone_are_kept() -> None:
     assert 4 * pairs * channels <= ours - base <= 4 * pairs * channels + 1024  # and where each delta has its place
 
 
+def test_in_place_a_delta_that_changes_between_forward_and_backward_is_an_error() -> None:
+    tuned = adapted(mixture("mixtral"), ratios={"down_proj": 0.4})
+    with in_place(tuned):
+        loss = tuned(text()).logits.square().sum()
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_copies_for_several_gpus_are_refused() -> None:
+    experts = adapted(mixture("mixtral"), ratios={"down_proj": 0.4}).get_base_model().model.layers[0].mlp.experts
+    with pytest.raises(S2FTError, match=r"DataParallel.*a slice of stacked experts.*accelerate launch"):
+        experts._replicate_for_data_parallel()
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_in_place_gradients_are_the_same(family: str) -> None:
     model, tokens = mixture(family), text()

@@ -62,6 +62,11 @@ def by_the_older_name(model: PeftModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
+def by_torchs_own_choice(model: PeftModel) -> None:
+    """Options that do not say whether it is reentrant: to torch, it is."""
+    checkpoint(model, preserve_rng_state=False)
+
+
 def as_trl_does(model: PeftModel) -> None:
     model.enable_input_require_grads()
     checkpoint(model)
@@ -78,6 +83,7 @@ WAYS = {
     "checkpoints": by_trainer(False),
     "reentrant": by_trainer(True),
     "older name": by_the_older_name,
+    "torch's choice": by_torchs_own_choice,
     "trl": as_trl_does,
     "base": on_the_base_then_train,
 }
@@ -128,6 +134,33 @@ def test_blocks_that_another_adapter_trains_get_their_gradients(way: str) -> Non
             torch.testing.assert_close(ours[parameter], gradient)
         assert (passes.backward[0] > 0) == (name == "whole")
         passes.backward[:] = [0, 0, 0]
+
+
+@pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
+def test_a_base_that_comes_back_is_checkpointed_as_before(end: str) -> None:
+    base = build("mistral", torch.float32)
+    base.enable_input_require_grads()
+    checkpoint(base, use_reentrant=True)
+    hooked = {name for name, module in base.named_modules() if module._forward_hooks}
+    model = get_peft_model(base, S2FTConfig(ratios=0.2, layers="last:1")).train()
+    gradients(model, tokens(2, 7))
+    back = getattr(model, end)()
+    assert all(block.gradient_checkpointing for block in back.model.layers)
+    assert {name for name, module in back.named_modules() if module._forward_hooks} == hooked
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
+def test_what_is_turned_off_stays_off_whatever_trains_later() -> None:
+    model = adapted()
+    model.add_adapter("whole", S2FTConfig(ratios=0.2, init_weights=False, seed=4))
+    model.enable_input_require_grads()
+    checkpoint(model, use_reentrant=True)
+    model.gradient_checkpointing_disable()
+    model.set_adapter("whole")
+    passes = Passes(model)
+    gradients(model.train(), tokens(2, 7))
+    assert passes.forward == [1, 1, 1]
+    assert not any(block.gradient_checkpointing for block in model.get_base_model().model.layers)
 
 
 def test_all_blocks_are_checkpointed_where_all_train() -> None:

@@ -89,7 +89,7 @@ def test_output_base_output_gradients_and_the_way_back(family: str, ratios: Any)
         with model.disable_adapter():
             torch.testing.assert_close(model(ids).logits, base, rtol=1e-9, atol=1e-10)
         ours = gradients(model, ids)
-        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-11)
     assert_same(values(model), before)
@@ -388,6 +388,45 @@ class TestWhatTheSlotHolds:
         assert not torch.allclose(trained, evaluated)
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, evaluated, rtol=1e-4, atol=1e-5)
+
+    def test_so_are_those_between_two_evaluations(self) -> None:
+        """Averages of the parameters are swapped in by their `data`, without a change of mode."""
+        model, ids = adapted().eval(), tokens(2, 7)
+        with torch.no_grad():
+            with in_place(model):
+                first = model(ids).logits
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.data.add_(0.5)
+                second = model(ids).logits
+            assert not torch.allclose(first, second)
+            torch.testing.assert_close(model(ids).logits, second, rtol=1e-4, atol=1e-5)
+
+    def test_a_state_that_was_taken_inside_is_not_loaded_outside(self) -> None:
+        model = adapted()
+        before = values(model)
+        with in_place(model):
+            inside = copy.deepcopy(model.state_dict())
+        with pytest.raises(S2FTError, match=r"this state was taken inside `s2ft\.in_place\(model\)`"):
+            model.load_state_dict(inside)
+        for name, value in values(model).items():
+            assert torch.equal(value, before[name])
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+    def test_random_numbers_of_devices_without_the_model_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen, fork = [], torch.random.fork_rng
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: seen.append(devices) or fork(devices))
+        with in_place(adapted()):
+            pass
+        assert seen
+        assert seen == [[]] * len(seen)
+
+    def test_copies_for_several_gpus_are_refused(self) -> None:
+        model = adapted()
+        layer = model.get_base_model().model.layers[1].mlp.down_proj
+        layer._replicate_for_data_parallel()
+        with in_place(model), pytest.raises(S2FTError, match=r"DataParallel.*s2ft\.in_place.*accelerate launch"):
+            layer._replicate_for_data_parallel()
 
     def test_changing_a_delta_between_forward_and_backward_is_an_error(self) -> None:
         model, ids = adapted(), tokens(2, 7)
@@ -714,7 +753,7 @@ class TestObstacles:
         linear = model.get_base_model().model.layers[1].mlp.down_proj.base_layer
         whole = linear.weight
         linear.weight = nn.Parameter(whole.data.as_subclass(Wrapped), requires_grad=False)
-        with pytest.raises(S2FTError, match=r"has become a Wrapped inside `s2ft\.in_place"):
+        with pytest.raises(S2FTError, match=r"has become another Wrapped inside `s2ft\.in_place"):
             model(tokens(2, 5))
         linear.weight = whole
         layout.leave()
@@ -746,6 +785,26 @@ class TestObstacles:
 
 
 class TestCompiled:
+    @pytest.mark.slow
+    def test_a_pass_without_the_adapter_in_between_changes_no_gradient(self) -> None:
+        """As in preference training. Inductor keeps the weight for backward, not a copy of it."""
+        model, ids = adapted(ratios=NESTED), tokens(2, 9)
+
+        def all_gradients(run: Any) -> list[Tensor]:
+            model.zero_grad()
+            loss = run(input_ids=ids, labels=ids).loss
+            with torch.no_grad(), model.disable_adapter():
+                reference.append(run(input_ids=ids).logits)
+            loss.backward()
+            return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+        reference: list[Tensor] = []
+        with in_place(model):
+            expected = all_gradients(model)
+            found = all_gradients(torch.compile(model, backend="inductor"))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(reference[1], reference[0], rtol=1e-3, atol=1e-5)
+
     def test_trains_the_same_without_a_graph_break(self) -> None:
         model = adapted(ratios=NESTED)
         batches = [tokens(2, 9) for _ in range(3)]

@@ -72,6 +72,29 @@ def test_steps_that_bfloat16_loses_are_kept_on_average(make: Callable[[Any], Opt
     assert {value.dtype for value in states} == {torch.bfloat16}
 
 
+def test_after_a_step_that_raised_the_next_takes_the_new_gradient() -> None:
+    class Fails(SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.steps += 1
+            if self.steps == 1:
+                raise torch.OutOfMemoryError("no room for states")
+            super().step(closure)
+
+    parameter = nn.Parameter(torch.ones(50, dtype=torch.bfloat16))
+    optimizer = Fails([parameter], lr=0.5)
+    round_steps(optimizer)
+    parameter.grad = torch.full_like(parameter, 1.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    optimizer.zero_grad()
+    (parameter * -1.0).sum().backward()
+    optimizer.step()
+    assert parameter.dtype == parameter.grad.dtype == torch.bfloat16
+    assert torch.equal(parameter.detach().float(), torch.full((50,), 1.5))
+
+
 def test_states_go_through_a_checkpoint() -> None:
     make = lambda parameters: AdamW(parameters, lr=1e-2)  # noqa: E731
     parameter, optimizer = trajectory(make, torch.bfloat16, True, 3)

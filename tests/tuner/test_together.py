@@ -21,6 +21,7 @@ from s2ft import S2FTConfig, S2FTError
 from s2ft.format.slices import Slice
 from s2ft.layer.linear import S2FTLinear
 from s2ft.layer.linears import why_not_plain
+from s2ft.training.in_place import enter
 from s2ft.tuner.pool import AdapterPool
 
 
@@ -585,6 +586,21 @@ def test_sharded_weights_are_not_permuted(mesh: Any) -> None:
     with s2ft.in_place(made) as layout:
         assert {place.how for place in layout.placements} == {"added"}
         made(ids, labels=ids).loss.backward()
+
+
+def test_sharding_a_model_that_is_in_place_is_refused_at_the_first_pass(mesh: Any) -> None:
+    """FSDP2 shows a pass whole weights, as plain parameters, so nothing but the parameter itself tells."""
+    config = S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, init_weights=False)
+    made, ids = get_peft_model(build("mistral", torch.float32), config), tokens(2, 5)
+    layout = enter(made)
+    fully_shard(made, mesh=mesh)
+    with pytest.raises(S2FTError, match=r"inside `s2ft\.in_place\(model\)`.*shard or quantise the model first"):
+        made(ids, labels=ids)
+    with pytest.raises(
+        S2FTError, match="base weights could not all be restored, so load the model anew: a base weight has"
+    ):
+        layout.leave()
+    assert not any(layer.layout for layer in layers(made))
 
 
 def test_an_adapter_that_cannot_be_added_leaves_a_merged_model_merged(tmp_path: Path) -> None:

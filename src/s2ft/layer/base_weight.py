@@ -20,6 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from s2ft.format.slices import put, take
 from s2ft.layer.block import S2FTBlock
 from s2ft.layer.columns import add_delta, lies_in_columns, put_slice, take_columns, take_slice
 from s2ft.layer.linears import is_quantised, weight_matrix, weight_of
@@ -85,6 +86,16 @@ class Stash:
                 values = add_delta(own[part], delta[part]).to(weight.dtype)
                 into, at = (weight[part], channels) if self.dim == 1 else (weight, channels[part])
                 put_slice(into, self.dim, at, values)
+
+    @torch.no_grad()
+    def read(self, weight: Tensor) -> Tensor:  # [out_features, in_features] → shaped like `own`
+        """A copy of what the channels hold now."""
+        return take(weight, self.dim, self.channels)
+
+    @torch.no_grad()
+    def put_back(self, weight: Tensor, held: Tensor) -> None:  # [out_features, in_features], from `read`
+        """Sets the channels to what they held."""
+        put(weight, self.dim, self.channels, held)
 
     def pick(self, activations: Tensor, copy: bool = False) -> Tensor:  # [*, in_features] or [*, out_features] → [*, s]
         """Returns activations[..., channels], as a view if the channels are contiguous and sorted.

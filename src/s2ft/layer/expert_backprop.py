@@ -143,16 +143,17 @@ class InWeight(Function):
         channels: Tensor,  # [pairs, m]
         deltas: Tensor,  # [experts, m, hidden]
         routing: Routing,
+        held: Tensor,  # the adapter's own values, which the weight holds
     ) -> Tensor:  # [tokens, hidden]
         """Returns y as it is."""
-        ctx.save_for_backward(channels)
+        ctx.save_for_backward(channels, held)
         ctx.routing = routing
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, Tensor, None]:  # grad_y: [tokens, hidden]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, Tensor, None, None]:  # grad_y: [tokens, hidden]
         """Returns grad_y as it is, and the gradient of the deltas."""
-        (channels,) = ctx.saved_tensors
+        channels, _ = ctx.saved_tensors  # raises if the deltas have changed since the forward pass
         grad = ctx.routing.gathered(grad_y.to(channels.dtype))
-        return grad_y, None, grouped_outer(channels, grad, ctx.routing.ends), None
+        return grad_y, None, grouped_outer(channels, grad, ctx.routing.ends), None, None

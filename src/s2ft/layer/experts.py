@@ -23,7 +23,7 @@ from s2ft.common.errors import S2FTError
 from s2ft.layer.adapted import Shared
 from s2ft.layer.backprop import BeforeBackward
 from s2ft.layer.expert_backprop import Collect, Gate, InWeight, Spread
-from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.linear import NO_DATA_PARALLEL, S2FTLinear
 from s2ft.layer.linears import NO_VALUES
 from s2ft.layer.pack import MixedBatch, find_slice
 from s2ft.layer.routing import Routing, Table
@@ -130,6 +130,9 @@ class S2FTExperts(nn.Module):
         """Parameter → its slices."""
         return {name: layer for name, layer in self.named_children() if isinstance(layer, ExpertSlice)}
 
+    def _replicate_for_data_parallel(self) -> S2FTExperts:
+        raise S2FTError(NO_DATA_PARALLEL.format("a slice of stacked experts"))
+
     def holds_any(self, names: Iterable[str]) -> bool:
         """Whether any of these adapters has a slice here."""
         return any(layer.holds_any(names) for layer in self.slice_layers.values())
@@ -171,7 +174,7 @@ class S2FTExperts(nn.Module):
             return None
         linear, own = layer.get_base_layer(), [name for name in running if name in layer.s2ft_block]
         delta = layer.block(own[0]).weight if own else None
-        layer.slot.hold(linear, delta, anew=self.training or torch.is_grad_enabled())
+        layer.slot.hold(linear, delta, anew=True)
         return partial(layer.slot.before_backward, linear, delta)
 
     def _add(
@@ -204,7 +207,8 @@ class S2FTExperts(nn.Module):
             down = self.experts.matrix(DOWN).mT  # [experts, channels, hidden]
             y = Collect.apply(y, channels - frozen, down, table.channels, routing)
         if downs is not None and in_weight:
-            y = InWeight.apply(y, channels.detach(), downs, routing)
+            (held,) = (part.held.weight for part in parts if part.name == DOWN)
+            y = InWeight.apply(y, channels.detach(), downs, routing, held)
         elif downs is not None:
             y = Collect.apply(y, channels, downs, None, routing)
         return y

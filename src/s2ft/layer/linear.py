@@ -13,7 +13,7 @@ layer, whose backward receives the base layer's gradient as a fresh tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ from s2ft.layer.pack import LooseSlice, MixedBatch, find_slice, forget, wrong_co
 from s2ft.layer.slot import Slot
 from s2ft.layer.split import agree, share_of
 
+MARK = "taken_in_place"  # a key that a state has for each slice that stood in its base weight
+NO_DATA_PARALLEL = (
+    "nn.DataParallel copies the model to each GPU in every pass, which {} does not go with; give each GPU a process of its own "
+    "(`accelerate launch`), or show the program one GPU (CUDA_VISIBLE_DEVICES=0)"
+)
 Base = Callable[[Tensor], Tensor]  # the base layer: [*, in_features] → [*, out_features]
 
 
@@ -226,10 +231,10 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
     def leave_layout(self) -> None:
         """Restores the base weight."""
-        if self.slot is not None:
-            self.slot.close(self.get_base_layer())
+        slot, self.slot, self.layout = self.slot, None, None
+        if slot is not None:
+            slot.close(self.get_base_layer())
         self.base_weight.restore(self.get_base_layer())
-        self.slot = self.layout = None
 
     def _forward_in_place(self, base: Base, x: Tensor, adapter_names: list[str] | None) -> Tensor:  # as `forward`
         running = [name for name in self.running_in_place(adapter_names) if name in self.s2ft_block]
@@ -237,7 +242,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         if self.slot is None:
             return self._with_slices(base, x, [] if block is None else [block])
         delta = None if block is None else block.weight
-        return self.slot.forward(base, self.get_base_layer(), x, delta, self.training)
+        return self.slot.forward(base, self.get_base_layer(), x, delta)
 
     def running_in_place(self, adapter_names: Sequence[str] | None) -> list[str]:
         """The layout's adapter, unless adapters are disabled; raises `S2FTError` for others beside it."""
@@ -262,6 +267,13 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         """A copy joins the other layers of the copied model."""
         super().__setstate__(state)
         self.shared.layers.add(self)
+
+    def _replicate_for_data_parallel(self) -> S2FTLinear:
+        """As in every module; not inside `in_place`, where copies on several devices would share one slot."""
+        if self.layout is not None:
+            raise S2FTError(NO_DATA_PARALLEL.format("`s2ft.in_place`"))
+        replica: S2FTLinear = super()._replicate_for_data_parallel()
+        return replica
 
     def train(self, mode: bool = True) -> S2FTLinear:
         """As in every module; the slot and the table of a mixed batch are written anew, since deltas may have changed."""
@@ -289,7 +301,14 @@ class S2FTLinear(nn.Module, AdaptedLayer):
         block.indices.data.copy_(torch.from_numpy(indices))
         forget(self)
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """As in every module; inside `in_place` with a mark, since base weights are not as outside."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.slot is not None:
+            destination[f"{prefix}{MARK}"] = torch.tensor(True)
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        refuse_marked(state_dict, prefix)
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
             self.require_own("loading base weights")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -334,3 +353,12 @@ def sliced_layers(model: nn.Module, adapter_name: str) -> dict[str, S2FTLinear]:
     """Path in `model` → layer, of the layers that have a slice of the adapter."""
     layers = ((path, module) for path, module in model.named_modules() if isinstance(module, S2FTLinear))
     return {path: layer for path, layer in layers if adapter_name in layer.s2ft_block}
+
+
+def refuse_marked(state_dict: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises `S2FTError` for a state that was taken inside `in_place`, here or in a module below."""
+    if any(key.startswith(prefix) and key.endswith(MARK) for key in state_dict):
+        raise S2FTError(
+            "this state was taken inside `s2ft.in_place(model)`, where base weights are permuted and hold the slices; take it "
+            "outside, or save the adapter alone"
+        )

@@ -16,12 +16,17 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # the public name imports torch's compiler at once
 
 from s2ft.common.errors import S2FTError
 from s2ft.layer.backprop import BeforeBackward, SliceGradient, may_change, stamp
 from s2ft.layer.base_weight import Stash
-from s2ft.layer.linears import weight_matrix
+from s2ft.layer.linears import weight_matrix, weight_of
 
+_REPLACED = (
+    "a base weight has become another {} inside `s2ft.in_place(model)`, which holds on to whole weights; shard or quantise the "
+    "model first, and enter after it"
+)
 _UNKNOWN = (0, -1)  # the stamp of a delta that must be written again
 
 
@@ -38,12 +43,14 @@ class Slot:
         if weight_matrix(linear).ndim == 2:  # the channels of stacked experts lie apart
             stash.find_start()
         self._written: tuple[int, int] | None = None  # the stamp of the delta that was written; None: the own values
-        self._is_open = True
+        self._is_open, self._is_compiled = True, False
+        self._parameter = weight_of(linear)
         stash.write(weight_matrix(linear))  # to the parameter: autograd refuses graphs that were made before
 
     def close(self, linear: nn.Module) -> None:
         """Ends the use of the slot: graphs that were made with it are refused from here on."""
         self._is_open = False
+        self._check_parameter(linear)
         self.stash.write(weight_matrix(linear))  # to the parameter, as above
 
     def expire(self) -> None:
@@ -63,6 +70,7 @@ class Slot:
             raise S2FTError(
                 "this graph was made inside `s2ft.in_place(model)`, which has been left: run backward inside"
             )
+        self._check_parameter(linear)
         wanted = None if delta is None else stamp(delta)
         if wanted != self._written or (anew and delta is not None):
             self._write(linear, delta)
@@ -74,13 +82,14 @@ class Slot:
         linear: nn.Module,
         x: Tensor,  # [*, in_features]
         delta: Tensor | None,  # [out_features, s] or [s, in_features]; None: without the adapter
-        training: bool,
     ) -> Tensor:  # [*, out_features]
         """base(x) with the delta in the weight, or without it."""
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad))
+        if delta is None and not needs_grad and (self._is_compiled or torch.compiler.is_compiling()):
+            return self._without(base, linear, x)
         if torch.compiler.is_compiling():
             return self._compiled(base, linear, x, delta)
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or (delta is not None and delta.requires_grad))
-        self.hold(linear, delta, anew=training or needs_grad)
+        self.hold(linear, delta, anew=True)
         y = base(x)
         if needs_grad:
             before = partial(self.before_backward, linear, delta)
@@ -98,11 +107,30 @@ class Slot:
     ) -> Tensor:  # [*, out_features]
         """For compiled code, which cannot look at addresses and versions: writes the slot in every pass."""
         self._write(linear, delta)
-        self._written = None if delta is None else _UNKNOWN
+        self._written, self._is_compiled = None if delta is None else _UNKNOWN, True
         y = base(x)
         if delta is None or not (torch.is_grad_enabled() and delta.requires_grad):
             return y
         return self._with_gradient(x, y, delta, None)
+
+    @_disable_dynamo  # a compiled write would raise the parameter's version, by which autograd refuses the other graph
+    def _without(
+        self,
+        base: Callable[[Tensor], Tensor],
+        linear: nn.Module,
+        x: Tensor,  # [*, in_features]
+    ) -> Tensor:  # [*, out_features]
+        """base(x) with the own values; the slot then holds again what it held.
+
+        A compiled graph that is still to go backward has the weight itself, not a copy: nothing may have changed there.
+        """
+        weight = self._whole_weight(linear)
+        held = self.stash.read(weight)
+        self.expire()  # in case the base layer raises
+        self.stash.write(weight)
+        y = base(x)
+        self.stash.put_back(weight, held)
+        return y
 
     def _with_gradient(
         self,
@@ -124,10 +152,15 @@ class Slot:
         self.expire()  # an optimizer that writes to `data` may follow
 
     def _write(self, linear: nn.Module, delta: Tensor | None) -> None:
+        self.stash.write(self._whole_weight(linear), delta)
+
+    def _check_parameter(self, linear: nn.Module) -> None:
+        """FSDP2 puts other parameters in: whole ones for a pass, its shards afterwards."""
+        if weight_of(linear) is not self._parameter:
+            raise S2FTError(_REPLACED.format(type(weight_of(linear)).__name__))
+
+    def _whole_weight(self, linear: nn.Module) -> Tensor:
         weight = weight_matrix(linear).data
         if type(weight) is not Tensor:
-            raise S2FTError(
-                f"a base weight has become a {type(weight).__name__} inside `s2ft.in_place(model)`, which holds on to "
-                "whole weights; shard or quantise the model first, and enter after it"
-            )
-        self.stash.write(weight, delta)
+            raise S2FTError(_REPLACED.format(type(weight).__name__))
+        return weight

@@ -12,6 +12,7 @@ another adapter may ask, the model's input requires gradients again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,26 @@ def stop_below(model: nn.Module) -> int | None:
     return lowest
 
 
+def confine_nothing(model: nn.Module, is_checkpointed: bool = True) -> None:
+    """Undoes what `stop_below` did.
+
+    Args:
+        is_checkpointed: Blocks that were confined are checkpointed again, and the model's input requires gradients for it;
+            else both have been turned off meanwhile, and stay so.
+    """
+    for _, block in _blocks(model):
+        if getattr(block, "s2ft_confined", False):
+            block.gradient_checkpointing, block.s2ft_confined = is_checkpointed, False
+        if getattr(block, "s2ft_marks_output", False):
+            _remove_hooks(block, lambda hook: isinstance(hook, partial) and hook.func is _needs_grad)
+            block.s2ft_marks_output = False
+    if is_checkpointed:
+        _give_input_back(model)
+    for module in model.modules():
+        if getattr(module, "s2ft_released", False):
+            module.s2ft_released = False  # type: ignore[assignment]
+
+
 def lowest_trained(model: nn.Module, blocks: Blocks) -> int | None:
     """The index of the lowest block that trains a parameter; None if nothing trains, or something outside the blocks."""
     trained = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
@@ -72,10 +93,17 @@ def _blocks(model: nn.Module) -> Blocks:
 def _release_input(model: nn.Module) -> None:
     """Removes the hooks that make the embeddings' output require gradients, however many were added, and notes where."""
     for module in model.modules():
-        hooks = module._forward_hooks  # noqa: SLF001 - PEFT keeps no handle, by which hooks are removed otherwise
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _HOOKS]:
-            hooks.pop(key)
+        if _remove_hooks(module, lambda hook: getattr(hook, "__name__", "") in _HOOKS):
             module.s2ft_released = True  # type: ignore[assignment]
+
+
+def _remove_hooks(module: nn.Module, is_one: Callable[[Any], bool]) -> int:
+    """Removes such forward hooks; how many they were."""
+    hooks = module._forward_hooks  # noqa: SLF001 - PEFT keeps no handle, by which hooks are removed otherwise
+    found = [key for key, hook in hooks.items() if is_one(hook)]
+    for key in found:
+        hooks.pop(key)
+    return len(found)
 
 
 def _give_input_back(model: nn.Module) -> None:
@@ -100,7 +128,7 @@ def _mark_output(below: Any, block: Any) -> None:
 def _needs_grad(block: Any, below: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Gives a reentrant checkpoint of `block` an input that requires gradients; any other needs none."""
     function = getattr(block, "_gradient_checkpointing_func", None)
-    reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+    reentrant = getattr(function, "keywords", {}).get("use_reentrant") is not False  # torch takes None as True
     hidden, *others = output if isinstance(output, tuple) else (output,)
     active = getattr(block, "gradient_checkpointing", False) and block.training and reentrant
     if not active or not isinstance(hidden, Tensor) or hidden.requires_grad:

@@ -12,14 +12,14 @@ laid out is listed with its reason in `Layout.placements`, and runs as before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from s2ft.common.errors import S2FTError
+from s2ft.common.errors import S2FTError, first_line
 from s2ft.format.slices import Indices
 from s2ft.layer.adapted import adapted_layers, require_own, turns_of
 from s2ft.layer.linear import S2FTLinear, sliced_layers
@@ -53,11 +53,20 @@ class Layout:
             self.moves.pop().apply(back=True)
 
     def leave(self) -> None:
-        """Leaves the layout: base weights are as they were before, bit for bit."""
-        while self.layers:
-            self.layers.pop().leave_layout()
-        self.put_back()
-        self.patches.undo()
+        """Leaves the layout: base weights are as they were before, bit for bit.
+
+        Raises:
+            S2FTError: at the end, if that could not be, as where they were sharded inside.
+        """
+        layers, self.layers = self.layers, []
+        try:
+            with ExitStack() as undone:  # the last first, and all of them, also if one raises
+                for undo in (self.patches.undo, self.put_back, *(layer.leave_layout for layer in layers)):
+                    undone.callback(undo)
+        except Exception as error:
+            raise S2FTError(
+                f"base weights could not all be restored, so load the model anew: {first_line(error)}"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside of any `in_place` block."""

@@ -137,7 +137,8 @@ def unnoticed(model: nn.Module, training: bool) -> Iterator[None]:
     try:
         for module in modes:
             module.training = training  # not by train() or eval(), which modules may answer to
-        with torch.no_grad(), torch.random.fork_rng():
+        devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+        with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         for module, mode in modes.items():

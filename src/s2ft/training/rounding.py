@@ -52,7 +52,7 @@ def round_steps(optimizer: Optimizer) -> None:
     def widen(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):
             raise S2FTError("an optimizer whose steps are rounded takes no closure; call backward() before step()")
-        narrow(optimizer)  # in case the last step raised
+        restore(stepped=False)  # in case the last step raised; gradients that were computed since are kept
         for parameter in _rounded(optimizer):
             gradient = cast(Tensor, parameter.grad)
             original[parameter] = (parameter.data, gradient)
@@ -60,13 +60,16 @@ def round_steps(optimizer: Optimizer) -> None:
             parameter.grad = gradient.float()
             _cast_states(optimizer, parameter, Tensor.float)
 
+    def narrow(*_: Any) -> None:
+        restore(stepped=True)
+
     @torch.no_grad()
-    def narrow(optimizer: Optimizer, *_: Any) -> None:
+    def restore(stepped: bool) -> None:
         for parameter, (data, gradient) in original.items():
-            stepped = parameter.data
+            wide, now = parameter.data, parameter.grad
             parameter.data = data
-            parameter.copy_(round_stochastically(stepped))  # through the parameter, so that its version counts on
-            parameter.grad = gradient
+            parameter.copy_(round_stochastically(wide))  # through the parameter, so that its version counts on
+            parameter.grad = gradient if stepped else None if now is None else now.to(torch.bfloat16)
             _cast_states(optimizer, parameter, round_stochastically)
         original.clear()
 

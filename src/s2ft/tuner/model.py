@@ -39,12 +39,12 @@ from s2ft.layer.adapted import (
 )
 from s2ft.layer.dequantise import keep_trainable
 from s2ft.layer.experts import wrap_experts
-from s2ft.layer.linear import S2FTLinear
+from s2ft.layer.linear import S2FTLinear, refuse_marked
 from s2ft.layer.sharding import from_first, is_loaded_once, reshard
 from s2ft.layer.split import not_computed
 from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.layer.token_rows import deactivate_idle_rows, hold_rows, peft_layers, rows_anew, rows_as_before
-from s2ft.training.depth import stop_below
+from s2ft.training.depth import confine_nothing, stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
 from s2ft.tuner.loaders import INCOMING, guard
@@ -120,6 +120,16 @@ class S2FTModel(BaseTuner):
         """The older name of `activation_checkpointing_enable`."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)
         stop_below(self.model)
+
+    def activation_checkpointing_disable(self) -> None:
+        """As in transformers; blocks that were left out stay without, whatever trains later."""
+        self.model.activation_checkpointing_disable()
+        confine_nothing(self.model, is_checkpointed=False)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.model.gradient_checkpointing_disable()
+        confine_nothing(self.model, is_checkpointed=False)
 
     def enable_input_require_grads(self) -> None:
         """As in transformers, unless backward stops above the input."""
@@ -259,6 +269,7 @@ class S2FTModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Before any module below loads: all slices are checked, and base weights must hold their own values."""
+        refuse_marked(state_dict, prefix)
         check_and_adopt_state(self, self.peft_config, state_dict, prefix)
         if any(key.startswith(prefix) and ".base_layer." in key for key in state_dict):
             require_own(self.model, "loading base weights")
@@ -271,7 +282,9 @@ class S2FTModel(BaseTuner):
             if not merge:
                 end_switch(layers)
                 with own_modules_back(self.model):
-                    return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+                    base: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+                confine_nothing(base)
+                return base
             names, safe_merge = kwargs.get("adapter_names"), kwargs.get("safe_merge", False)
             self._refuse_merging(names, safe_merge)
             make_plain(self.model, layers, self.active_adapters if names is None else names, safe_merge)
@@ -281,7 +294,9 @@ class S2FTModel(BaseTuner):
                 self.merge_adapter(names, safe_merge)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "All adapters are already merged")
-                return super()._unload_and_optionally_merge(merge, *args, **{**kwargs, "adapter_names": []})
+                base = super()._unload_and_optionally_merge(merge, *args, **{**kwargs, "adapter_names": []})
+            confine_nothing(base)
+            return base
 
     @staticmethod
     def _check_target_module_exists(config: S2FTConfig, key: str) -> Any:  # bool, or PEFT's mark of an excluded one
