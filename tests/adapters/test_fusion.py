@@ -135,6 +135,27 @@ def test_modules_of_one_adapter_alone_are_taken_over(base: nn.Module, tmp_path: 
     assert both.config.base_digest == {**parts[0].config.base_digest, **parts[1].config.base_digest}
 
 
+def test_blocks_that_are_listed_by_their_pattern_may_differ(base: nn.Module, tmp_path: Path) -> None:
+    configs = [
+        {"ratios": {"o_proj": 0.5}, "layers_pattern": "layers", "layers_to_transform": [block], "seed": block}
+        for block in (0, 2)
+    ]
+    first, second = (save(base, tmp_path / f"{n}", **config) for n, config in enumerate(configs))
+    s2ft.fuse([first, second], output=tmp_path / "both")
+    parts = {**read_adapter(first).deltas, **read_adapter(second).deltas}
+    found = read_adapter(tmp_path / "both").deltas
+    assert list(found) == [f"model.layers.{block}.self_attn.o_proj" for block in (0, 2)]
+    assert all(torch.equal(found[module], parts[module]) for module in found)
+
+    model, x = load(base, tmp_path / "both"), tokens(2, 5)
+    live = PeftModel.from_pretrained(copy.deepcopy(base), first, adapter_name="a")
+    live.load_adapter(str(second), adapter_name="b")
+    live.add_weighted_adapter(["a", "b"], [1.0, 1.0], "ab", combination_type="sum")
+    live.set_adapter("ab")
+    assert torch.equal(live(x).logits, model(x).logits)
+    assert not torch.allclose(model(x).logits, base(x).logits, atol=1e-3)
+
+
 def test_each_part_of_a_union_is_still_checked_against_the_base(
     base: nn.Module, pair: list[Path], tmp_path: Path
 ) -> None:

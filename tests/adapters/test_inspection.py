@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from exported import save_adapter, save_base
+from families import TWO_BLOCKS
 from s2ft.adapters.file import Adapter
 from s2ft.adapters.inspection import picture
 from s2ft.format.config import S2FTConfig
@@ -68,3 +71,32 @@ def test_stacks_have_panels_of_their_own() -> None:
 def test_layers_that_lie_directly_in_the_block_have_one_panel() -> None:
     made = adapter([f"model.decoder.layers.{n}.{name}" for n in range(3) for name in ("fc1", "self_attn.out_proj")])
     assert {title: len(values) for title, values in rows(picture(made)).items()} == {"fc1": 3, "self_attn.out_proj": 3}
+
+
+def smaller(folder: Path) -> Path:
+    """A llama of the same paths, and half the width."""
+    sizes = {**TWO_BLOCKS, "hidden_size": 12, "intermediate_size": 22, "num_hidden_layers": 3}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda folder: save_base(folder, "gpt2"), "changes model.layers.0.mlp.down_proj, which is no linear layer of"),
+        (smaller, "of model.layers.0.mlp.down_proj, whose input side has 22 channels"),
+    ],
+)
+def test_a_base_that_the_adapter_does_not_fit_is_refused(other, message: str, tmp_path: Path, s2ft) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    made = save_adapter(tmp_path / "adapter", base, {"down_proj": 0.9, "q_proj": 0.5})
+    other(tmp_path / "other")
+    files = ["--png", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
+    code, _, err = s2ft("inspect", str(made), "--base", str(tmp_path / "other"), *files)
+    assert code == 2, err
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "other"]
+    code, out, err = s2ft("inspect", str(made), "--base", str(base))
+    assert code == 0, err
+    assert "in place" in out

@@ -5,19 +5,22 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from peft import PeftModel
+import transformers
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 import s2ft
+from adapter_files import edit
 from commands import contents
 from exported import SIDES, load, load_base, save_adapter, save_base
-from families import FAMILIES
+from families import FAMILIES, TWO_BLOCKS
 from live import same
-from s2ft import S2FTError
+from s2ft import S2FTConfig, S2FTError
 from s2ft.adapters.checkpoint import Checkpoint
 from s2ft.adapters.file import open_adapter, read_adapter
 from s2ft.adapters.merge import merge
@@ -132,11 +135,19 @@ def test_what_files_cannot_hold_is_refused(family: str, config: dict, message: s
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_on_a_tied_output_layer_is_refused(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", "llama-mqa")
+@pytest.mark.parametrize("held", [["model.embed_tokens"], ["model.embed_tokens", "lm_head"], ["lm_head"]])
+def test_an_adapter_on_a_tied_output_layer_is_refused(held: list[str], tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama-mqa", torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    copies = {f"{module}.weight": embedding.clone() for module in held}
+    save_file({**tensors, **copies}, base / "model.safetensors", {"format": "pt"})
     adapter = save_adapter(tmp_path / "adapter", base, 0.3, target_modules=["lm_head"])
-    with pytest.raises(S2FTError, match=r"no tensor lm_head\.weight: it is tied"):
+    with pytest.raises(S2FTError, match=r"^lm_head: the base ties its embedding to its output layer"):
         merge(adapter, tmp_path / "merged")
+    with pytest.raises(S2FTError, match=r"^lm_head: the base ties its embedding to its output layer"):
+        s2ft.export(adapter, "patch", tmp_path / "patch.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def truncated(base: Path) -> None:
@@ -294,3 +305,68 @@ def test_other_weights_of_the_same_names_and_shapes_are_not_recognised(tmp_path:
     opened = open_adapter(save_adapter(tmp_path / "adapter", base, SIDES["both"]))
     assert Checkpoint(Path(base), opened).recognises(opened)
     assert not Checkpoint(Path(other), opened).recognises(opened)
+
+
+def vision(kind: str, **text: object) -> PreTrainedModel:
+    """A tiny model of a language model and a vision tower, in float16, whose digests do not tell its files."""
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**TWO_BLOCKS, "num_key_value_heads": 2, **text},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": 24},
+    )
+    model: PreTrainedModel = getattr(transformers, f"{kind}ForConditionalGeneration")(config).half()
+    return model
+
+
+def merged_live(kind: type[PreTrainedModel], base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Saves a random adapter, and returns the values of the model that it is merged into."""
+    config = S2FTConfig(ratios=0.4, init_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(kind.from_pretrained(base, dtype="auto"), config).save_pretrained(adapter)
+    loaded = PeftModel.from_pretrained(kind.from_pretrained(base, dtype="auto"), adapter)
+    return dict(loaded.merge_and_unload().state_dict())
+
+
+def test_a_model_that_no_class_of_its_task_knows_is_merged(tmp_path: Path) -> None:
+    made = vision("Qwen2_5_VL")
+    made.save_pretrained(tmp_path / "base")
+    wanted = merged_live(type(made), tmp_path / "base", tmp_path / "adapter")
+    assert not same(wanted, dict(made.state_dict()))
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert same(dict(type(made).from_pretrained(tmp_path / "merged", dtype="auto").state_dict()), wanted)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_experts_are_found_in_either_of_two_forms_of_one_name(transposed: bool, tmp_path: Path) -> None:
+    """Published checkpoints of Qwen3-VL-MoE hold [experts, in, out]; transformers saves [experts, out, in], and reads both."""
+    sizes = {"moe_intermediate_size": 20, "num_experts": 3, "num_experts_per_tok": 2, "head_dim": 6}
+    made, base = vision("Qwen3VLMoe", **sizes), tmp_path / "base"
+    made.save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name and transposed]:
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    wanted = merged_live(type(made), base, tmp_path / "adapter")
+    assert {module.rpartition(".")[2] for module in read_adapter(tmp_path / "adapter").slices} == {
+        "o_proj",
+        "down_proj",
+    }
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert same(dict(type(made).from_pretrained(tmp_path / "merged", dtype="auto").state_dict()), wanted)
+    before, after = stored(base), stored(tmp_path / "merged")
+    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+    assert any(not torch.equal(after[name], before[name]) for name in before if ".experts." in name)
+
+
+def test_the_revision_is_that_of_the_adapters_own_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    adapter = save_adapter(tmp_path / "adapter", base, {"o_proj": 0.5})
+    edit(adapter, base_model_name_or_path="org/model", revision="0a1b")
+    asked = []
+
+    def download(name: str, revision: str | None, **_: object) -> str:
+        asked.append((name, revision))
+        return str(base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for number, name in enumerate((None, "org/model", "org/copy")):
+        merge(adapter, tmp_path / f"merged-{number}", name)
+    assert asked == [("org/model", "0a1b"), ("org/model", "0a1b"), ("org/copy", None)]

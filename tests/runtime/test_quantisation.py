@@ -153,12 +153,12 @@ def test_how_a_model_on_the_hub_is_quantised_is_read_there(tmp_path: Path, monke
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
     asked = []
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / "config.json")
+        huggingface_hub, "hf_hub_download", lambda *names, **_: asked.append(names) or str(tmp_path / "config.json")
     )
     with pytest.raises(
         S2FTError, match=r"quantize='int8': model='org/quantised' is quantised already \(bitsandbytes\)"
     ):
         check_quantisation("int8", "org/quantised")
     assert asked == [("org/quantised", "config.json")]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: 1 / 0)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: 1 / 0)
     assert own_quantisation("org/no-connection") is None

@@ -9,7 +9,7 @@ unpickled, and the whole model is never in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from s2ft.adapters.architecture import empty_model
 from s2ft.adapters.file import AdapterFile
 from s2ft.adapters.stored import Place, channel_numbers, places, plain_numbers
 from s2ft.common.errors import S2FTError, first_line, raise_together
@@ -25,7 +26,7 @@ from s2ft.common.reading import check_regular, read_json
 from s2ft.format.digest import check_base, digest_parts, join_digests, proves, slice_digest
 from s2ft.format.folder import CONFIG_FILE
 from s2ft.format.slices import Slice
-from s2ft.layer.linears import features, is_conv1d
+from s2ft.layer.linears import features, is_conv1d, layer_index
 from s2ft.layer.stacked import StackedLinear, linear_at
 
 if TYPE_CHECKING:
@@ -36,17 +37,9 @@ SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = (
     "model.safetensors.index.json",
 )  # as transformers has them
 
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""PEFT's name of a task → transformers' class for it, whose module paths its adapters have."""
-
 _PLAIN = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
+
+TIED = "the base ties its embedding to its output layer, so one cannot change alone"
 
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "*.codes", "*.py")
 """What lies beside the weights: configuration, tokenizer, chat template."""
@@ -59,18 +52,22 @@ class Checkpoint:
         self.folder = folder
         self._adapter = adapter
         self._recognised: dict[str, list[int]] = {}  # layers that need no model to be found → shapes of their weights
+        self._headers: dict[str, tuple[str, list[int]]] = {}  # tensors that were looked at → dtype and shape
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model on device meta, by transformers, whose import takes seconds."""
-        return _empty_model(self._adapter, self.folder)
+        return empty_model(self._adapter.config, self.folder)
 
     def recognises(self, adapter: AdapterFile) -> bool:
         """Whether every slice of the adapter is found in the files by name, shape and SHA-256.
 
-        Then these are the layers that it was made for, stored as they are, and no model is needed to say where they lie.
+        Then these are the layers that it was made for, stored as they are, and no model is needed to say where they lie. Of
+        layers outside the blocks, only the model says whether they are tied to another.
         """
-        if adapter.kept or read_json(self.folder / "config.json").get("quantization_config") is not None:
+        if adapter.kept or any(layer_index(module) is None for module in adapter.slices):
+            return False
+        if read_json(self.folder / "config.json").get("quantization_config") is not None:
             return False
         shapes = {
             module: self._plain_shape(module, one, adapter.shapes[module]) for module, one in adapter.slices.items()
@@ -89,9 +86,7 @@ class Checkpoint:
         name = f"{module}.weight"
         if name not in self.files:
             return None
-        with safe_open(self.files[name], framework="pt") as file:
-            found = file.get_slice(name)
-            dtype, shape = found.get_dtype(), list(found.get_shape())
+        dtype, shape = self._header(name)
         fits = len(shape) == 2 and shape[1 - trained.dim] == delta[1 - trained.dim]
         return shape if fits and dtype in _PLAIN and int(trained.indices[-1]) < shape[trained.dim] else None
 
@@ -191,6 +186,14 @@ class Checkpoint:
             "another form. Merge the loaded model instead (`merge_and_unload`)"
         )
 
+    def _header(self, name: str) -> tuple[str, list[int]]:
+        """A tensor's dtype, as safetensors calls it, and shape."""
+        if name not in self._headers:
+            with safe_open(self.files[name], framework="pt") as file:
+                found = file.get_slice(name)
+                self._headers[name] = found.get_dtype(), list(found.get_shape())
+        return self._headers[name]
+
     def tensor(self, name: str) -> Tensor:
         """A tensor, from the disk."""
         with safe_open(self.files[name], framework="pt") as file:
@@ -205,25 +208,48 @@ class Checkpoint:
         """
         if (shape := self._recognised.get(module)) is not None:
             return places(plain_numbers(f"{module}.weight", shape, trained.side), trained, shape[1 - trained.dim])
+        first = None
+        for form in self._forms(module, trained):
+            if self._misfit(form) is None:
+                return form
+            first = first or form  # what its shapes should be is said of the model's own form
+        return first or self._refuse(module if self.is_stacked(module) else f"{module}.weight")
+
+    def _forms(self, module: str, trained: Slice) -> Iterator[list[Place]]:
+        """The places in the model's own form and in the one that it is saved in, as far as their names are here.
+
+        Both may have the same names: Qwen3-VL-MoE's experts are [experts, out, in], and saved as [experts, in, out].
+        """
         across = features(self.linear(module))[1 if trained.side == "in" else 0]
         for converted in (False, True):
             numbers = channel_numbers(self.model, module, trained.side, converted)
             names = {name: stored for name in numbers if (stored := self._stored(name)) is not None}
             if len(names) == len(numbers):
-                return places({names[name]: one for name, one in numbers.items()}, trained, across)
-        return self._refuse(module if self.is_stacked(module) else f"{module}.weight")
+                yield places({names[name]: one for name, one in numbers.items()}, trained, across)
 
     def check_plain(self, adapter: AdapterFile) -> None:
-        """Raises `S2FTError` unless every weight that the adapter changes is here, as plain values of the right shape."""
+        """Raises `S2FTError` unless the adapter can change its weights: each is here as plain values of its shape, not tied."""
         if getattr(self.model.config, "quantization_config", None) is not None:
             raise S2FTError(f"the base in {self.folder} is quantised; its weights cannot take a delta")
+        raise_together(f"{module}: {TIED}" for module in adapter.slices if module in self.tied)
         raise_together(problem for module, one in adapter.slices.items() if (problem := self._problem(module, one)))
 
+    @cached_property
+    def tied(self) -> set[str]:
+        """Embedding and output layer, where the configuration ties them: the same weight, whatever the files hold."""
+        configs = (self.model.config, self.model.config.get_text_config())
+        if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
+            return set()
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return {name for name, module in self.model.named_modules() if module in ends}
+
     def _problem(self, module: str, trained: Slice) -> str | None:
-        for place in self.places(module, trained):
-            with safe_open(self.files[place.tensor], framework="pt") as file:
-                found = file.get_slice(place.tensor)
-                dtype, shape = found.get_dtype(), list(found.get_shape())
+        return self._misfit(self.places(module, trained))
+
+    def _misfit(self, form: Sequence[Place]) -> str | None:
+        """What the first tensor is that does not hold plain values of its place's shape."""
+        for place in form:
+            dtype, shape = self._header(place.tensor)
             if dtype not in _PLAIN or shape != place.shape:
                 is_now = f"{place.tensor} is {dtype} of shape {shape} in {self.folder}"
                 return f"{is_now}; expected plain values of shape {place.shape}"
@@ -261,13 +287,10 @@ def open_base(adapter: AdapterFile, name: str | None = None, weights: bool = Fal
 
     Args:
         adapter: Whose base it is.
-        name: A folder or a name on the Hub; by default what the adapter's config names.
+        name: A folder or a name on the Hub; by default what the adapter's config names, at its revision.
         weights: Whether the weights must be there as plain values, to be merged with.
     """
-    name = name or adapter.config.base_model_name_or_path
-    if not name:
-        raise S2FTError(f"{adapter.folder} does not say which base it is for; name it with base=")
-    folder = _folder(str(name), adapter.config.revision, weights)
+    folder = _folder(*adapter.base(name), weights)
     base = Checkpoint(folder, adapter)
     if (weights or _has_weights(folder)) and _recognises(base, adapter):
         return base
@@ -328,22 +351,3 @@ def _keys(config: Any) -> Iterator[str]:
 
 def _has_weights(folder: Path) -> bool:
     return any(folder.joinpath(name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-
-
-def _empty_model(adapter: AdapterFile, folder: Path) -> PreTrainedModel:
-    """The model without values, of the class that the adapter's module paths are of."""
-    import transformers
-    from transformers import AutoConfig, PreTrainedModel
-
-    mapping = adapter.config.auto_mapping
-    named = getattr(transformers, str((mapping or {}).get("base_model_class")), None)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            if isinstance(named, type) and issubclass(named, PreTrainedModel):
-                return named(config)
-            auto = getattr(transformers, _CLASSES.get(str(adapter.config.task_type), "AutoModelForCausalLM"))
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
-            return model
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RecursionError) as error:
-        raise S2FTError(f"base={str(folder)!r}: its configuration cannot be loaded: {first_line(error)}") from error

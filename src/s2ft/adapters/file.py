@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from s2ft.common.errors import S2FTError
 from s2ft.format.folder import CONFIG_FILE, WEIGHTS_FILE
 from s2ft.format.names import delta_name, is_base_copy, is_slice_part
 from s2ft.format.saved import SavedConfig
@@ -78,6 +79,18 @@ class AdapterFile:
     def delta(self, module: str) -> Tensor:  # [out_features, s] on the input side, [s, in_features] on the output side
         """The module's delta, from the disk."""
         return self.tensors[delta_name(module)]
+
+    def base(self, other: str | None = None) -> tuple[str, str | None]:
+        """The folder or Hub name of its base, and the revision; of `other`, named in its place, no revision is known.
+
+        Raises:
+            S2FTError: if neither the config nor `other` names one.
+        """
+        own = self.config.base_model_name_or_path
+        name = str(other or own or "")
+        if not name:
+            raise S2FTError(f"{self.folder} does not say which base it is for; name it with base=")
+        return name, self.config.revision if name == own else None
 
     def others(self) -> dict[str, Tensor]:
         """What PEFT keeps beside the slices, under the file's own names, from the disk."""

@@ -277,6 +277,8 @@ def _fused_config(sources: Sequence[Source], slices: dict[str, Slice]) -> SavedC
             values[field.name] = next((value for value in given if value), given[0])
         elif field.init and any(value != given[0] for value in given):
             values[field.name] = field.default
+    if "layers_to_transform" in values:
+        values["layers_pattern"] = None  # which is refused without them
     targets = [config.target_modules for config in configs]
     values["target_modules"] = targets[0] if all(target == targets[0] for target in targets) else set(slices)
     values["slices"] = {module: str(trained) for module, trained in slices.items()}

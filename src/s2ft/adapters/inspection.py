@@ -54,6 +54,9 @@ def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChang
 
     Args:
         base: A model like the adapter's base (device meta will do); rows then say how the in-place layout holds each slice.
+
+    Raises:
+        S2FTError: if the adapter has slices of layers that the base does not have, or of other sizes.
     """
     held = {} if base is None else _placements(base, adapter)
     rows = [
@@ -74,9 +77,11 @@ def changes(adapter: Adapter, base: nn.Module | None = None) -> list[ModuleChang
 
 
 def _placements(base: nn.Module, adapter: Adapter) -> dict[str, str]:
-    """Module → how the in-place layout holds its slice."""
-    from s2ft.training.plan import planned  # here, since it imports transformers
+    """Module → how the in-place layout holds its slice; raises `S2FTError` if the adapter is not for this base."""
+    from s2ft.adapters.compatibility import check_fits  # here, since they import transformers and PEFT
+    from s2ft.training.plan import planned
 
+    check_fits(base, adapter.saved, {path: tuple(delta.shape) for path, delta in adapter.deltas.items()})
     return {place.module: place.how for place in planned(base, adapter.slices)}
 
 

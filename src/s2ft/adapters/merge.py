@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from s2ft.adapters.checkpoint import Checkpoint, open_base, settings_files
+from s2ft.adapters.answer_end import name_end, noted_end
+from s2ft.adapters.architecture import tokenizer_of
+from s2ft.adapters.checkpoint import TIED, Checkpoint, open_base, settings_files
 from s2ft.adapters.file import AdapterFile, open_adapter
 from s2ft.adapters.stored import Place
 from s2ft.common.errors import S2FTError, raise_together
@@ -50,6 +53,7 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
     opened = open_adapter(adapter)
     checkpoint = open_base(opened, base, weights=True)
     whole = _whole_tensors(opened, checkpoint)
+    end = noted_end(opened.folder, partial(tokenizer_of, checkpoint.folder))
     shards = {path.name: path for path in sorted(set(checkpoint.files.values()))}
     _check_links(checkpoint, shards.values())
     with new_folder(output) as aside:
@@ -61,6 +65,8 @@ def merge(adapter: str | Path, output: str | Path, base: str | None = None, prog
         for name, tensor in whole.items():
             _overwrite(aside / checkpoint.files[name].name, name, tensor)
         _copy_settings(checkpoint, aside)
+        if end is not None:
+            name_end(aside, end)
     return output
 
 
@@ -110,21 +116,14 @@ def _unmergeable(adapter: AdapterFile, base: Checkpoint) -> list[str]:
     if not adapter.kept:
         return []
     whole = adapter.config.modules_to_save or []
-    ends = {base.model.get_input_embeddings(), base.model.get_output_embeddings()} - {None}
-    tied = {name for name, module in base.model.named_modules() if module in ends} if _is_tied(base) else set()
     problems = []
     for name in adapter.kept:
         module = bare(name).rpartition(".")[0]
         if not is_of_module(name, whole):
             problems.append(f"{name} cannot be merged on files; load the model and use PEFT's merge_and_unload")
-        elif module in tied:
-            problems.append(f"{name}: the base ties its embedding to its output layer, so one cannot change alone")
+        elif module in base.tied:
+            problems.append(f"{name}: {TIED}")
     return problems
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    configs = (base.model.config, base.model.config.get_text_config())
-    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
 
 def _overwrite(file: Path, name: str, tensor: Tensor) -> None:

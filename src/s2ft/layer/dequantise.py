@@ -14,12 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from s2ft.common.errors import S2FTError, raise_by_place
-from s2ft.layer.linears import features, is_quantised, linear_layer, weight_of, why_not_plain
+from s2ft.layer.linears import as_matrix, features, is_quantised, linear_layer, weight_of, why_not_plain
 from s2ft.layer.sharding import read_matrix, why_not_readable
 
 _GRID = ("quant_type", "qtype", "blocksize", "block_size", "_group_size", "axis")  # attributes that say how
+_NOTES = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "_weight_conversions")
 _PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit: whether it repacks its weight in evaluation
 _HAS_UNIT_VECTORS: WeakKeyDictionary[nn.Module, bool] = (
     WeakKeyDictionary()
@@ -145,7 +147,7 @@ def _is_quantised_linear(module: nn.Module) -> bool:
 
 
 def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes a quantised model plain, layer by layer: each gets an `nn.Linear` with its dequantised values in `dtype`.
+    """Makes a quantised model plain, layer by layer: each gets a linear layer with its dequantised values in `dtype`.
 
     Raises:
         S2FTError: before anything is changed, if a layer cannot be read.
@@ -158,22 +160,28 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
     _forget_quantisation(model)
 
 
-def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The layer as it was before: a Conv1D, where transformers notes that bitsandbytes' layer stands for one (GPT-2)."""
     values, bias = values_of(layer), getattr(layer, "bias", None)
+    inputs, outputs = features(layer)
     with torch.device("meta"):
-        plain = nn.Linear(*features(layer), bias=bias is not None)
-    plain.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+        is_conv1d = issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D)
+        plain: nn.Module = Conv1D(outputs, inputs) if is_conv1d else nn.Linear(inputs, outputs, bias=bias is not None)
+    plain.weight = nn.Parameter(as_matrix(plain, values.to(dtype)).contiguous(), requires_grad=False)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return plain.train(layer.training)
 
 
 def _forget_quantisation(model: Any) -> None:
-    """What transformers notes on a quantised model, which would be saved with it, or keep it from being moved and trained."""
+    """What transformers notes on a quantised model, which would be saved with it, or keep it from being moved and trained.
+
+    Among it are the conversions that its weights were loaded by, which have no way back; the model's class has its own.
+    """
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "quantization_config"):
             del module.config.quantization_config
-        for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        for name in _NOTES:
             vars(module).pop(name, None)
         if "is_quantized" in vars(module):
             module.is_quantized = False

@@ -14,21 +14,21 @@ from tempfile import TemporaryDirectory
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from s2ft.adapters.answer_end import name_end, noted_end
 from s2ft.adapters.file import AdapterFile, open_adapter
 from s2ft.common.errors import S2FTError
 from s2ft.common.files import new_folder
 from s2ft.common.outputs import check_free
 from s2ft.layer.dequantise import quantised_layers, values_of
-from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.runtime.models import load_config, load_model, load_tokenizer
 from s2ft.runtime.quantisation import QUANTISATIONS, check_quantisation, own_quantisation
 
 
 def has_quantised_base(adapter: str | Path, base: str | None = None) -> bool:
     """Whether the adapter's base, or the one that is named, is quantised by itself."""
-    name = base or open_adapter(adapter).config.base_model_name_or_path
-    return name is not None and own_quantisation(str(name)) is not None
+    return own_quantisation(*open_adapter(adapter).base(base)) is not None
 
 
 def merge_quantised(
@@ -39,7 +39,7 @@ def merge_quantised(
     Args:
         adapter: Folder of an S²FT adapter.
         output: A new folder.
-        base: Folder or Hub name of its base; by default the one that the adapter names.
+        base: Folder or Hub name of its base; by default the one that the adapter names, at its revision.
         quantize: As it was quantised for training, by `s2ft train --quantize`; None: it is quantised already.
         requantize: Quantise the merged model again by `quantize`.
 
@@ -47,32 +47,29 @@ def merge_quantised(
         With `requantize`, module → how much of its slice rounding took: ‖lost‖ / ‖slice‖, from 0; else nothing.
 
     Raises:
-        S2FTError: before anything is written, if the adapter is damaged or not for this base, or a package is missing.
+        S2FTError: before anything is written, if the adapter is damaged or not for this base, a package is missing, or
+            merged values do not fit the base's dtype.
     """
     output, opened = Path(output), open_adapter(adapter)
     check_free(output)
-    name = _base_of(opened, base)
     if requantize and quantize is None:
         raise S2FTError(f"requantize=True needs quantize, one of {', '.join(QUANTISATIONS)}")
-    check_quantisation(quantize, name)
-    dtype = _stored_dtype(name)
-    tokenizer, model = load_tokenizer(name), load_model(name, dtype, quantize)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    name, revision = opened.base(base)
+    check_quantisation(quantize, name, revision)
+    dtype, tokenizer = _stored_dtype(name, revision), load_tokenizer(name, revision)
+    end = noted_end(opened.folder, lambda: tokenizer)
+    model = load_model(name, dtype, quantize, revision)
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     with new_folder(output) as aside:
         losses = _save_again(merged, aside, opened, dtype, str(quantize)) if requantize else _save(merged, aside)
         tokenizer.save_pretrained(aside)
+        if end is not None:
+            name_end(aside, end)
     return losses
 
 
-def _base_of(adapter: AdapterFile, base: str | None) -> str:
-    name = base or adapter.config.base_model_name_or_path
-    if not name:
-        raise S2FTError(f"{adapter.folder} does not say which base it is for; name it with base=")
-    return str(name)
-
-
-def _stored_dtype(name: str) -> torch.dtype:
-    dtype = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "dtype", None)
+def _stored_dtype(name: str, revision: str | None) -> torch.dtype:
+    dtype = getattr(load_config(name, revision), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -84,7 +81,7 @@ def _save(merged: PreTrainedModel, aside: Path) -> dict[str, float]:
 def _save_again(
     merged: PreTrainedModel, aside: Path, adapter: AdapterFile, dtype: torch.dtype, quantize: str
 ) -> dict[str, float]:
-    with TemporaryDirectory() as plain:
+    with TemporaryDirectory(dir=aside) as plain:  # as large as the base, so on the disk that was chosen for it
         merged.save_pretrained(plain)
         again = load_model(plain, dtype, quantize)
     try:

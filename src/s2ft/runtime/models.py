@@ -36,32 +36,39 @@ log = logging.getLogger("s2ft")
 HEADS = ("score", "classifier", "pre_classifier")  # of sequence classifiers
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the model `name`.
+
+    Args:
+        name: A folder, a GGUF file or a name on the Hub.
+        revision: On the Hub; None: the newest.
 
     Raises:
         S2FTError: if there is no such model, or it has no tokenizer.
     """
     check_folder(name)
     try:
-        source, options = gguf.reading(name)
+        source, options = _reading(name, revision)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "tokenizer", error)) from error
 
 
-def load_model(name: str, dtype: torch.dtype, quantize: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str, dtype: torch.dtype, quantize: str | None = None, revision: str | None = None
+) -> PreTrainedModel:
     """The causal language model `name`, its weights in `dtype`.
 
     Args:
         name: A folder, a GGUF file or a name on the Hub.
         dtype: Of what is not quantised, and of the computation.
         quantize: One of `QUANTISATIONS`: quantised while it is loaded, onto the device that it is to run on.
+        revision: On the Hub; None: the newest.
 
     Raises:
         S2FTError: if there is no such model, its files are incomplete or of another kind, or it cannot be quantised so.
     """
-    return _loaded(name, AutoModelForCausalLM, dtype, quantize, may_lack=())
+    return _loaded(name, AutoModelForCausalLM, dtype, quantize, may_lack=(), revision=revision)
 
 
 def load_scorer(name: str, dtype: torch.dtype, quantize: str | None = None) -> PreTrainedModel:
@@ -70,7 +77,7 @@ def load_scorer(name: str, dtype: torch.dtype, quantize: str | None = None) -> P
     Raises:
         S2FTError: as `load_model`, or if transformers has no such head for the model.
     """
-    config = _config(name)
+    config = load_config(name)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise S2FTError(
             f"model={name!r} is a {type(config).__name__.removesuffix('Config')}, for which transformers has no model with a "
@@ -82,14 +89,21 @@ def load_scorer(name: str, dtype: torch.dtype, quantize: str | None = None) -> P
 
 
 def _loaded(
-    name: str, kind: Any, dtype: torch.dtype, quantize: str | None, may_lack: tuple[str, ...], **settings: Any
+    name: str,
+    kind: Any,
+    dtype: torch.dtype,
+    quantize: str | None,
+    may_lack: tuple[str, ...],
+    revision: str | None = None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """The model as a class of transformers reads it; weights may be missing only in the modules named."""
     check_folder(name)
-    check_quantisation(quantize, name)
+    check_quantisation(quantize, name, revision)
     try:
-        source, options = gguf.reading(name)
-        options |= gguf.dequantising() if options else {"use_safetensors": True}  # the older .bin files are pickles
+        source, options = _reading(name, revision)
+        is_gguf = "gguf_file" in options
+        options |= gguf.dequantising() if is_gguf else {"use_safetensors": True}  # the older .bin files are pickles
         if quantize is not None:
             config = QUANTISATIONS[quantize].config(dtype)
             options |= {"quantization_config": config, "device_map": {"": own_device()}}
@@ -105,18 +119,25 @@ def _loaded(
         raise S2FTError(
             f"model={name!r} is incomplete: it lacks {len(missing)} of its weights, the first is {missing[0]}"
         )
-    if "gguf_file" in options:
+    if is_gguf:
         gguf.make_plain(model, name)
     return cast("PreTrainedModel", model)
 
 
-def _config(name: str) -> PreTrainedConfig:
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of the model `name`; raises `S2FTError` if there is no such model, or it cannot be read."""
     check_folder(name)
     try:
-        source, options = gguf.reading(name)
+        source, options = _reading(name, revision)
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise S2FTError(_unloadable(name, "configuration", error)) from error
+
+
+def _reading(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes for `name`: where, and the options besides."""
+    source, options = gguf.reading(name)
+    return source, options if revision is None else {**options, "revision": revision}
 
 
 def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -129,7 +150,7 @@ def empty_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         S2FTError: if there is no such model.
     """
-    config = _config(name)
+    config = load_config(name)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(

@@ -104,14 +104,17 @@ QUANTISATIONS: dict[str, Quantisation] = {  # by the names of `format/terms.py`
 }
 
 
-def check_quantisation(name: str | None, model: str) -> None:
+def check_quantisation(name: str | None, model: str, revision: str | None = None) -> None:
     """Raises `S2FTError` where the model cannot be quantised so, or needs a package that is not there; loads nothing.
 
     Args:
         name: One of `QUANTISATIONS`; None: the model is taken as it is.
         model: A folder or a name on the Hub, whose configuration is read.
+        revision: On the Hub; None: the newest.
     """
-    own = own_quantisation(model)
+    if name is not None and name not in QUANTISATIONS:
+        raise S2FTError(f"quantize={name!r} is unknown; choose from {', '.join(QUANTISATIONS)}")
+    own = own_quantisation(model, revision)
     if name is None:
         raise_together(_problems_of_own(model, own) if own is not None else [])
         return
@@ -125,22 +128,22 @@ def check_quantisation(name: str | None, model: str) -> None:
     raise_together([f"quantize={name!r} needs {missing}"] if missing else [])
 
 
-def own_quantisation(model: str) -> str | None:
+def own_quantisation(model: str, revision: str | None = None) -> str | None:
     """How a model is quantised, as its config.json says, here or on the Hub; None where it is not, or nothing is found."""
     try:
-        config = json.loads(_config_file(model).read_text(encoding="utf-8"))
+        config = json.loads(_config_file(model, revision).read_text(encoding="utf-8"))
         return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):  # what is wrong with a config is said when it is loaded
         return None
 
 
-def _config_file(model: str) -> Path:
+def _config_file(model: str, revision: str | None) -> Path:
     if Path(model).exists():
         return Path(model) / "config.json"
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(model, "config.json"))
+        return Path(hf_hub_download(model, "config.json", revision=revision))
     except Exception as error:  # no such name, no connection and not in the cache, no access, ...
         raise FileNotFoundError(model) from error
 
