@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from s2ft import S2FTError
+from s2ft.lab.bench import families
 from s2ft.lab.bench.families import bench_families, families_line, row_of
 from s2ft.lab.families import check as module_under_test
 from s2ft.lab.families.check import check
@@ -76,6 +77,22 @@ def test_a_wrong_gradient_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(model).is_exact
     monkeypatch.setattr(module_under_test, "_block_gradients", wrong)
     assert not check(model).is_exact
+    monkeypatch.setattr(module_under_test, "_block_gradients", lambda *args: _with_nan_last(right(*args)))
+    assert not check(model).is_exact
+
+
+def _with_nan_last(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    *_, last = gradients
+    return {**gradients, last: gradients[last] * torch.nan}
+
+
+@pytest.mark.parametrize("where", ["page", "kept"])
+def test_files_that_cannot_be_written_are_said_before_the_work(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "row_of", lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(S2FTError, match="nowhere"):
+        bench_families("encoder", **{where: str(tmp_path / "nowhere" / "file")})
 
 
 def test_what_cannot_be_built_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

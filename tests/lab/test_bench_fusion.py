@@ -1,4 +1,4 @@
-"""The fusion benchmark on a tiny shape: what it times is a fusion, and its memory is more than nothing."""
+"""The fusion benchmark on a tiny shape: what it times is a fusion."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,6 @@ def test_a_row_has_times_their_floor_and_memory(monkeypatch, tmp_path: Path) -> 
     result = CliRunner().invoke(app, ["bench", "fusion", "--json", str(tmp_path / "a.json")])
     assert result.exit_code == 0, result.output
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert row["bytes"] > 2 * 2 * 3 * 24 * 4
+    assert 4 * 2 * 2 * 3 * 24 < row["bytes"] < 4 * 2 * 2 * 3 * 24 + 4000  # of the result: two slices of each layer
     assert 0 < row["fuse_ms_p20"] <= row["fuse_ms"] <= row["fuse_ms_p80"]
     assert row["floor_ms"] > 0
-    assert row["memory"] >= 0

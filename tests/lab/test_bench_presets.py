@@ -240,3 +240,5 @@ def test_experts_are_trained_by_s2ft_and_by_lora_of_the_same_size():
     assert "by target_parameters" in report.settings["lora"]
     with pytest.raises(S2FTError, match=r"methods='dora': unknown: dora; choose from floor, lora, s2ft"):
         bench_training("moe", methods="dora")
+    with pytest.raises(S2FTError, match=r"trains stacked experts' down_proj, and .* has none"):
+        bench_training(replace(PRESETS["moe"], models={"tiny": TINY}))

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,16 @@ def test_a_recipe_runs_from_data_to_result(name, data, base, judge, tmp_path):
         assert card["training"]["steps"] == 2
         assert card["options"]["method"] == recipe.method
         assert ("best_step" in card["training"]) == (recipe.suite == "commonsense")
+
+
+def test_a_run_that_died_in_its_first_checkpoint_begins_anew(data, base, tmp_path, monkeypatch):
+    """transformers would take the folder for a checkpoint."""
+    (tmp_path / "training" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "training" / "checkpoint-1" / "unfinished").touch()
+    asked = []
+    monkeypatch.setattr(run, "train", lambda options: asked.append(options.resume) or SimpleNamespace(interrupted=True))
+    assert reproduce(small("arithmetic/llama3-8b/lora", data, tmp_path, base)) is None
+    assert asked == [False]
 
 
 def test_what_is_done_is_not_done_again(data, base, tmp_path, monkeypatch):

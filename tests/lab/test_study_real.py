@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import signal
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from threading import Event
@@ -394,6 +397,19 @@ def test_the_first_chain_that_fails_is_told_at_once():
         log.removeFilter(told)
     assert started.is_set()
     assert side_by_side([lambda: 1, lambda: 2], Workers(_squares, (10,))) == [1, 2]
+
+
+def test_ctrl_c_begins_no_more_runs():
+    ran = []
+
+    def chain(number):
+        ran.append(number)
+        os.kill(os.getpid(), signal.SIGINT)
+        sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([partial(chain, number) for number in range(3)], Workers(_squares, (10,)))
+    assert ran == [0]
 
 
 def test_a_failure_leaves_what_other_chains_ask_for_undone(tmp_path):

@@ -88,6 +88,12 @@ def test_a_fusion_made_on_the_fly_is_the_one_of_s2ft_fuse(client: OpenAI, alone:
     assert weighted.model == "0.5*user1+-0.25*user0"
 
 
+def test_a_name_of_too_many_adapters_is_refused(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2ft.serve.adapters.MOST_FUSED", 1)
+    with pytest.raises(openai.BadRequestError, match="a fusion has at most"):
+        complete(client, "user1+user0", ["reverse: planet\n"])
+
+
 def test_a_fusion_has_the_very_bytes_of_s2ft_fuse(server: Live, root: Path, tmp_path: Path) -> None:
     recipe = {"user1": 0.7, "user0": 1.3}
     _, made = server.service.adapters.fused(recipe)

@@ -37,6 +37,7 @@ def keys(tmp_path: Path) -> Path:
             r"host='0.0.0.0' can be reached from other machines, so it needs keys: keys=FILE, or \$S2FT_KEYS",
         ),
         ({"host": "example.org"}, "host='example.org' can be reached"),
+        ({"host": ""}, "host='' can be reached"),
         ({"keys": "nowhere"}, "keys='nowhere' cannot be read"),
         ({"precision": "fp8"}, "precision='fp8' is unknown; choose from auto, bf16, fp32"),
         ({"model": "./nowhere"}, "model='./nowhere' is not a folder"),

@@ -324,13 +324,14 @@ class TestRoom:
         desk.ask(prompt(), "user0", count=4)
         desk.turn()
         desk.scheduler.retire("user0", lambda: gone.append("user0"))
+        desk.scheduler.retire("user0", lambda: gone.append("again"))
         desk.turn()
         assert "user0" in desk.pool
         assert gone == []
         desk.finish()
         desk.turn()
         assert "user0" not in desk.pool
-        assert gone == ["user0"]
+        assert gone == ["user0", "again"]
         again = desk.ask(prompt(), "user0", count=2)
         desk.finish()
         assert desk.last(again) == End("length", 2)

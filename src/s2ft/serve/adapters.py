@@ -45,6 +45,10 @@ class UnknownModelError(Exception):
     """There is no model by that name."""
 
 
+class TooManyError(Exception):
+    """More adapters than one fusion may have."""
+
+
 class Adapters:
     """The adapters of a server; for one thread, but for `fused`.
 
@@ -77,6 +81,7 @@ class Adapters:
 
         Raises:
             UnknownModelError: if it names something else.
+            TooManyError: if it names more than `MOST_FUSED` adapters.
         """
         if weights is not None:
             if model != self.base or not weights or not set(weights) <= set(self._versions):
@@ -85,6 +90,8 @@ class Adapters:
         if model == self.base:
             return {}
         parts = [model] if model in self._versions else model.split("+")
+        if len(parts) > MOST_FUSED:
+            raise TooManyError
         if not set(parts) <= set(self._versions) or len(set(parts)) < len(parts):
             raise UnknownModelError
         return dict.fromkeys(parts, 1.0)

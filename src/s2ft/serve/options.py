@@ -89,7 +89,7 @@ class ServeOptions(Options):
             problems.append(f"adapters={str(self.adapters)!r} is no folder; name one that holds adapter folders")
         keys: list[str] = []
         problems += gathered(lambda: keys.extend(read_keys(None if self.keys is None else Path(self.keys))))
-        if self.host and not self.is_local and not problems and not keys:
+        if not self.is_local and not problems and not keys:
             problems.append(
                 f"host={self.host!r} can be reached from other machines, so it needs keys: keys=FILE, or ${KEYS}"
             )

@@ -80,7 +80,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._joining: list[Job] = []  # in this turn: no longer waiting, their prompts are not read yet
-        self._retired: dict[str, Callable[[], None]] = {}
+        self._retired: dict[str, list[Callable[[], None]]] = {}
         self._rows: list[Row] = []  # as in the batch
         self._events: list[tuple[Job, Event]] = []
         self._is_closed = False
@@ -112,7 +112,7 @@ class Scheduler:
     def retire(self, adapter: str, then: Callable[[], None] = lambda: None) -> None:
         """Takes an adapter out of the pool once no job has it; `then` is called by the scheduler's thread."""
         with self._changed:
-            self._retired[adapter] = then
+            self._retired.setdefault(adapter, []).append(then)
             self._changed.notify()
 
     def stop(self) -> None:
@@ -169,10 +169,11 @@ class Scheduler:
         with self._changed:
             used = {job.adapter for job in self._jobs()}
             unused = {name: self._retired.pop(name) for name in [*self._retired] if name not in used}
-        for name, then in unused.items():
+        for name, calls in unused.items():
             if name in self._pool:
                 self._pool.remove(name)
-            then()
+            for then in calls:
+                then()
 
     def _admit(self) -> None:
         """The jobs that fit join, in the order of arrival; their adapters are beside the model."""

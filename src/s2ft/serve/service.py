@@ -13,7 +13,7 @@ from typing import Any
 from s2ft.common.errors import S2FTError
 from s2ft.data.template import EndlessTemplateError, chat_ids
 from s2ft.data.tokens import text_ids
-from s2ft.serve.adapters import Adapters, Chosen, UnknownModelError, label
+from s2ft.serve.adapters import MOST_FUSED, Adapters, Chosen, TooManyError, UnknownModelError, label
 from s2ft.serve.batch import Batch
 from s2ft.serve.channels import channels
 from s2ft.serve.errors import ApiError, failed, full, no_model, overflow
@@ -87,6 +87,8 @@ class Service:
             chosen = await self._chosen(recipe)
         except UnknownModelError:
             raise _unknown(asked) from None
+        except TooManyError:
+            raise ApiError(400, f"model: a fusion has at most {MOST_FUSED} adapters", "model") from None
         is_weighed = any(weight != 1 for weight in (asked.fuse or {}).values())
         asking = Asking(chosen, prompts, self._jobs(asked, prompts, chosen), is_weighed)
         try:

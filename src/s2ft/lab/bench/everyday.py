@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from s2ft.common.errors import S2FTError
 from s2ft.common.files import flush
 from s2ft.demo import base_path
 from s2ft.format.config import S2FTConfig
@@ -91,6 +92,10 @@ def bench_everyday(
         tell: Is told the share that is done.
     """
     base = Path(model or base_path())
+    if examples < 1:
+        raise S2FTError(f"examples={examples} must be 1 or more")
+    if not any(base.glob("*.safetensors")):
+        raise S2FTError(f"model={model!r} must be a folder with a model in safetensors")
     with TemporaryDirectory() as place:
         things = list(_things(base, Path(place), examples))
         rows = []
@@ -163,7 +168,10 @@ def _cleared(thing: Thing) -> None:
 
 
 def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise S2FTError(f"{' '.join(words[3:])} failed: {done.stderr.strip()[-1000:]}")
+    return done
 
 
 def _import_seconds(program: str) -> float:

@@ -20,6 +20,7 @@ import transformers
 
 from s2ft.common.errors import S2FTError, first_line, raise_together
 from s2ft.common.files import replaced_file
+from s2ft.common.outputs import check_writable
 from s2ft.exports.gguf import ARCHITECTURES
 from s2ft.lab.bench.report import Report
 from s2ft.lab.families.check import MOST, MOST_IN_PLACE, check
@@ -49,6 +50,8 @@ def bench_families(
         kept: A file that gets each row as it is found; those that ran are taken from it, if they are of the same versions.
         tell: Told the share that is done.
     """
+    check_writable(None if page is None else Path(page), "page")
+    check_writable(None if kept is None else Path(kept), "kept")
     if kind not in (None, *KINDS):
         raise S2FTError(f"kind={kind!r} is unknown; choose from {', '.join(KINDS)}")
     wanted = [(k, name, of) for k in ([kind] if kind else KINDS) for name, of in classes(k).items()]

@@ -227,6 +227,8 @@ def _model_problems(preset: Preset, liger: bool, with_slices: bool) -> Iterator[
         most = positions(model) or math.inf
         if longest > most:
             yield f"length={longest} is more than the {most} positions of {name}"
+        if preset.experts and not any(path.endswith("experts.down_proj") for path, _ in model.named_parameters()):
+            yield f"this preset trains stacked experts' down_proj, and {name} has none; take another preset"
         if liger and model.config.model_type != "llama":
             yield f"liger=True is for Llamas; {name} is a {model.config.model_type}"
         for budget in preset.budgets if with_slices else ():

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -87,7 +88,13 @@ def _row(name: str, base: PreTrainedModel, folder: Path) -> Row:
     except S2FTError as error:
         reason = str(error).replace(str(folder), "")
         return {"layer": None, "slices": None, "gradient_error": None, "own_error": None, "reason": reason}
-    return {"layer": kind, "slices": len(errors), "gradient_error": max(errors), "own_error": own, "reason": None}
+    return {
+        "layer": kind,
+        "slices": len(errors),
+        "gradient_error": float(np.max(errors)),
+        "own_error": own,
+        "reason": None,
+    }
 
 
 def _loaded(name: str, base: PreTrainedModel, folder: Path) -> PreTrainedModel:

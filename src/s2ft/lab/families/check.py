@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def check(model: PreTrainedModel, seed: int = 0) -> Findings:
         projections=tuple(dict.fromkeys(p.name for s in structures for p in s.projections)),
         experts=sum(isinstance(layer_at(model, path), StackedLinear) for path in deltas),
         coupled=any(not s.partial for s in heads),
-        gradient=max(_error(found[path], expected[path]) for path in expected),
+        gradient=float(np.max([_error(found[path], expected[path]) for path in expected])),  # NaN, if one is
         reached=sum(bool(gradient.any()) for gradient in expected.values()) / len(expected),
         reloaded=_reloads(tuned, model, inputs),
         contiguous=contiguous,
@@ -200,7 +201,7 @@ def _laid_out(tuned: PeftModel, inputs: dict[str, Any], loss_weights: Tensor) ->
         error = _error(output_of(tuned, inputs).detach(), before)
         inside = _block_gradients(tuned, inputs, loss_weights)
         places = list(layout.placements)
-    error = max([error, *(_error(inside[path], gradients[path]) for path in gradients)])
+    error = float(np.max([error, *(_error(inside[path], gradients[path]) for path in gradients)]))
     gathered = {
         place.module.removeprefix("base_model.model."): place.reason for place in places if place.how != "contiguous"
     }

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 
 from s2ft.common.errors import S2FTError, gathered, raise_together
 from s2ft.common.files import staged
@@ -29,6 +28,7 @@ from s2ft.evaluate.judge import Judge
 from s2ft.evaluate.options import EvalOptions
 from s2ft.evaluate.run import EvalReport, Tell, evaluate
 from s2ft.finetune.card import read_card
+from s2ft.finetune.checkpoints import whole_checkpoints
 from s2ft.finetune.methods import METHODS
 from s2ft.finetune.options import TrainOptions, parse_options
 from s2ft.finetune.resume import FREE, settled_options
@@ -71,7 +71,7 @@ def reproduce(
     recipe = find_recipe(options.recipe)
     training, evaluation = plan(recipe, options)
     if training is not None and not is_trained(training):
-        goes_on = Path(training.output).is_dir() and get_last_checkpoint(training.output) is not None
+        goes_on = bool(whole_checkpoints(Path(training.output)))
         if train(training.model_copy(update={"resume": goes_on})).interrupted:
             return None
     if not _alone():

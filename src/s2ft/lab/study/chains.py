@@ -67,13 +67,19 @@ def side_by_side(chains: Sequence[Callable[[], T]], workers: Workers) -> list[T]
 
     Raises:
         Exception: what the first chain that failed raised, when the runs that have begun have ended.
+        KeyboardInterrupt: likewise, by Ctrl-C.
     """
-    with ThreadPoolExecutor(max_workers=len(chains) if workers.count > 1 else 1) as threads:
+    if workers.count == 1:
+        return [chain() for chain in chains]
+    with ThreadPoolExecutor(max_workers=len(chains)) as threads:
         running = [threads.submit(copy_context().run, chain) for chain in chains]
-        done, _ = wait(running, return_when=FIRST_EXCEPTION)
-        for failed in (one for one in done if one.exception() is not None):
-            log.error("a run failed, so the study stops: %s", failed.exception())
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            for failed in (one for one in done if one.exception() is not None):
+                log.error("a run failed, so the study stops: %s", failed.exception())
+                failed.result()
+        except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             workers.stop()
-            failed.result()
+            raise
         return [one.result() for one in running]
