@@ -150,17 +150,23 @@ def test_a_base_that_comes_back_is_checkpointed_as_before(end: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
-def test_what_is_turned_off_stays_off_whatever_trains_later() -> None:
+@pytest.mark.parametrize("end", ["unload", "another adapter"])
+def test_what_is_turned_off_stays_off_whatever_trains_later(end: str) -> None:
     model = adapted()
     model.add_adapter("whole", S2FTConfig(ratios=0.2, init_weights=False, seed=4))
     model.enable_input_require_grads()
     checkpoint(model, use_reentrant=True)
-    model.gradient_checkpointing_disable()
-    model.set_adapter("whole")
-    passes = Passes(model)
-    gradients(model.train(), tokens(2, 7))
-    assert passes.forward == [1, 1, 1]
-    assert not any(block.gradient_checkpointing for block in model.get_base_model().model.layers)
+    base = model.get_base_model()
+    base.gradient_checkpointing_disable()
+    if end == "unload":
+        base = model.unload()
+    else:
+        model.set_adapter("whole")
+        passes = Passes(model)
+        gradients(model.train(), tokens(2, 7))
+        assert passes.forward == [1, 1, 1]
+    assert not any(block.gradient_checkpointing for block in base.model.layers)
+    assert not base.get_input_embeddings()._forward_hooks
 
 
 def test_all_blocks_are_checkpointed_where_all_train() -> None:

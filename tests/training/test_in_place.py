@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     Adafactor,
     BloomConfig,
@@ -411,7 +412,18 @@ class TestWhatTheSlotHolds:
             model.load_state_dict(inside)
         for name, value in values(model).items():
             assert torch.equal(value, before[name])
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        trained = {
+            name: value for name, value in inside.items() if name not in frozen
+        }  # as DeepSpeed saves: with the marks
+        assert not set(model.load_state_dict(trained, strict=False).missing_keys) - frozen
         model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+    def test_torchs_checkpoints_find_each_key_of_a_state(self) -> None:
+        model = adapted()
+        with in_place(model):
+            found = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+        assert deltas(model).keys() <= found.keys()
 
     def test_random_numbers_of_devices_without_the_model_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen, fork = [], torch.random.fork_rng

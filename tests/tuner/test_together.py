@@ -588,14 +588,15 @@ def test_sharded_weights_are_not_permuted(mesh: Any) -> None:
         made(ids, labels=ids).loss.backward()
 
 
-def test_sharding_a_model_that_is_in_place_is_refused_at_the_first_pass(mesh: Any) -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_sharding_a_model_that_is_in_place_is_refused_at_the_first_pass(mesh: Any, is_compiled: bool) -> None:
     """FSDP2 shows a pass whole weights, as plain parameters, so nothing but the parameter itself tells."""
     config = S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, init_weights=False)
     made, ids = get_peft_model(build("mistral", torch.float32), config), tokens(2, 5)
     layout = enter(made)
     fully_shard(made, mesh=mesh)
     with pytest.raises(S2FTError, match=r"inside `s2ft\.in_place\(model\)`.*shard or quantise the model first"):
-        made(ids, labels=ids)
+        (torch.compile(made, backend="eager") if is_compiled else made)(ids, labels=ids)
     with pytest.raises(
         S2FTError, match="base weights could not all be restored, so load the model anew: a base weight has"
     ):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,11 @@ def noted_end(adapter: Path, load: Callable[[], PreTrainedTokenizerBase]) -> int
         load: Gives the base's tokenizer; asked for where there is a note, since its import takes seconds.
 
     Raises:
-        S2FTError: if the card is no JSON object, or the tokenizer has no such token.
+        S2FTError: if the tokenizer has no such token.
     """
-    card = adapter / _CARD
-    data = read_json(card).get("data") if card.is_file() else None
+    card, data = adapter / _CARD, None
+    with suppress(S2FTError):  # there is none, or it is another tool's file of that name
+        data = read_json(card).get("data")
     end = data.get("answer_end") if isinstance(data, dict) else None
     if end is None:
         return None
@@ -65,7 +67,8 @@ def with_end(named: int | list[int] | None, end: int) -> int | list[int] | None:
 
 def _of_model(model: Path) -> dict[str, Any]:
     """The generation config that transformers makes for a model which has none, out of the model's own."""
-    from transformers import GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    made = GenerationConfig.from_model_config(read_json(model / "config.json")).to_diff_dict()
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)  # with its class's defaults
+    made = GenerationConfig.from_model_config(config).to_diff_dict()
     return {name: value for name, value in made.items() if name != "_from_model_config"}

@@ -39,7 +39,7 @@ SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = (
 
 _PLAIN = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
 
-TIED = "the base ties its embedding to its output layer, so one cannot change alone"
+TIED = "the base ties its embedding to its output layer (tie_word_embeddings), so one cannot change alone"
 
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "*.codes", "*.py")
 """What lies beside the weights: configuration, tokenizer, chat template."""

@@ -24,7 +24,7 @@ from s2ft.common.reading import read_json
 from s2ft.evaluate.engines import Engine, TransformersEngine, VllmEngine, all_ends, end_ids, in_words
 from s2ft.evaluate.options import TENSORS_FILE, Subject
 from s2ft.runtime.failures import is_out_of_memory
-from s2ft.runtime.models import load_model, load_tokenizer
+from s2ft.runtime.models import load_config, load_model, load_tokenizer
 from s2ft.tuner.unloading import changes_base, own_modules_back
 
 RUN_FILE = "run.json"
@@ -181,7 +181,7 @@ def _complete(adapter: str) -> Iterator[None]:
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
-def _generation(name: str) -> GenerationConfig | None:
-    with suppress(OSError):  # there is none
+def _generation(name: str) -> GenerationConfig:
+    with suppress(OSError, TypeError):  # there is none, or no object in it
         return GenerationConfig.from_pretrained(name)
-    return None
+    return GenerationConfig.from_model_config(load_config(name))

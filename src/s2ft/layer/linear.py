@@ -30,6 +30,7 @@ from s2ft.layer.frozen import through_frozen
 from s2ft.layer.linears import as_matrix, features, is_plain, linear_layer, weight_matrix, weight_of
 from s2ft.layer.mixed import add_mixed
 from s2ft.layer.pack import LooseSlice, MixedBatch, find_slice, forget, wrong_count
+from s2ft.layer.sharding import is_sharded
 from s2ft.layer.slot import Slot
 from s2ft.layer.split import agree, share_of
 
@@ -46,6 +47,7 @@ class S2FTLinear(nn.Module, AdaptedLayer):
 
     adapter_layer_names = ("s2ft_block",)
     other_param_names = ()
+    taken_in_place = True  # `torch.distributed.checkpoint` looks for each key of a state as an attribute
     experts = 1  # whose channels lie side by side in the layer (`layer/experts.py`)
 
     def __init__(
@@ -304,7 +306,10 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """As in every module; inside `in_place` with a mark, since base weights are not as outside."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.slot is not None:
+        weight = self.weight
+        if self.slot is not None and not (
+            weight.is_meta or is_sharded(weight)
+        ):  # each key's tensor would be asked for its shards
             destination[f"{prefix}{MARK}"] = torch.tensor(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -356,8 +361,9 @@ def sliced_layers(model: nn.Module, adapter_name: str) -> dict[str, S2FTLinear]:
 
 
 def refuse_marked(state_dict: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises `S2FTError` for a state that was taken inside `in_place`, here or in a module below."""
-    if any(key.startswith(prefix) and key.endswith(MARK) for key in state_dict):
+    """Raises `S2FTError` for base weights that were taken inside `in_place`, here or in a module below."""
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    if any(key.endswith(MARK) for key in keys) and any("base_layer." in key for key in keys):
         raise S2FTError(
             "this state was taken inside `s2ft.in_place(model)`, where base weights are permuted and hold the slices; take it "
             "outside, or save the adapter alone"

@@ -34,15 +34,15 @@ def stop_below(model: nn.Module) -> int | None:
         The lowest trained block, if anything was confined to the blocks from it up.
     """
     blocks = _blocks(model)
-    lowest = lowest_trained(model, blocks) or 0
+    lowest, is_checkpointed = lowest_trained(model, blocks) or 0, _is_checkpointed(model)
     for index, (_, block) in enumerate(blocks):
         if index < lowest and getattr(block, "gradient_checkpointing", False):
             block.gradient_checkpointing, block.s2ft_confined = False, True
         elif index >= lowest and getattr(block, "s2ft_confined", False):  # it trains again
-            block.gradient_checkpointing, block.s2ft_confined = True, False
+            block.gradient_checkpointing, block.s2ft_confined = is_checkpointed, False
     if not lowest:
         if any(parameter.requires_grad for parameter in model.parameters()):
-            _give_input_back(model)
+            _give_input_back(model, is_checkpointed)
         return None
     if any(getattr(block, "gradient_checkpointing", False) for _, block in blocks):
         _release_input(model)
@@ -50,24 +50,20 @@ def stop_below(model: nn.Module) -> int | None:
     return lowest
 
 
-def confine_nothing(model: nn.Module, is_checkpointed: bool = True) -> None:
-    """Undoes what `stop_below` did.
-
-    Args:
-        is_checkpointed: Blocks that were confined are checkpointed again, and the model's input requires gradients for it;
-            else both have been turned off meanwhile, and stay so.
-    """
+def confine_nothing(model: nn.Module) -> None:
+    """Undoes what `stop_below` did, but for checkpointing that has been turned off meanwhile."""
+    is_checkpointed = _is_checkpointed(model)
     for _, block in _blocks(model):
         if getattr(block, "s2ft_confined", False):
             block.gradient_checkpointing, block.s2ft_confined = is_checkpointed, False
         if getattr(block, "s2ft_marks_output", False):
             _remove_hooks(block, lambda hook: isinstance(hook, partial) and hook.func is _needs_grad)
             block.s2ft_marks_output = False
-    if is_checkpointed:
-        _give_input_back(model)
-    for module in model.modules():
-        if getattr(module, "s2ft_released", False):
-            module.s2ft_released = False  # type: ignore[assignment]
+    _give_input_back(model, is_checkpointed)
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def lowest_trained(model: nn.Module, blocks: Blocks) -> int | None:
@@ -106,11 +102,12 @@ def _remove_hooks(module: nn.Module, is_one: Callable[[Any], bool]) -> int:
     return len(found)
 
 
-def _give_input_back(model: nn.Module) -> None:
-    """Undoes `_release_input`."""
+def _give_input_back(model: nn.Module, is_checkpointed: bool) -> None:
+    """Undoes `_release_input`, where checkpointing still asks for it."""
     for module in model.modules():
         if getattr(module, "s2ft_released", False):
-            module.register_forward_hook(make_inputs_require_grads)
+            if is_checkpointed:
+                module.register_forward_hook(make_inputs_require_grads)
             module.s2ft_released = False  # type: ignore[assignment]
 
 

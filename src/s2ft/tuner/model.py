@@ -121,16 +121,6 @@ class S2FTModel(BaseTuner):
         self.model.gradient_checkpointing_enable(*args, **kwargs)
         stop_below(self.model)
 
-    def activation_checkpointing_disable(self) -> None:
-        """As in transformers; blocks that were left out stay without, whatever trains later."""
-        self.model.activation_checkpointing_disable()
-        confine_nothing(self.model, is_checkpointed=False)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of `activation_checkpointing_disable`."""
-        self.model.gradient_checkpointing_disable()
-        confine_nothing(self.model, is_checkpointed=False)
-
     def enable_input_require_grads(self) -> None:
         """As in transformers, unless backward stops above the input."""
         self.model.enable_input_require_grads()
