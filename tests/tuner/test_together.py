@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -591,6 +592,8 @@ def test_sharded_weights_are_not_permuted(mesh: Any) -> None:
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_sharding_a_model_that_is_in_place_is_refused_at_the_first_pass(mesh: Any, is_compiled: bool) -> None:
     """FSDP2 shows a pass whole weights, as plain parameters, so nothing but the parameter itself tells."""
+    if is_compiled and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("the compiler raises an error of its own instead")
     config = S2FTConfig(ratios={"o_proj": 0.5, "down_proj": 0.3}, init_weights=False)
     made, ids = get_peft_model(build("mistral", torch.float32), config), tokens(2, 5)
     layout = enter(made)
