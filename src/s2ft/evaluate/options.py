@@ -14,6 +14,7 @@ from s2ft.common.errors import gathered, raise_together
 from s2ft.common.outputs import check_place
 from s2ft.evaluate.judge import KEY, MODEL, URL, Judge, find_judge
 from s2ft.evaluate.tasks import DECODING, SUITES, Decoding, Task, find_tasks, missing
+from s2ft.format.folder import WEIGHTS_FILE
 from s2ft.runtime.lookup import check_folder
 from s2ft.runtime.options import Count, Options, one_of
 
@@ -22,7 +23,7 @@ AUTO = "auto"
 PRECISIONS = (AUTO, "bf16", "fp32")
 ENGINES = ("transformers", "vllm")
 BASE, ADAPTER_FILE, MODEL_FILE = "base", "adapter_config.json", "config.json"
-TENSORS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
+PICKLE_FILE = "adapter_model.bin"  # as older versions of PEFT call an adapter's tensors
 _LENGTHS = ", ".join(f"{suite} {decoding.max_new_tokens}" for suite, decoding in DECODING.items())
 _BEAMS = ", ".join(f"{suite} {decoding.beams}" for suite, decoding in DECODING.items())
 
@@ -152,8 +153,8 @@ def _no_adapter(name: str) -> str | None:
     path = Path(name)
     if path.is_dir() and not (path / ADAPTER_FILE).is_file():
         return f"adapter={name!r} is a folder without {ADAPTER_FILE}, so it holds no adapter"
-    if (path / PICKLE_FILE).is_file() and not (path / TENSORS_FILE).is_file():
-        return f"adapter={name!r} holds a pickle, {PICKLE_FILE}, which is not opened; save it as {TENSORS_FILE}"
+    if (path / PICKLE_FILE).is_file() and not (path / WEIGHTS_FILE).is_file():
+        return f"adapter={name!r} holds a pickle, {PICKLE_FILE}, which is not opened; save it as {WEIGHTS_FILE}"
     if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~"))):
         return f"adapter={name!r} is not a folder; name the folder of an adapter, or an adapter on the Hub"
     return None

@@ -22,7 +22,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from s2ft.common.errors import S2FTError
 from s2ft.common.reading import read_json
 from s2ft.evaluate.engines import Engine, TransformersEngine, VllmEngine, all_ends, end_ids, in_words
-from s2ft.evaluate.options import TENSORS_FILE, Subject
+from s2ft.evaluate.options import Subject
+from s2ft.format.folder import WEIGHTS_FILE
 from s2ft.runtime.failures import is_out_of_memory
 from s2ft.runtime.models import load_config, load_model, load_tokenizer
 from s2ft.tuner.unloading import changes_base, own_modules_back
@@ -155,7 +156,7 @@ def load_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
         S2FTError: if it cannot be loaded, or was made for another base.
     """
     if not Path(adapter).is_dir():
-        _commit(adapter, TENSORS_FILE)  # PEFT would open a pickle if there is none
+        _commit(adapter, WEIGHTS_FILE)  # PEFT would open a pickle if there is none
     try:
         with _complete(adapter):
             if PeftConfig.from_pretrained(adapter).is_prompt_learning:

@@ -306,10 +306,10 @@ class S2FTLinear(nn.Module, AdaptedLayer):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """As in every module; inside `in_place` with a mark, since base weights are not as outside."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.weight
-        if self.slot is not None and not (
-            weight.is_meta or is_sharded(weight)
-        ):  # each key's tensor would be asked for its shards
+        if self.slot is None:
+            return
+        weight = weight_of(self.get_base_layer())
+        if not (weight.is_meta or is_sharded(weight)):  # there, accelerate asks every tensor of the state for its mesh
             destination[f"{prefix}{MARK}"] = torch.tensor(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -23,10 +23,6 @@ from s2ft.layer.backprop import BeforeBackward, SliceGradient, may_change, stamp
 from s2ft.layer.base_weight import Stash
 from s2ft.layer.linears import weight_matrix, weight_of
 
-_REPLACED = (
-    "a base weight has become another {} inside `s2ft.in_place(model)`, which holds on to whole weights; shard or quantise the "
-    "model first, and enter after it"
-)
 _UNKNOWN = (0, -1)  # the stamp of a delta that must be written again
 
 
@@ -107,7 +103,7 @@ class Slot:
     ) -> Tensor:  # [*, out_features]
         """For compiled code, which cannot look at addresses and versions: writes the slot in every pass."""
         if weight_of(linear) is not self._parameter:
-            raise S2FTError(_REPLACED.format(type(weight_of(linear)).__name__))
+            raise _replaced(weight_of(linear))
         self._write(linear, delta)
         self._written, self._is_compiled = None if delta is None else _UNKNOWN, True
         y = base(x)
@@ -161,10 +157,17 @@ class Slot:
         now = weight_of(linear)
         is_view = type(now.data) is Tensor and now.data_ptr() == self._parameter.data_ptr()
         if now is not self._parameter and not is_view:
-            raise S2FTError(_REPLACED.format(type(now).__name__))
+            raise _replaced(now)
 
     def _whole_weight(self, linear: nn.Module) -> Tensor:
         weight = weight_matrix(linear).data
         if type(weight) is not Tensor:
-            raise S2FTError(_REPLACED.format(type(weight).__name__))
+            raise _replaced(weight)
         return weight
+
+
+def _replaced(weight: Tensor) -> S2FTError:
+    return S2FTError(
+        f"a base weight has become another {type(weight).__name__} inside `s2ft.in_place(model)`, which holds on to whole "
+        "weights; shard or quantise the model first, and enter after it"
+    )
