@@ -21,6 +21,8 @@ from s2ft.cli.app import app
 from s2ft.common.files import sole_writer
 from s2ft.data.tokens import IGNORED
 from s2ft.demo.skills import belongs
+from s2ft.evaluate.answers import read_answers
+from s2ft.evaluate.comparison import Checked, score
 from s2ft.evaluate.tasks import DECODING, Decoding
 from s2ft.finetune.train import train
 from s2ft.lab.study import experiment, material, real
@@ -43,9 +45,10 @@ from s2ft.lab.study.material import (
 from s2ft.lab.study.real import RealSettings, study_real
 from s2ft.lab.study.report import HELD_OUT, LOSS, PERPLEXITY
 from s2ft.lab.study.runs import FILE, Runs
-from s2ft.lab.study.training import Workload, tokens_of
+from s2ft.lab.study.training import Workload, tokenizer_of, tokens_of
 from s2ft.lab.study.tuning import DIVERGED
 from s2ft.lab.study.workers import Workers
+from s2ft.runtime.models import load_model
 from tiny_base import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -319,18 +322,35 @@ def test_no_question_is_asked_that_a_training_could_have_read(model, data, monke
     unseen_questions.cache_clear()
     found = {task.name: questions for task, questions in unseen_questions("arithmetic", data).questions}["gsm8k"]
     assert [one.id for one in found] == [str(number + 1) for number in range(len(questions))]
-    asked = []
+    asked, ids = [], experiment.prompt_ids
     monkeypatch.setattr(experiment, "QUESTIONS", {"arithmetic": 2})
-    scored = experiment.score
-
-    def seen(model, tokenizer, checked, *more, **options):
-        asked.extend(one.id for task, some in checked.questions if task.name == "gsm8k" for one in some)
-        return scored(model, tokenizer, checked, *more, **options)
-
-    monkeypatch.setattr(experiment, "score", seen)
+    monkeypatch.setattr(experiment, "prompt_ids", lambda tokenizer, one: asked.append(one) or ids(tokenizer, one))
     run = {"contender": asdict(real.VANILLA), "task": "arithmetic", "recipe": asdict(WORKLOAD), "seed": 0, "rate": 0.0}
     assert set(Experiments(model, data)({**run, "measured": "written"})["written"]) == {*TESTS["arithmetic"], "average"}
-    assert asked == ["1", "2"]
+    assert len(asked) == 2 * len(TESTS["arithmetic"])
+    assert [one.prompt for one in found[:2]] == [one for one in asked if one in [other.prompt for other in found]]
+
+
+def test_tasks_in_common_batches_are_answered_as_each_alone(model, data, tmp_path, monkeypatch):
+    """And each counts its own answers."""
+    monkeypatch.setattr(experiment, "QUESTIONS", {"arithmetic": 5})
+    monkeypatch.setattr(experiment, "BATCH", {"cpu": 7})
+    texts: dict[str, list[str]] = {}
+
+    def judged(task, text, gold):
+        texts.setdefault(task.name, []).append(text)
+        return {"correct": len(texts[task.name]) <= TESTS["arithmetic"].index(task.name)}
+
+    monkeypatch.setattr(experiment, "score_row", judged)
+    run = {"contender": asdict(real.VANILLA), "task": "arithmetic", "recipe": asdict(WORKLOAD), "seed": 0, "rate": 0.0}
+    found = Experiments(model, data)({**run, "measured": "written"})["written"]
+    questions = [(task, some[:5]) for task, some in unseen_questions("arithmetic", data).questions]
+    base = load_model(model, torch.float32)
+    score(base, tokenizer_of(base), Checked(questions), tmp_path, batch_size=1, beams=1)
+    for task, some in questions:
+        answers = read_answers(tmp_path / f"{task.name}.jsonl")
+        assert texts[task.name] == [answers[one.id]["output"] for one in some]
+        assert found[task.name] == pytest.approx(min(1, TESTS["arithmetic"].index(task.name) / len(some)))
 
 
 def test_a_test_that_is_trained_on_as_a_whole_is_named(data):

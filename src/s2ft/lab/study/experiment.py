@@ -17,9 +17,10 @@ import gc
 import json
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import cache
 from io import StringIO
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -30,9 +31,10 @@ import torch
 from s2ft.common.errors import S2FTError
 from s2ft.demo.real import documentation
 from s2ft.demo.skills import Split
-from s2ft.evaluate.comparison import Checked, score
+from s2ft.evaluate.answers import score_row
+from s2ft.evaluate.engines import TransformersEngine, prompt_ids
 from s2ft.evaluate.likelihood import accuracy, load_choices, perplexity
-from s2ft.evaluate.tasks import TASKS
+from s2ft.evaluate.tasks import DECODING, TASKS
 from s2ft.finetune.options import parse_options
 from s2ft.finetune.train import train
 from s2ft.finetune.trainer import DivergedError
@@ -60,7 +62,8 @@ MEASURED = {  # besides the loss of held-out examples
     "written": ("written",),  # tests of the task, answered in writing
     "all": ("known", "written"),
 }
-BATCH = {"cpu": 32, "cuda": 128}  # prompts at once
+BATCH = {"cpu": 32, "cuda": 128}  # prompts that are answered at once
+READ = 32  # questions whose choices are read at once
 
 
 class Experiments:
@@ -125,7 +128,7 @@ class Experiments:
 
     def _loss(self, model: Any, examples: list[Example]) -> float:
         with torch.no_grad():
-            return response_loss(model, tokens_of(examples, self._tokenizer), BATCH[self._device] // 8)
+            return response_loss(model, tokens_of(examples, self._tokenizer), READ // 8)
 
     def _written(self, model: Any, suite: str, limit: int) -> dict[str, float]:
         """The accuracy of greedy answers on each task of a suite, and their mean.
@@ -133,21 +136,23 @@ class Experiments:
         Raises:
             S2FTError: if an answer could not be produced: a study has no use for parts of a test.
         """
-        unseen = unseen_questions(suite, str(self._data)).questions
-        checked = Checked([(task, questions[:limit]) for task, questions in unseen])
-        with TemporaryDirectory() as folder:
-            rows = score(model, self._tokenizer, checked, Path(folder), BATCH[self._device], beams=1)
-        if failed := {name: row["errors"] for name, row in rows.items() if row["errors"]}:
-            raise S2FTError(f"answers could not be produced: {failed}")
-        found = {name: float(row["accuracy"]) for name, row in rows.items() if name in TESTS[suite]}
+        questions = unseen_questions(suite, str(self._data)).questions
+        asked = [(task, one) for task, some in questions for one in some[:limit]]
+        prompts = [prompt_ids(self._tokenizer, one.prompt) for _, one in asked]
+        engine = TransformersEngine(model, self._tokenizer, BATCH[self._device])  # all tasks share its batches
+        answers = dict(chain.from_iterable(engine.answers(prompts, replace(DECODING[suite], beams=1))))
+        if failed := {answer.error for answer in answers.values() if answer.error is not None}:
+            raise S2FTError(f"answers could not be produced: {', '.join(sorted(failed))}")
+        right: dict[str, list[bool]] = {}
+        for place, (task, one) in enumerate(asked):
+            right.setdefault(task.name, []).append(score_row(task, answers[place].text or "", one.gold)["correct"])
+        found = {name: fmean(verdicts) for name, verdicts in right.items()}
         return {**found, "average": fmean(found.values())}
 
     def _known(self, model: Any) -> Result:
         """What the model knows and how it reads, apart from what it was trained on."""
         chosen = {
-            task: accuracy(
-                model, self._tokenizer, load_choices(TASKS[task], str(self._data), CHOICES), BATCH[self._device]
-            )
+            task: accuracy(model, self._tokenizer, load_choices(TASKS[task], str(self._data), CHOICES), READ)
             for task in TESTS["commonsense"]
         }
         return {

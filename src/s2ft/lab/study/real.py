@@ -176,12 +176,14 @@ class _Study:
     locks: dict[tuple[str, str], Lock] = field(default_factory=dict)
 
     def chains(self, part: str) -> Iterator[Chain]:
-        """What can run side by side: a chain for each contender of a part."""
+        """What can run side by side: a chain for each contender of a part, and each way to fuse."""
         if PARTS[part].has_base:
             yield partial(self._vanilla, part)
-        own = {"selection": self._strategy, "fusion": self._fused}
-        run = own.get(part) or partial(self._scored, part)
-        yield from (partial(run, who) for who in self.settings.contenders[part])
+        for who in self.settings.contenders[part]:
+            if part == "fusion":
+                yield from (partial(self._fused, who, *variant) for variant in variants(who).items())
+            else:
+                yield partial(self._strategy, who) if part == "selection" else partial(self._scored, part, who)
 
     def _vanilla(self, part: str) -> list[Row]:
         asked = {**self._asked(VANILLA, part, PARTS[part].measured), "rate": 0.0}
@@ -202,20 +204,17 @@ class _Study:
         rows = [row for row in self._scored("selection", who) if row["task"] in (HELD_OUT, LOSS)]
         return [{**row, "method": STRATEGY.get(who, who.name)} for row in rows]
 
-    def _fused(self, who: Contender) -> list[Row]:
+    def _fused(self, who: Contender, variant: str, disjoint: bool) -> list[Row]:
         rates = {suite: self._rate(suite, who) for suite in TESTS}
-        rows: list[Row] = []
-        for variant, disjoint in variants(who).items():
-            digests = {suite: self._digests(suite, PARTS["fusion"].measured) for suite in TESTS}
-            asked = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": digests}
-            asked["recipe"] = asdict(self.settings.workload)
-            for seed, result in self._results(asked, self.settings.seeds):
-                rows += [
-                    _row("fusion", variant, f"{suite}, {fusion}", seed, score)
-                    for fusion, suites in (result.items() if DIVERGED not in result else ())
-                    for suite, score in suites.items()
-                ]
-        return rows
+        digests = {suite: self._digests(suite, PARTS["fusion"].measured) for suite in TESTS}
+        asked = {"fusion": asdict(who), "disjoint": disjoint, "rates": rates, "data": digests}
+        asked["recipe"] = asdict(self.settings.workload)
+        return [
+            _row("fusion", variant, f"{suite}, {fusion}", seed, score)
+            for seed, result in self._results(asked, self.settings.seeds)
+            for fusion, suites in (result.items() if DIVERGED not in result else ())
+            for suite, score in suites.items()
+        ]
 
     def _results(self, asked: Settings, seeds: int) -> list[tuple[int, Result]]:
         """Of each seed; of those that are kept, where nothing is to be run."""
