@@ -162,7 +162,7 @@ def test_defaults_teach_a_small_data_set_and_the_papers_recipe_does_not(run, tmp
     caplog.set_level(logging.INFO, logger="s2ft")
     ends = tmp_path / "ends.jsonl"
     ends.write_text("".join(json.dumps(example) + "\n" for example in STUDY_SKILLS["ends"].examples(40, seed=0)))
-    embedded = {"model": str(base_path()), "data": str(ends)}
+    embedded = {"model": str(base_path()), "data": str(ends), "strategy": "weight"}  # a base that cannot read
     ours = run(**embedded)
     assert "batch: 1 example a step: 40 examples in 3 epochs are 120 steps" in caplog.messages
     training = ours.card["training"]

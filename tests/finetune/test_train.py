@@ -336,12 +336,13 @@ def test_the_same_data_draws_the_same_channels_and_other_data_others(run, data, 
     assert slices[0] != slices[3]
 
 
-def test_the_largest_weights_are_trained_unless_the_paper_is_followed(run):
+def test_channels_are_drawn_unless_a_strategy_is_named(run):
     cards = {name: run(name, max_steps=1, **options).card["selection"] for name, options in (
         ("open", {}), ("weight", {"strategy": "weight"}), ("paper", {"recipe": "paper"}), ("seed", {"seed": 5}))}  # fmt: skip
-    assert cards["open"] == cards["weight"] == {"strategy": "weight", "subset": "largest", "modules": 4}
+    assert cards["weight"] == {"strategy": "weight", "subset": "largest", "modules": 4}
+    assert cards["open"] == cards["paper"] == {**cards["seed"], "seed": cards["open"]["seed"]}
     assert {cards["paper"]["strategy"], cards["seed"]["strategy"]} == {"random"}
-    assert cards["seed"]["seed"] == 5
+    assert cards["seed"]["seed"] == 5 != cards["open"]["seed"]
 
 
 @pytest.mark.parametrize("strategy", ["activation", "product", "gradient"])
@@ -550,6 +551,7 @@ def test_options_of_lora_are_explained():
         ("output", "", "output='': must not be empty"),
         ("model", " ", "model=' ': must not be empty"),
         ("data", ["d", ""], "data=['d', '']: must not be empty"),
+        ("subset", "smallest", "subset='smallest' goes by scores, and without strategy channels are drawn"),
         ("target_modules", "", "target_modules='': must not be empty"),
         ("target_modules", "(q|o", "target_modules='(q|o' is no regular expression: missing ), unterminated"),
         ("avoid", "a\0b", "must not hold the character NUL"),
@@ -568,8 +570,9 @@ def test_options_are_read_from_text():
     options = parse_options({**paths, "ratios": "o_proj=0.5, down_proj=0.1", "layers": "1,2", "avoid": "a,b"})
     assert options.ratios == {"o_proj": 0.5, "down_proj": 0.1}
     assert (options.layers, options.avoid, options.data) == ([1, 2], ["a", "b"], ["d"])
-    assert options.s2ft_config(seed=3).seed is None
+    assert options.s2ft_config(seed=3).seed == 3
     assert parse_options({**paths, "strategy": "random"}).s2ft_config(seed=3).seed == 3
+    assert parse_options({**paths, "strategy": "weight"}).s2ft_config(seed=3).seed is None
     assert parse_options({**paths, "layers": "last:50%", "seed": "9"}).s2ft_config(seed=3).seed == 9
 
 

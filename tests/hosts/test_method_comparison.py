@@ -88,7 +88,7 @@ def test_the_script_trains_in_place_and_saves_what_loads_on_the_base(tmp_path: P
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
 def test_an_experiment_trains_what_its_name_and_the_page_say_at_the_rate_of_the_rule(folder: Path) -> None:
     config = PeftConfig.from_pretrained(str(folder))
-    config.strategy, config.seed = "random", 0  # the weights' size cannot be read on the meta device
+    config.strategy, config.seed = "random", 0
     with torch.device("meta"):
         model = get_peft_model(LlamaForCausalLM(LlamaConfig(**LLAMA)), config)
     trained, everything = model.get_nb_trainable_parameters()

@@ -388,23 +388,31 @@ def test_what_the_data_never_reaches_is_named_and_not_scored_alike(strategy: str
     assert len(select(model, without, batches).slices) == 4
 
 
-def test_the_usual_strategy() -> None:
-    """By weight; at random with a seed or on weights without values; what is chosen is in the config."""
+def test_channels_are_drawn_where_no_strategy_is_named() -> None:
+    """By the seed, or by one that torch draws; no weight is read; what was chosen is in the config."""
     model = build("llama", torch.float32)
-    chosen = {
-        name: select(model, S2FTConfig(ratios=0.3, **given)).config
-        for name, given in {
-            "open": {},
-            "weight": {"strategy": "weight"},
-            "seeded": {"seed": 3},
-            "random": {"seed": 3, "strategy": "random"},
-        }.items()
-    }
-    assert chosen["open"].slices == chosen["weight"].slices != chosen["seeded"].slices == chosen["random"].slices
-    assert [config.strategy for config in chosen.values()] == ["weight", "weight", "random", "random"]
-    empty = select(build("llama", torch.float32).to("meta"), S2FTConfig(ratios=0.3)).config
-    assert empty.strategy == "random"
-    assert empty.seed is not None
+    given = {"open": {"seed": 3}, "random": {"seed": 3, "strategy": "random"}, "weight": {"strategy": "weight"}}
+    chosen = {name: select(model, S2FTConfig(ratios=0.3, **options)).config for name, options in given.items()}
+    assert chosen["open"].slices == chosen["random"].slices != chosen["weight"].slices
+    assert [config.strategy for config in chosen.values()] == ["random", "random", "weight"]
+    empty = build("llama", torch.float32).to("meta")
+    torch.manual_seed(5)
+    one, other = (select(empty, S2FTConfig(ratios=0.3)).config for _ in range(2))
+    assert one.strategy == other.strategy == "random"
+    assert one.slices != other.slices
+    assert select(model, S2FTConfig(ratios=0.3, seed=one.seed)).config.slices == one.slices
+
+
+@pytest.mark.parametrize(("name", "value"), [("subset", "smallest"), ("allocation", "global")])
+def test_an_order_without_a_score_is_refused(name: str, value: str) -> None:
+    model = build("llama", torch.float32)
+    config = S2FTConfig(ratios=0.3, **{name: value})
+    with pytest.raises(S2FTError, match=f"{name}='{value}' goes by scores, .* give strategy, such as 'weight'"):
+        select(model, config)
+    for named in ({"strategy": "weight"}, {"seed": 1}):
+        assert select(model, replace(config, **named)).slices
+    own = select(model, config, scores=lambda structures, *_: {one.key: range(one.units) for one in structures})
+    assert own.config.strategy == "own"
 
 
 def scores_chosen_by(model: nn.Module, strategy: str) -> dict[str, Any]:

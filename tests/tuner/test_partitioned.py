@@ -83,11 +83,11 @@ def test_it_trains_saves_merges_and_restores_as_one_process_does(tmp_path: Path,
 
 def test_channels_are_chosen_one_layer_at_a_time(tmp_path: Path, deepspeed: Any) -> None:
     base = build("llama", torch.float32)
-    expected = select(base, S2FTConfig(ratios=RATIOS)).config.slices
+    expected = select(base, S2FTConfig(ratios=RATIOS, strategy="weight")).config.slices
 
     def in_each() -> Any:
-        model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS))
+        model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS, strategy="weight"))
         engine_of(model, deepspeed)
-        return select(model, S2FTConfig(ratios=RATIOS)).config.slices
+        return select(model, S2FTConfig(ratios=RATIOS, strategy="weight")).config.slices
 
     assert in_two(tmp_path, in_each, patience=180) == [expected, expected]

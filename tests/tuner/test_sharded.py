@@ -1,6 +1,7 @@
 """A model that FSDP2 shards over two processes: it trains, saves, loads, merges and switches as one that is whole."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,19 +132,20 @@ def test_it_merges_switches_and_restores(tmp_path: Path, family: str) -> None:
 
 def test_channels_are_chosen_and_adapters_loaded_on_a_sharded_base(tmp_path: Path) -> None:
     base, ids = build("llama", torch.float32), torch.randint(3, VOCABULARY, (2, 7))
-    saved = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS, init_weights=False))
+    config = S2FTConfig(ratios=RATIOS, strategy="weight")
+    saved = get_peft_model(copy.deepcopy(base), replace(config, init_weights=False))
     saved.save_pretrained(tmp_path / "adapter")
 
     def in_each() -> tuple[Any, Tensor, dict[str, Tensor]]:
         sharded = shard(copy.deepcopy(base))
-        chosen = select(sharded, S2FTConfig(ratios=RATIOS)).config.slices
+        chosen = select(sharded, config).config.slices
         loaded = PeftModel.from_pretrained(sharded, tmp_path / "adapter").eval()
-        started = shard(get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS)))
+        started = shard(get_peft_model(copy.deepcopy(base), config))
         started.load_adapter(tmp_path / "adapter", "default")  # into deltas that are sharded, as when a run goes on
         return chosen, logits(loaded, ids), whole(started)
 
     for slices, found, state in in_two(tmp_path, in_each):
-        assert slices == select(base, S2FTConfig(ratios=RATIOS)).config.slices
+        assert slices == select(base, config).config.slices
         torch.testing.assert_close(found, logits(saved.eval(), ids))
         assert same(state, saved.state_dict())
 

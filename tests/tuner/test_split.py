@@ -87,7 +87,7 @@ def fit(model: nn.Module, batches: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_it_trains_saves_and_generates_what_one_process_does(tmp_path: Path, base: Path, steps: int) -> None:
-    config, batches, ids = S2FTConfig(ratios=RATIOS), tokens(steps, 4, 7), tokens(2, 5)
+    config, batches, ids = S2FTConfig(ratios=RATIOS, strategy="weight"), tokens(steps, 4, 7), tokens(2, 5)
 
     def in_each() -> tuple[Any, ...]:
         model = get_peft_model(split(base), config)
@@ -119,7 +119,7 @@ def test_it_trains_saves_and_generates_what_one_process_does(tmp_path: Path, bas
 
 
 def test_it_merges_switches_and_restores(tmp_path: Path, base: Path) -> None:
-    config, ids = S2FTConfig(ratios=RATIOS, init_weights=False), tokens(2, 7)
+    config, ids = S2FTConfig(ratios=RATIOS, strategy="weight", init_weights=False), tokens(2, 7)
     get_peft_model(load(base), config).save_pretrained(tmp_path / "adapter")
 
     def in_each() -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ def test_trainer_trains_what_one_process_does(tmp_path: Path, base: Path, monkey
     settings |= {"save_strategy": "no", "report_to": [], "optim": "adamw_torch", "disable_tqdm": True}
 
     def trained(model: PreTrainedModel) -> list[Tensor]:
-        tuned = get_peft_model(model, S2FTConfig(ratios=RATIOS))
+        tuned = get_peft_model(model, S2FTConfig(ratios=RATIOS, strategy="weight"))
         arguments = TrainingArguments(str(tmp_path / "run"), **settings)
         Trainer(tuned, arguments, train_dataset=rows, data_collator=default_data_collator).train()
         return [layer.block("default").weight.detach() for layer in layers(tuned)]

@@ -116,7 +116,7 @@ def measure(model: PreTrainedModel, config: S2FTConfig, length: int) -> Sizes:
 
     Args:
         model: From `empty_model`; it gets the adapter, and an attention that only counts.
-        config: Its channels need not be drawn by weights, which are not there: how many there are is what counts.
+        config: Of a strategy that reads no weights, which are not there: how many channels there are is what counts.
         length: Tokens of a row.
     """
     counts = parameter_counts(model)

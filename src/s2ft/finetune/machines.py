@@ -66,11 +66,11 @@ class PlanOptions(Options):
         return Machine.parse(self.gpus)
 
     def config(self) -> S2FTConfig:
-        """What is trained; which channels does not matter here, and by weights they cannot be drawn.
+        """What is trained; which channels does not matter here.
 
         Raises:
             S2FTError: if the method does not allow it.
         """
         from s2ft.format.config import S2FTConfig
 
-        return S2FTConfig(ratios=self.ratios, budget=self.budget, strategy="random", seed=0, task_type="CAUSAL_LM")
+        return S2FTConfig(ratios=self.ratios, budget=self.budget, seed=0, task_type="CAUSAL_LM")

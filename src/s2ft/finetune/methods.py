@@ -47,11 +47,7 @@ class S2FTOptions(Options):
     budget: float | None = Field(
         None, description="Instead of ratios: fraction of the model's parameters; 0.01 if neither"
     )
-    strategy: str | None = Field(
-        None,
-        description=f"How they are chosen: {', '.join(STRATEGIES)}; unless given, random with a seed or the paper's recipe,"
-        " else weight",
-    )
+    strategy: str | None = Field(None, description=f"How they are chosen: {', '.join(STRATEGIES)}; random unless given")
     subset: str = Field("largest", description=f"Which scores are trained: {', '.join(SUBSETS)}")
     seed: int | None = Field(None, description="Seed of the random strategy; from the data's digest unless given")
     allocation: str = Field("uniform", description=f"How the layers share: {', '.join(ALLOCATIONS)}")
@@ -71,7 +67,7 @@ class S2FTOptions(Options):
         from s2ft.format.config import S2FTConfig
 
         values = {name: getattr(self, name) for name in S2FTOptions.model_fields}
-        if self.seed is None and self.strategy == "random":
+        if self.seed is None and self.strategy in (None, "random"):
             values["seed"] = seed
         return S2FTConfig(**values, task_type=task_type)
 

@@ -32,7 +32,7 @@ from s2ft.finetune.values import (
     Seed,
     Weights,
 )
-from s2ft.format.choice import choice_problems
+from s2ft.format.choice import choice_problems, order_problems
 from s2ft.format.terms import PURE, QUANTISATIONS
 from s2ft.format.unknown import hint
 
@@ -332,4 +332,5 @@ def _foreign_to_objective(values: Mapping[str, Any], wrong: set[str]) -> list[st
 def _config_problems(values: Mapping[str, Any], wrong: set[str]) -> list[str]:
     """What an `S2FTConfig` made from these values would be refused for."""
     readable = {name: value for name, value in values.items() if name in S2FTOptions.model_fields and name not in wrong}
-    return list(choice_problems(S2FTOptions.model_validate(readable)))
+    options = S2FTOptions.model_validate(readable)
+    return [*choice_problems(options), *order_problems(options)]

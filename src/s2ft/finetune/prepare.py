@@ -46,7 +46,7 @@ from s2ft.finetune.lora import check_head
 from s2ft.finetune.methods import find_method
 from s2ft.finetune.objectives import OBJECTIVES
 from s2ft.finetune.options import TrainOptions
-from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate, settle_strategy
+from s2ft.finetune.recipe import mean_channels, planned_steps, settle_batch, settle_rate
 from s2ft.finetune.resume import Note, Paused, check_output, given
 from s2ft.finetune.reward_functions import load_reward, rewards_digest
 from s2ft.finetune.search import plan_tries, search
@@ -218,7 +218,7 @@ def _adapter(options: TrainOptions, paused: Paused | None, model: PreTrainedMode
     """The config of the method's adapter, or of the checkpoint's; None if the model's own weights are trained."""
     method = find_method(options.method)
     if paused is None or method.leaves_model:
-        choose = partial(method.peft_config, settle_strategy(options), model, data.examples)
+        choose = partial(method.peft_config, options, model, data.examples)
         config = from_first(choose) if is_loaded_once() else as_leader(choose())
     else:
         config = PeftConfig.from_pretrained(str(paused.checkpoint))

@@ -36,13 +36,6 @@ class Settled(NamedTuple):
     reason: str
 
 
-def settle_strategy(options: TrainOptions) -> TrainOptions:
-    """The paper's recipe draws the channels; otherwise the strategy stays as it is, open or not."""
-    if options.recipe == PAPER and options.strategy is None:
-        return options.model_copy(update={"strategy": "random"})
-    return options
-
-
 def settle_batch(options: TrainOptions, rows: int) -> Settled:
     """Fills in `batch_size` and `gradient_accumulation` where they are not given.
 

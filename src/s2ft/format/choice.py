@@ -39,6 +39,17 @@ def choice_problems(config: Any) -> Iterator[str]:
     yield from pattern_problems("target_modules", config.target_modules)
 
 
+def order_problems(config: Any) -> Iterator[str]:
+    """What goes by scores where none are named: heads and channels are drawn then, and have no order.
+
+    Args:
+        config: As for `choice_problems`.
+    """
+    for name, value in (("subset", "smallest"), ("allocation", "global")):
+        if config.strategy is None and config.seed is None and getattr(config, name) == value:
+            yield f"{name}={value!r} goes by scores, and without strategy channels are drawn; give strategy, such as 'weight'"
+
+
 def pattern_problems(name: str, given: Any) -> Iterator[str]:
     """A text that names modules is a regular expression, as in PEFT."""
     try:

@@ -38,11 +38,13 @@ class S2FTConfig(SavedConfig, PeftConfig):
             `down_proj`, where the paper's allocation study (fig. 4) puts it, and on the `out_proj` of mixers (Mamba).
         strategy: `random`, or a score to rank by: `weight`, `activation`, `product`, `gradient`, `lift` or `saliency` (see
             `s2ft.format.terms.STRATEGIES`). All but random, weight and lift need data: see `s2ft.select`, which takes a
-            score of your own, too, and then fills in `own`. None is filled in: `weight` (docs/choosing.md says why), but
-            `random` with a `seed`, or where a weight cannot be read (on device meta, or packed in a way that nobody can
-            undo). Two adapters by weight have the same channels: to fuse them, give the second `avoid` or a `seed`.
+            score of your own, too, and then fills in `own`. None is filled in: `random`, as in the paper (docs/choosing.md
+            has the figures). Two adapters by one score, or one seed, have the same channels: to fuse them, give the second
+            `avoid`, or each a `seed`.
         subset: Whether the `largest` or the `smallest` scores are trained.
-        seed: Seed of the random strategy. None draws one from torch's global generator; the drawn seed is saved.
+        seed: Seed of the random strategy. None draws one from torch's global generator, so `torch.manual_seed` repeats it, and
+            trainers that set it draw the same one each time; what was drawn is saved. Where processes train together, all have
+            to choose at once: the first one's seed is taken.
         allocation: `uniform` gives every layer, and every expert of a layer, the same share (the paper's choice); `global`
             ranks over the whole model.
         layers: The blocks to train: an index, a list of them, a range `"8-15"`, `"last:50%"` or `"first:4"`.

@@ -69,11 +69,6 @@ SCORES: dict[str, Score] = {  # by the names of `STRATEGIES`
 }
 
 
-def usual_strategy(structures: list[Structure], model: nn.Module, seed: int | None) -> str:
-    """Where none is given: `random` with a seed or where a weight cannot be read, else `weight`."""
-    return "random" if seed is not None or _unreadable(structures, model) is not None else "weight"
-
-
 def score_units(
     strategy: str, structures: list[Structure], model: nn.Module, batches: Iterable[Batch] | None = None, seed: int = 0
 ) -> Scores:

@@ -24,14 +24,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from s2ft.common.errors import S2FTError
+from s2ft.common.errors import S2FTError, raise_together
+from s2ft.format.choice import order_problems
 from s2ft.format.config import S2FTConfig
 from s2ft.format.slices import Indices, Slice
 from s2ft.format.terms import OWN
 from s2ft.layer.adapted import adapted_layers, refuse_inside, suspended, turns_of
 from s2ft.selection.budget import count_units, trained_in_words
 from s2ft.selection.coverage import coverage
-from s2ft.selection.scores import Scorer, run_scorer, score_units, usual_strategy
+from s2ft.selection.scores import Scorer, run_scorer, score_units
 from s2ft.selection.targets import by_projection, find_targets
 from s2ft.selection.units import Projection, Structure, Target
 from s2ft.selection.weight_scores import Batch, Scores
@@ -66,8 +67,9 @@ def select(
             config that comes back holds the chosen channels, and `strategy="own"`: it loads without the function.
 
     Raises:
-        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, data is missing, `scores` returns
-            other than one finite number for each unit, or inside `in_place`, where the base weights are permuted.
+        S2FTError: if a target is not found, a budget rounds to zero, `avoid` leaves too few, data is missing, an order is
+            asked for where no strategy is, `scores` returns other than one finite number for each unit, or inside `in_place`,
+            where the base weights are permuted.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -156,7 +158,8 @@ def _score(
     if own is not None:
         name = f"scores={getattr(own, '__name__', repr(own))}"
         return run_scorer(own, structures, model, batches, name), {"strategy": OWN}
-    strategy = config.strategy or usual_strategy(structures, model, config.seed)
+    raise_together(order_problems(config))
+    strategy = config.strategy or "random"
     seed = _draw_seed() if config.seed is None and strategy == "random" else config.seed
     return score_units(strategy, structures, model, batches, seed or 0), {"seed": seed, "strategy": strategy}
 

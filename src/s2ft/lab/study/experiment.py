@@ -53,7 +53,6 @@ QUESTIONS = {  # of each task, answered in writing: the 95% interval of the aver
     "arithmetic": 40,  # 6 tasks, up to 11%
     "commonsense": 130,  # 5 tasks
 }
-FUSED_QUESTIONS = 30  # the same for fused adapters
 CHOICES = 130  # of each commonsense task, chosen by likelihood
 MEASURED = {  # besides the loss of held-out examples
     "validation": (),
@@ -173,8 +172,9 @@ class Experiments:
         return {**training, **self._measure(found.model, task, "test")}
 
     def _fusion(self, settings: Settings) -> Result:
-        """For each variant and fusion: the accuracy on both suites; "alone" is each task's own adapter."""
+        """For each fusion, the loss of both suites' held-out examples; "alone" is each task's own adapter."""
         who, disjoint = Contender(**settings["fusion"]), settings["disjoint"]
+        held_out = {suite: draw(self._examples(suite), "test", MOST_HELD_OUT[suite], seed=0) for suite in TESTS}
         found: Result = {"alone": {}}
         with TemporaryDirectory() as folder:
             folders = [Path(folder, suite) for suite in TESTS]
@@ -182,9 +182,9 @@ class Experiments:
                 avoid = [str(folders[0])] if disjoint and place != folders[0] else []
                 tuned, _ = self._fit(who, settings, settings["rates"][suite], avoid, task=suite)
                 tuned.model.save_pretrained(str(place))
-                found["alone"][suite] = self._written(tuned.model, suite, FUSED_QUESTIONS)["average"]
+                found["alone"][suite] = self._loss(tuned.model, held_out[suite])
             fused = fuse_adapters(folders, who.method, copy.deepcopy(self._base))
         for fusion, suite in product(FUSIONS, TESTS):
             fused.set_adapter(fusion)
-            found.setdefault(fusion, {})[suite] = self._written(fused, suite, FUSED_QUESTIONS)["average"]
+            found.setdefault(fusion, {})[suite] = self._loss(fused, held_out[suite])
         return found
