@@ -84,7 +84,7 @@ def quickstart_real(folder: Path, model: str, data: str | None = None) -> RealCo
     path = folder / "lighthouse.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records[:TRAINED]), encoding="utf-8")
     asked: dict[str, Any] = {"model": model, "data": [str(path)], "output": str(folder / "adapter")}
-    result = train(TrainOptions(**asked)).whole()
+    result = train(TrainOptions(**asked, layout="in-place")).whole()  # the same in every run, so that scores repeat
     tuned = _measure(result.model, result.tokenizer, tests, old)
     scores = {name: {"base": base.scores[name, form], "tuned": tuned.scores[name, form]} for name, form in base.scores}
     card = {**read_card(result.output), "scores": scores}
