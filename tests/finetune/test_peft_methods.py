@@ -1,6 +1,8 @@
 """PEFT's own methods as `--method peft:NAME`, and PaCA: what they train, how their size is found, what is refused."""
 
+import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +237,20 @@ def test_paca_trains_random_columns_of_each_layer(run, base):
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, result.model.eval()(ids).logits)
+
+
+def test_pacas_columns_follow_the_data_or_the_seed(run, data, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="s2ft")
+    other = tmp_path / "other.json"
+    other.write_text(Path(data).read_text().replace("sum", "result"))
+    runs = [run("paca", name, paca_rank=3, max_steps=1, **options) for name, options in (
+        ("a", {}), ("b", {}), ("c", {"data": str(other)}), ("d", {"seed": 0}))]  # fmt: skip
+    one, again, others, zero = (each.model.peft_config["default"].slices for each in runs)
+    assert one == again
+    assert len({str(one), str(others), str(zero)}) == 3
+    seed = runs[0].card["selection"]["seed"]
+    assert f"training by PaCA, channels drawn by seed {seed}" in caplog.text
+    assert runs[3].card["selection"] == {"strategy": "own", "seed": 0, "modules": len(zero)}
 
 
 def test_paca_in_place_ends_in_the_weights_that_it_has_around_the_layer(run):

@@ -27,3 +27,4 @@ def test_a_row_has_times_their_floor_and_memory(monkeypatch, tmp_path: Path) -> 
     assert 4 * 2 * 2 * 3 * 24 < row["bytes"] < 4 * 2 * 2 * 3 * 24 + 4000  # of the result: two slices of each layer
     assert 0 < row["fuse_ms_p20"] <= row["fuse_ms"] <= row["fuse_ms_p80"]
     assert row["floor_ms"] > 0
+    assert row["memory"] > 0, "the child's own, not what is left above the peak of this process, which has held more"

@@ -286,6 +286,16 @@ def test_table_json_and_picture(tmp_path):
     assert cell({"task": "x", "mean": 1.0, "low": None, "high": None}) == "100.0"
 
 
+def test_a_mean_of_fewer_seeds_than_asked_for_says_so():
+    rows = [
+        {"method": name, "task": LOSS, "seed": seed, "score": 0.5}
+        for name, seeds in (("a", 3), ("b", 1))
+        for seed in range(seeds)
+    ]
+    one, other = StudyReport({"seeds": 3}, rows, ("method",)).table()
+    assert (one[LOSS], other[LOSS]) == ("0.500 ± 0.000", "0.500 (1 of 3)"), "two of b diverged"
+
+
 def test_parts_have_panels_of_their_own(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, png, **options: figures.append(figure))

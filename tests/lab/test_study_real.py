@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 from threading import Event
-from time import sleep
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -242,7 +242,7 @@ def test_what_is_kept_is_reported_and_drawn_without_a_run(model, data, tmp_path,
         ("s2ft", RULE, 0),
         ("more", "0.001", 0),
     ]
-    assert report.table()[0]["style-50"] == f"{report.rows[0]['score']:.3f}", "a loss is no percentage"
+    assert report.table()[0]["style-50"] == f"{report.rows[0]['score']:.3f} (1 of 2)", "a loss is no percentage"
     draw_picture(report, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -442,6 +442,37 @@ def test_a_failure_leaves_what_other_chains_ask_for_undone(tmp_path):
     with Workers(_slow_squares, (10,), 2) as workers, pytest.raises(ZeroDivisionError):
         side_by_side([lambda: kept.results([{"seed": 0}], workers), lambda: kept.results(many, workers)], workers)
     assert len(_lines(tmp_path)) < len(many)
+
+
+def test_after_a_failure_the_runs_under_way_are_kept_and_no_other_is_begun(tmp_path):
+    """A process pool takes some calls ahead, which cannot be taken back; and what it finishes later is a result, too."""
+    kept, began = Runs(tmp_path / "runs", 5, identity={"version": 1}), tmp_path / "began"
+    began.mkdir()
+    with Workers(_noting, (str(began),), 2) as workers, pytest.raises(ZeroDivisionError):
+        kept.results([{"seed": seed} for seed in range(5)], workers)
+    assert sorted(path.name for path in began.iterdir()) == ["0", "1"]
+    assert [json.loads(line)["result"] for line in _lines(tmp_path / "runs")] == [{"score": 1}]
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_no_workers_are_refused(count):
+    with pytest.raises(S2FTError, match=f"workers={count}: must be 1 at least"):
+        Workers(_squares, (10,), count)
+
+
+def _noting(folder):
+    def run(settings):
+        Path(folder, str(settings["seed"])).touch()
+        deadline = monotonic() + 60
+        while not Path(folder, str(1 - settings["seed"])).exists():  # both are under way
+            assert monotonic() < deadline
+            sleep(0.01)
+        if settings["seed"] == 0:
+            return {"score": 1 // 0}
+        sleep(1)
+        return {"score": settings["seed"]}
+
+    return run
 
 
 def _lines(folder):

@@ -403,6 +403,20 @@ def test_channels_are_drawn_where_no_strategy_is_named() -> None:
     assert select(model, S2FTConfig(ratios=0.3, seed=one.seed)).config.slices == one.slices
 
 
+def test_processes_that_cannot_communicate_yet_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter may be made before the group of processes is."""
+    model = build("llama", torch.float32)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert select(model, S2FTConfig(ratios=0.3)).config.seed != 0, "a scheduler's variable, not a launcher's"
+    found = []
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        torch.manual_seed(rank)
+        found.append(select(model, S2FTConfig(ratios=0.3)).config)
+    assert found[0].slices == found[1].slices
+    assert [one.seed for one in found] == [0, 0]
+
+
 @pytest.mark.parametrize(("name", "value"), [("subset", "smallest"), ("allocation", "global")])
 def test_an_order_without_a_score_is_refused(name: str, value: str) -> None:
     model = build("llama", torch.float32)

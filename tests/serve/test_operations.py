@@ -272,6 +272,30 @@ class TestAdapters:
             status, body, _ = found.ask("POST", "/v1/completions", {**ASKED, "model": "user0"})
         assert (status, body["error"]["code"]) == (404, "model_not_found")
 
+    def test_a_fusion_that_several_ask_for_at_once_is_made_once(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers: list[int] = []
+        with live(root) as found:
+            made, fused = [], found.service.adapters.fused
+
+            def slowly(recipe: Any) -> Any:
+                made.append(recipe)
+                wait_for(lambda: found.service._fusing and len(asking) == 5)
+                time.sleep(0.3)
+                return fused(recipe)
+
+            monkeypatch.setattr(found.service.adapters, "fused", slowly)
+            body = {**ASKED, "fuse": {"user0": 1.25}}
+            ask = lambda: answers.append(found.ask("POST", "/v1/completions", body)[0])  # noqa: E731
+            asking = [threading.Thread(target=ask) for _ in range(5)]
+            for thread in asking:
+                thread.start()
+            for thread in asking:
+                thread.join()
+            assert not found.service._fusing
+        assert (answers, made) == ([200] * 5, [{"user0": 1.25}])
+
     def test_many_fusions_leave_no_more_than_a_few_files(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("s2ft.serve.adapters.FUSIONS", 2)
         with live(root) as found:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from adapter_files import CONFIG, PREFIX, WEIGHTS, edit, flip, write_tensors
 from families import build, tokens
 from live import state, unchanged
-from s2ft import AdapterPool, S2FTConfig, S2FTError, any_base, fuse, in_place, merge, read_adapter, switch
+from s2ft import AdapterPool, S2FTConfig, S2FTError, any_base, fuse, in_place, merge, read_adapter, select, switch
 from s2ft.format.checksum import checksums
 from s2ft.format.slices import Slice
 from s2ft.format.validation import header_problems
@@ -143,6 +144,71 @@ def test_channels_that_the_config_left_open_are_the_files(base: nn.Module, tmp_p
     set_peft_model_state_dict(whole, saved)
     whole.save_pretrained(tmp_path)
     assert torch.equal(by_peft(base, tmp_path)(x).logits, model(x).logits)
+
+
+def test_a_config_in_use_stays_as_it_was_written_but_for_the_seed_that_was_drawn(base: nn.Module) -> None:
+    config = S2FTConfig(ratios=0.4)
+    model = get_peft_model(copy.deepcopy(base), config, "a")
+    held = model.peft_config["a"]
+    assert (config.slices, config.target_modules, config.strategy) == (None, None, None)
+    assert config.seed == held.seed is not None
+    for changed in (
+        replace(config, seed=config.seed + 1),
+        replace(config, ratios=0.2),
+        replace(config, strategy="weight", seed=None),
+    ):
+        expected = select(base, replace(changed)).config.slices
+        assert get_peft_model(copy.deepcopy(base), changed).peft_config["default"].slices == expected != held.slices
+    assert get_peft_model(copy.deepcopy(base), config).peft_config["default"].slices == held.slices
+
+
+def test_adapters_of_one_config_do_not_take_each_others_channels(base: nn.Module, tmp_path: Path) -> None:
+    x, config = tokens(2, 5), S2FTConfig(ratios=RATIOS, init_weights=False)
+    own = save(base, tmp_path / "own", strategy="random", seed=5)
+    model = get_peft_model(copy.deepcopy(base), config, "a")
+    before = model(x).logits
+    model.add_adapter("b", config)
+    model.load_adapter(own, "b")
+    model.save_pretrained(tmp_path / "both")
+    assert torch.equal(by_peft(base, tmp_path / "both" / "a")(x).logits, before)
+    assert torch.equal(by_peft(base, tmp_path / "both" / "b")(x).logits, by_peft(base, own)(x).logits)
+
+
+def test_a_reference_after_channels_came_from_a_file_has_them_too(base: nn.Module, tmp_path: Path) -> None:
+    """As TRL makes it for DPO: by the trained adapter's config, its tensors copied by their names."""
+    x, own = tokens(2, 5), save(base, tmp_path / "own", strategy="random", seed=5)
+    model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS))
+    model.load_adapter(own, "default", is_trainable=True)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, tensor in model.state_dict().items():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(tensor) if name.endswith(
+                "weight"
+            ) else None
+    expected = model(x).logits
+    model.set_adapter("ref")
+    assert model.peft_config["ref"].slices == model.peft_config["default"].slices
+    assert torch.equal(model(x).logits, expected)
+
+
+def test_other_channels_inside_in_place_are_refused_as_such(base: nn.Module, tmp_path: Path) -> None:
+    own = save(base, tmp_path / "own", strategy="random", seed=5)
+    model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS, seed=6))
+    before = state(model)
+    with in_place(model), pytest.raises(S2FTError, match="loading other channels is not possible inside"):
+        model.load_adapter(own, "default")
+    assert unchanged(before, model)
+
+
+def test_a_compiled_block_is_refused_before_the_adapter_not_after(base: nn.Module) -> None:
+    model = copy.deepcopy(base)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    before = state(model)
+    with pytest.raises(
+        S2FTError, match=r"layers\.1\._orig_mod\..* is compiled: add adapters, and choose channels, first"
+    ):
+        get_peft_model(model, S2FTConfig(ratios=0.4))
+    assert unchanged(before, model)
 
 
 def test_torchs_own_state_dict_chooses_channels_too_or_changes_nothing(base: nn.Module) -> None:

@@ -130,6 +130,25 @@ def test_it_merges_switches_and_restores(tmp_path: Path, family: str) -> None:
         assert same(found[2], copy.deepcopy(model).merge_and_unload().state_dict())
 
 
+def test_the_first_process_chooses_with_a_seed_that_all_have_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first has weights: accelerate's `cpu_ram_efficient_loading`."""
+    base = build("llama", torch.float32)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+
+    def in_each() -> tuple[Any, int | None]:
+        torch.manual_seed(distributed.get_rank())
+        config = get_peft_model(copy.deepcopy(base), S2FTConfig(ratios=RATIOS)).peft_config["default"]
+        return config.slices, config.seed
+
+    found = in_two(tmp_path, in_each)
+    assert (
+        found[0] == found[1] == (select(base, S2FTConfig(ratios=RATIOS, seed=found[0][1])).config.slices, found[0][1])
+    )
+
+
 def test_channels_are_chosen_and_adapters_loaded_on_a_sharded_base(tmp_path: Path) -> None:
     base, ids = build("llama", torch.float32), torch.randint(3, VOCABULARY, (2, 7))
     config = S2FTConfig(ratios=RATIOS, strategy="weight")

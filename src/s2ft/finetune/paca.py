@@ -24,7 +24,7 @@ def paca_config(model: nn.Module, rank: int, seed: int, task_type: str = "CAUSAL
         width = features(layer)[0]
         columns = drawn.choice(width, size=min(rank, width), replace=False)
         slices[path] = str(Slice("in", np.sort(columns)))
-    return S2FTConfig(slices=slices, target_modules=set(slices), strategy=OWN, task_type=task_type)
+    return S2FTConfig(slices=slices, target_modules=set(slices), strategy=OWN, seed=seed, task_type=task_type)
 
 
 def equal_columns(model: nn.Module, parameters: int) -> int:

@@ -29,6 +29,7 @@ from s2ft.finetune.prepare import Setup
 from s2ft.finetune.values import repeats
 from s2ft.finetune.weights import layer_changes
 from s2ft.format.config import S2FTConfig
+from s2ft.format.terms import DRAWN
 from s2ft.report.run import run_page
 from s2ft.runtime.environment import environment, peak_memory
 from s2ft.runtime.gguf import reading
@@ -247,5 +248,5 @@ def _points(history: Sequence[dict[str, float]], name: str) -> list[tuple[int, f
 def _selection(config: PeftConfig | None) -> Card:
     if not isinstance(config, S2FTConfig):
         return {}
-    chosen = {"seed": config.seed} if config.strategy == "random" else {"subset": config.subset}
+    chosen = {"seed": config.seed} if config.strategy in DRAWN else {"subset": config.subset}
     return {"selection": {"strategy": config.strategy, **chosen, "modules": len(config.slices or {})}}

@@ -35,6 +35,7 @@ from s2ft.finetune.resume import FINISHED, TRAINED
 from s2ft.finetune.samples import Samples
 from s2ft.finetune.trackers import tracking
 from s2ft.format.config import S2FTConfig
+from s2ft.format.terms import DRAWN
 from s2ft.runtime.failures import clear_failures
 from s2ft.runtime.processes import is_managed, leads
 from s2ft.tuner.unloading import changes_base
@@ -166,6 +167,6 @@ def _method_in_words(setup: Setup) -> str:
     title, config = find_method(setup.options.method).title, setup.config
     if not isinstance(config, S2FTConfig):
         return title
-    if config.strategy == "random":
+    if config.strategy in DRAWN:
         return f"{title}, channels drawn by seed {config.seed}"
     return f"{title}, channels of the {config.subset} {config.strategy} scores"

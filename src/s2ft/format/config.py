@@ -22,6 +22,8 @@ from s2ft.format.saved import HOW_TO_LOAD, SavedConfig
 from s2ft.format.terms import METHOD
 from s2ft.format.unknown import explain_unknown
 
+FILLED_IN = ("slices", "base_digest", "target_modules", "strategy")  # by a model, where the user leaves them open
+
 
 @explain_unknown
 @dataclass
@@ -88,6 +90,7 @@ class S2FTConfig(SavedConfig, PeftConfig):
         PeftConfig.__post_init__(self)
         self.peft_type = peft_type()
         self._filled_in: list[str] = []  # the fields that the user left open and a model has filled in since
+        self._adopted = False  # whether its channels are those of a file that was loaded since
         self.settle()
 
     @classmethod
@@ -140,24 +143,26 @@ class S2FTConfig(SavedConfig, PeftConfig):
         """Whether the channels are chosen."""
         return self.slices is not None
 
+    def adopt(self, slices: Mapping[str, str]) -> None:
+        """Takes the channels of a file: another adapter by this config has these, too."""
+        self.slices, self._adopted = {**(self.slices or {}), **slices}, True
+        if self.strategy == "random":
+            self.seed = None  # which drew other channels
+
     def reopened(self) -> S2FTConfig:
-        """A copy as the user wrote it, except that a drawn seed stays."""
-        open_again: dict[str, Any] = dict.fromkeys(self._filled_in)
+        """A copy as the user wrote it, except that a drawn seed stays, and channels that came from a file."""
+        open_again: dict[str, Any] = {} if self._adopted else dict.fromkeys(self._filled_in)
         return replace(self, **open_again)
 
     def filled_in(self, resolved: S2FTConfig) -> S2FTConfig:
-        """Takes over the choices of `resolved` into this object, which PEFT holds, and returns it.
+        """What a model holds of this config: a copy with the choices of `resolved`, which knows what was left open.
 
-        If it holds other choices already (it is in use on another base), `resolved` is returned instead.
+        The seed is written into this object, too: a further use draws the same channels.
         """
-        if self._filled_in and (self.slices, self.base_digest) != (resolved.slices, resolved.base_digest):
-            return resolved
         self.seed = resolved.seed
-        for name in ("slices", "base_digest", "target_modules", "strategy"):
-            if getattr(self, name) is None:
-                self._filled_in.append(name)
-                setattr(self, name, getattr(resolved, name))
-        return self
+        open_before, held = self.reopened(), replace(resolved)
+        held._filled_in = [name for name in FILLED_IN if getattr(open_before, name) is None]  # noqa: SLF001 - its own class
+        return held
 
 
 def is_foreign(found: Mapping[str, Any]) -> bool:

@@ -23,6 +23,9 @@ STRATEGIES = {
 OWN = "own"
 """The strategy of a config whose channels were chosen by the user's function: `s2ft.select(..., scores=)`."""
 
+DRAWN = ("random", OWN)
+"""What a run of `s2ft train` draws by a seed: S²FT's channels, and PaCA's columns, which it names itself."""
+
 TOWERS = ("language", "vision", "audio", "all")
 SUBSETS = ("largest", "smallest")
 ALLOCATIONS = ("uniform", "global")

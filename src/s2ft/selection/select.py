@@ -10,6 +10,7 @@ holds on one projection comes last on all, and is never chosen where it is held 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -132,7 +133,10 @@ def _check_own(config: S2FTConfig, scores: Scorer) -> None:
 
 
 def _select(model: nn.Module, config: S2FTConfig, batches: Iterable[Batch] | None, own: Scorer | None) -> Selection:
+    config = config if own is not None else seeded(config)
     targets = find_targets(model, config)
+    if compiled := next((projection.module for _, projection in targets if "_orig_mod" in projection.module), None):
+        raise S2FTError(f"{compiled} is compiled: add adapters, and choose channels, first; then compile")
     covered = coverage(model, targets, by_name=config.target_modules is not None)
     counts = count_units(targets, config, model, covered)
     structures = list({structure.key: structure for structure, _ in targets}.values())
@@ -154,14 +158,12 @@ def _score(
     batches: Iterable[Batch] | None,
     own: Scorer | None,
 ) -> tuple[Scores, dict[str, Any]]:
-    """The scores, and what the config says of them: the strategy, the seed that was drawn, or that they are the user's own."""
+    """The scores, and what the config says of them: the strategy, or that they are the user's own."""
     if own is not None:
         name = f"scores={getattr(own, '__name__', repr(own))}"
         return run_scorer(own, structures, model, batches, name), {"strategy": OWN}
-    raise_together(order_problems(config))
     strategy = config.strategy or "random"
-    seed = _draw_seed() if config.seed is None and strategy == "random" else config.seed
-    return score_units(strategy, structures, model, batches, seed or 0), {"seed": seed, "strategy": strategy}
+    return score_units(strategy, structures, model, batches, config.seed or 0), {"strategy": strategy}
 
 
 def _choose(
@@ -283,11 +285,24 @@ def _to_slices(chosen: Iterable[tuple[Projection, Indices]]) -> dict[str, Slice]
     return {module: Slice(side, np.unique(np.concatenate(channels[module]))) for module, side in sides.items()}
 
 
+def seeded(config: S2FTConfig) -> S2FTConfig:
+    """The config with the seed of what it draws; processes that train together get the same one, if each calls this.
+
+    Raises:
+        S2FTError: if it asks for an order, and names no strategy.
+    """
+    if config.is_resolved or config.seed is not None or config.strategy not in (None, "random"):
+        return config
+    raise_together(order_problems(config))
+    return replace(config, seed=_draw_seed())
+
+
 def _draw_seed() -> int:
-    """From torch's global generator; rank 0's where several processes train together, so that they agree."""
-    seed = torch.randint(2**31, (1,))
+    """From torch's global generator; rank 0's where several processes train together. Before they can communicate it is 0."""
+    seed = int(torch.randint(2**31, (1,)))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        drawn = [int(seed)]
+        drawn = [seed]
         torch.distributed.broadcast_object_list(drawn)
         return drawn[0]
-    return int(seed)
+    is_launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return 0 if is_launched else seed

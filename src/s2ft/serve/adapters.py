@@ -107,7 +107,7 @@ class Adapters:
         if [*recipe.values()] == [1.0]:
             (name,) = recipe
             return self._version(name)
-        found = self._fusions.get(self._fusion_key(recipe))
+        found = self._fusions.get(self.fusion_key(recipe))
         if found is not None:
             self._fusions.move_to_end(found.key)
         return found
@@ -120,7 +120,7 @@ class Adapters:
             UnknownModelError: if an adapter is not in the folder any more.
         """
         with self._fusing:
-            key = self._fusion_key(recipe)
+            key = self.fusion_key(recipe)
             folders = [self.place(name) for name in recipe]
             self._count += 1
             output = Path(self._scratch.name) / str(self._count)
@@ -167,7 +167,12 @@ class Adapters:
             self._retire(last.key, lambda: None)
         return chosen
 
-    def _fusion_key(self, recipe: Mapping[str, float]) -> str:
+    def fusion_key(self, recipe: Mapping[str, float]) -> str:
+        """What tells a fusion from others: weights, and files as they are now.
+
+        Raises:
+            UnknownModelError: if an adapter is not in the folder any more.
+        """
         return "/".join(f"{weight!r}*{_key(name, self.place(name))}" for name, weight in recipe.items())
 
     def place(self, name: str) -> Path:

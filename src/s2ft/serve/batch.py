@@ -94,8 +94,8 @@ class Batch:
             self._names, self._cache, self._mask = names, cache, mask
             return
         lengths = (self._mask.shape[1], mask.shape[1])
-        self._cache = joined(self._cache, cache, lengths)
-        self._mask = torch.cat([padded_mask(one, max(lengths)) for one in (self._mask, mask)])
+        both = torch.cat([padded_mask(one, max(lengths)) for one in (self._mask, mask)])
+        self._cache, self._mask = joined(self._cache, cache, lengths), both
         self._names += names
 
     def _forward(

@@ -19,11 +19,16 @@ from transformers import DynamicCache
 def joined(
     first: DynamicCache, second: DynamicCache, lengths: tuple[int, int]
 ) -> DynamicCache:  # rows of the first, then those of the second
-    """Both as one, the shorter padded on the left with zeros."""
-    length = max(lengths)
-    for mine, other in zip(first.layers, second.layers, strict=True):
-        mine.keys = torch.cat([_padded(mine.keys, length), _padded(other.keys, length)])
-        mine.values = torch.cat([_padded(mine.values, length), _padded(other.values, length)])
+    """Both as one, the shorter padded on the left with zeros; if that fails, for want of memory, the first is as it was."""
+    length, (rows, _, own, _) = max(lengths), first.layers[0].keys.shape
+    try:
+        for mine, other in zip(first.layers, second.layers, strict=True):
+            mine.keys = torch.cat([_padded(mine.keys, length), _padded(other.keys, length)])
+            mine.values = torch.cat([_padded(mine.values, length), _padded(other.values, length)])
+    except BaseException:
+        for layer in first.layers:  # cut, not kept beside: both would take twice the memory
+            layer.keys, layer.values = (part[:rows, :, -own:] for part in (layer.keys, layer.values))
+        raise
     return first
 
 

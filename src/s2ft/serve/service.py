@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from s2ft.common.errors import S2FTError
@@ -52,6 +53,7 @@ class Service:
         self.adapters = Adapters(options.base_name, options.adapters, self._scheduler.retire)
         self.created = int(time.time())
         self._readers, self._fusers = ThreadPoolExecutor(2, "s2ft reader"), ThreadPoolExecutor(1, "s2ft fuser")
+        self._fusing: dict[str, asyncio.Task[None]] = {}  # by key: those that several ask for at once are made once
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -118,8 +120,15 @@ class Service:
 
     async def _chosen(self, recipe: dict[str, float]) -> Chosen:
         while (chosen := self.adapters.choose(recipe)) is None:
-            await asyncio.shield(asyncio.create_task(self._fuse(recipe)))  # it is kept, even if the client leaves
+            key = self.adapters.fusion_key(recipe)
+            if (fusing := self._fusing.get(key)) is None:
+                fusing = self._fusing[key] = asyncio.create_task(self._fuse(recipe))
+                fusing.add_done_callback(partial(self._fused, key))
+            await asyncio.shield(fusing)  # it is kept, even if the client leaves
         return chosen
+
+    def _fused(self, key: str, _: asyncio.Task[None]) -> None:
+        del self._fusing[key]
 
     async def _fuse(self, recipe: dict[str, float]) -> None:
         try:

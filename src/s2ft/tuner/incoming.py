@@ -176,9 +176,8 @@ def _take_channels(
     raise_together(filter(None, problems))
     for path, found in differing.items():
         layers[path].choose(adapter_name, found.cpu().numpy())
-        config.slices = {**(config.slices or {}), path: str(layers[path].block(adapter_name).trained)}
-    if differing and config.strategy == "random":
-        config.seed = None  # which drew other channels
+    if differing:
+        config.adopt({path: str(layers[path].block(adapter_name).trained) for path in differing})
     return bool(differing)
 
 

@@ -44,6 +44,7 @@ from s2ft.layer.sharding import from_first, is_loaded_once, reshard
 from s2ft.layer.split import not_computed
 from s2ft.layer.stacked import StackedLinear, linear_at
 from s2ft.layer.token_rows import deactivate_idle_rows, hold_rows, peft_layers, rows_anew, rows_as_before
+from s2ft.selection.select import seeded
 from s2ft.training.depth import confine_nothing, stop_below
 from s2ft.tuner.fusion import add_weighted, name_problem
 from s2ft.tuner.incoming import auxiliary_tensors, check_and_adopt, check_and_adopt_state, foreign_base
@@ -90,7 +91,7 @@ class S2FTModel(BaseTuner):
             raise S2FTError(f"adapter_name={adapter_name!r} is a name of the model's AdapterPool; take another")
         config = self.peft_config[adapter_name]
         with suspended(model), rolled_back(self, config, self.shared):
-            resolve = partial(resolved, model, config.reopened())
+            resolve = partial(resolved, model, seeded(config.reopened()))  # drawn by all, also where one alone chooses
             found = from_first(resolve) if is_loaded_once() else resolve()
             self.peft_config[adapter_name] = config.filled_in(found)
             raise_by_place(not_computed(model, self.peft_config[adapter_name].slices or {}))

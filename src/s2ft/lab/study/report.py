@@ -43,11 +43,17 @@ class StudyReport:
         """One row for each contender, one column for each task."""
         cells: dict[str, dict[str, str]] = {}
         for row in self.summary:
-            cells.setdefault(self.label(row), {})[row["task"]] = cell(row, self.settings.get("measured"))
+            shown = cell(row, self.settings.get("measured")) + self._missing(row["seeds"])
+            cells.setdefault(self.label(row), {})[row["task"]] = shown
         tasks = self.tasks
         return [
             {" / ".join(self.by): name, **{task: own.get(task, "–") for task in tasks}} for name, own in cells.items()
         ]
+
+    def _missing(self, seeds: int) -> str:
+        """Says where fewer seeds than the others' are left, because some diverged, or were not run."""
+        wanted = self.settings.get("seeds")
+        return f" ({seeds} of {wanted})" if isinstance(wanted, int) and seeds < wanted else ""
 
     @property
     def tasks(self) -> tuple[str, ...]:
