@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from adapter_files import CONFIG, PREFIX, WEIGHTS, edit, flip, write_tensors
 from families import build, tokens
 from live import state, unchanged
-from s2ft import AdapterPool, S2FTConfig, S2FTError, any_base, fuse, in_place, merge, read_adapter, select, switch
+from s2ft import AdapterPool, S2FTConfig, S2FTError, any_base, fuse, in_place, merge, read_adapter, switch
 from s2ft.format.checksum import checksums
 from s2ft.format.slices import Slice
 from s2ft.format.validation import header_problems
@@ -144,22 +143,6 @@ def test_channels_that_the_config_left_open_are_the_files(base: nn.Module, tmp_p
     set_peft_model_state_dict(whole, saved)
     whole.save_pretrained(tmp_path)
     assert torch.equal(by_peft(base, tmp_path)(x).logits, model(x).logits)
-
-
-def test_a_config_in_use_stays_as_it_was_written_but_for_the_seed_that_was_drawn(base: nn.Module) -> None:
-    config = S2FTConfig(ratios=0.4)
-    model = get_peft_model(copy.deepcopy(base), config, "a")
-    held = model.peft_config["a"]
-    assert (config.slices, config.target_modules, config.strategy) == (None, None, None)
-    assert config.seed == held.seed is not None
-    for changed in (
-        replace(config, seed=config.seed + 1),
-        replace(config, ratios=0.2),
-        replace(config, strategy="weight", seed=None),
-    ):
-        expected = select(base, replace(changed)).config.slices
-        assert get_peft_model(copy.deepcopy(base), changed).peft_config["default"].slices == expected != held.slices
-    assert get_peft_model(copy.deepcopy(base), config).peft_config["default"].slices == held.slices
 
 
 def test_adapters_of_one_config_do_not_take_each_others_channels(base: nn.Module, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ class TestReadingTheBase:
         assert s2ft.select(made, config).config.slices == expected
         assert torch.equal(logits(made, ids), before)
         made.add_adapter("c", config)
-        assert made.peft_config["c"].slices == expected
+        assert config.slices == made.peft_config["c"].slices == expected
 
     def test_no_channels_are_chosen_inside_in_place(self) -> None:
         made = model()

@@ -155,14 +155,20 @@ class S2FTConfig(SavedConfig, PeftConfig):
         return replace(self, **open_again)
 
     def filled_in(self, resolved: S2FTConfig) -> S2FTConfig:
-        """What a model holds of this config: a copy with the choices of `resolved`, which knows what was left open.
+        """Takes over the choices of `resolved` into this object, which PEFT goes on to write into, and returns it.
 
-        The seed is written into this object, too: a further use draws the same channels.
+        If a model holds it already, a copy is returned, with the choices of `resolved`.
         """
+        if self._filled_in or self._adopted:
+            open_before, held = self.reopened(), replace(resolved)
+            held._filled_in = [name for name in FILLED_IN if getattr(open_before, name) is None]  # noqa: SLF001 - its own class
+            return held
         self.seed = resolved.seed
-        open_before, held = self.reopened(), replace(resolved)
-        held._filled_in = [name for name in FILLED_IN if getattr(open_before, name) is None]  # noqa: SLF001 - its own class
-        return held
+        for name in FILLED_IN:
+            if getattr(self, name) is None:
+                self._filled_in.append(name)
+                setattr(self, name, getattr(resolved, name))
+        return self
 
 
 def is_foreign(found: Mapping[str, Any]) -> bool:
