@@ -45,7 +45,7 @@ def choose_channels(options: TrainOptions, model: PreTrainedModel, examples: Exa
 
 def _select(options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> Selection:
     objective = OBJECTIVES[options.objective]
-    config = options.s2ft_config(seed_from(examples.digest) if examples else 0, objective.task_type)
+    config = options.s2ft_config(seed_of(examples), objective.task_type)
     needs_data = config.strategy is not None and SCORES[config.strategy].needs_data
     if needs_data and not objective.learnable:
         others = ", ".join(name for name, score in SCORES.items() if not score.needs_data)
@@ -55,6 +55,11 @@ def _select(options: TrainOptions, model: PreTrainedModel, examples: Examples | 
         )
     batches = _calibration(options, examples) if examples and needs_data else None
     return select(model, config, batches)
+
+
+def seed_of(examples: Examples | None) -> int:
+    """The seed that channels are drawn with where none is given; without data, 0."""
+    return seed_from(examples.digest) if examples else 0
 
 
 def seed_from(digest: str) -> int:

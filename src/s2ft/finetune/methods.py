@@ -234,13 +234,11 @@ class Paca(Method):
 
     def peft_config(self, options: TrainOptions, model: PreTrainedModel, examples: Examples | None) -> PeftConfig:
         """A config of S²FT that names the columns."""
-        from s2ft.finetune.channels import seed_from
+        from s2ft.finetune.channels import seed_of
         from s2ft.finetune.objectives import OBJECTIVES
         from s2ft.finetune.paca import paca_config
 
-        seed = options.seed
-        if seed is None:
-            seed = seed_from(examples.digest) if examples else 0
+        seed = seed_of(examples) if options.seed is None else options.seed
         return paca_config(model, options.paca_rank, seed, OBJECTIVES[options.objective].task_type)
 
     def of_size(self, model: PreTrainedModel, parameters: int, given: TrainOptions | None = None) -> dict[str, Any]:
